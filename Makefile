@@ -1,0 +1,55 @@
+# Thin on purpose: a target is one command. `make run` and `make test` are the two that matter.
+PYTHON ?= python3
+PROFILE ?= demo
+VENV_PYTHON := .venv/bin/python
+HELPERS := $(VENV_PYTHON) -m helpers
+RUN := $(HELPERS) run --profile $(PROFILE)
+
+.DEFAULT_GOAL := help
+.PHONY: help install setup run test record lab generate_dataset push_dataset fine_tune merge_models \
+	push_model new_model_inference llama2_inference all
+
+help:     ## list the targets
+	@sed -n 's/^\([a-z_0-9]*\): .*##/\1:/p' Makefile
+
+install:  ## .venv, pinned requirements, embedded model; a second call does nothing
+	@$(PYTHON) helpers/install.py
+
+run: install  ## execute the six notebooks with PROFILE and write the report
+	@$(RUN)
+
+test: install  ## everything that CI checks
+	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check . && $(VENV_PYTHON) -m pytest
+
+record: run  ## put the outputs of a demo run into the committed notebooks
+	@$(HELPERS) record
+
+lab: install  ## open JupyterLab
+	@$(VENV_PYTHON) -m jupyterlab notebooks
+
+# -- The article's own targets.
+setup:  ## the article's conda environment
+	conda env create -f environment.yml
+
+generate_dataset: install  ## notebook 02
+	@$(RUN) --only 02
+
+push_dataset: install  ## upload the curated set under your name
+	@$(HELPERS) push-dataset --profile $(PROFILE)
+
+fine_tune: install  ## notebook 04
+	@$(RUN) --only 04
+
+merge_models: install  ## notebook 05
+	@$(RUN) --only 05
+
+push_model: install  ## upload the merged model under your name
+	@$(HELPERS) push-model --profile $(PROFILE)
+
+new_model_inference: install  ## the article's prompt to the tuned model
+	@$(HELPERS) ask new_model --profile $(PROFILE)
+
+llama2_inference: install  ## the article's prompt to the base model
+	@$(HELPERS) ask llama2 --profile $(PROFILE)
+
+all: run new_model_inference llama2_inference  ## everything but the uploads, in order

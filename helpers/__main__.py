@@ -1,0 +1,109 @@
+"""The command line: `python -m helpers run`, `ask`, `record`, `fetch-model`, uploads.
+
+Each command is one call of a helper; modules are imported when their command is chosen, so that
+`--help` answers at once.
+"""
+
+import argparse
+import ast
+import sys
+
+from helpers.config import LINKED_LIST_PROMPT, PROFILES, Config, ConfigError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0 on success, 1 with a sentence on stderr when it cannot be done."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (ConfigError, OSError, RuntimeError, ValueError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = _command(commands, "run", _run, "execute the notebooks that are not finished yet")
+    run.add_argument("--only", metavar="NN", help="run this notebook alone, finished or not")
+    run.add_argument("--from", dest="first", metavar="NN", help="run from this notebook on")
+    run.add_argument("--run-dir", help="where artefacts go (default: runs/<profile>)")
+    run.add_argument("--timeout", type=float, metavar="SECONDS", help="the longest a cell may run")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+
+    ask = _command(commands, "ask", _ask, "stream an answer of the base or the tuned model")
+    ask.add_argument("model", help="base (or llama2), tuned (or new_model)")
+    ask.add_argument("question", nargs="?", default=LINKED_LIST_PROMPT)
+
+    _command(commands, "record", _record, "put a run's outputs into the committed notebooks")
+    _command(commands, "fetch-model", _fetch_model, "fetch the embedded model, once")
+    _command(commands, "push-dataset", _push_dataset, "upload the dataset to the Hub")
+    _command(commands, "push-model", _push_model, "upload the merged model to the Hub")
+    return parser
+
+
+def _command(commands, name: str, function, help_text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=help_text)
+    command.add_argument("--profile", default="demo", help=", ".join(PROFILES))
+    command.set_defaults(command=function)
+    return command
+
+
+def _run(options) -> None:
+    from helpers import pipeline
+
+    parameters = {name: _value(text) for name, text in options.p}
+    config = pipeline.run(
+        options.profile, options.run_dir, options.only, options.first, parameters, options.timeout
+    )
+    for lesson, label, value in pipeline.headline_rows(config):
+        print(f"{lesson}  {label:<44} {value:>10}")
+    print(f"report: {config.run_dir / 'report.html'}")
+
+
+def _value(text: str):
+    """A -p value as Python reads it (8, 1e-3, True, None); any other text stays text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _ask(options) -> None:
+    from helpers import inference
+
+    for piece in inference.ask(
+        Config.from_profile(options.profile), options.model, options.question
+    ):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _record(options) -> None:
+    from helpers import pipeline
+
+    pipeline.record(Config.from_profile(options.profile))
+
+
+def _fetch_model(options) -> None:
+    from helpers import models
+
+    models.fetch_embedded_model()
+
+
+def _push_dataset(options) -> None:
+    from helpers import curation
+
+    curation.push_dataset(Config.from_profile(options.profile))
+
+
+def _push_model(options) -> None:
+    from helpers import merging
+
+    merging.push_model(Config.from_profile(options.profile))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""Runs the notebooks in order through papermill, and makes the report and the committed outputs.
+
+A notebook is finished when `executed/<name>.ipynb` carries the fingerprint of what would run now:
+its code, its parameters, and the fingerprint of the one before. A run goes on from the first other.
+"""
+
+import datetime
+import hashlib
+import html
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import nbformat
+import papermill
+import psutil
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from nbconvert import HTMLExporter
+from papermill.exceptions import PapermillExecutionError
+
+from helpers.config import PROJECT_DIR, Config, ConfigError
+
+NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
+CELL_TIMEOUT_SECONDS = 6 * 60 * 60
+RECORDED_VERSIONS = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
+
+# Lesson, metric, what a reader calls it: the headline numbers of a run, in order.
+HEADLINES = (
+    ("01", "lora_parameters", "numbers that LoRA trains in one layer"),
+    ("01", "full_parameters", "numbers in that layer"),
+    ("02", "kept_pairs", "question-and-answer pairs kept"),
+    ("03", "bits_per_parameter", "bits per 4-bit parameter"),
+    ("04", "trainable_percent", "percent of the weights trained"),
+    ("04", "eval_loss_before", "validation loss before training"),
+    ("04", "eval_loss_after", "validation loss after training"),
+    ("05", "eval_loss_merged", "validation loss of the merged model"),
+    ("06", "stop_rate_base", "answers that stop by themselves, base"),
+    ("06", "stop_rate_tuned", "answers that stop by themselves, tuned"),
+    ("06", "parse_rate_base", "answers with code that parses, base"),
+    ("06", "parse_rate_tuned", "answers with code that parses, tuned"),
+    ("06", "steps_rate_base", "answers explained in steps, base"),
+    ("06", "steps_rate_tuned", "answers explained in steps, tuned"),
+    ("06", "pass_rate_base", "answers that pass their tests, base"),
+    ("06", "pass_rate_tuned", "answers that pass their tests, tuned"),
+)
+
+
+class RunStopped(RuntimeError):
+    """A notebook failed. The message names the notebook, the cell and the error."""
+
+
+def notebooks(only: str | None = None) -> list[Path]:
+    """The numbered notebooks in order, or the one with a number. ConfigError for an unknown one."""
+    found = sorted(NOTEBOOKS_DIR.glob("[0-9][0-9]_*.ipynb"))
+    chosen = [path for path in found if only is None or path.name.startswith(f"{only}_")]
+    if not chosen:
+        raise ConfigError(f"no notebook is numbered {only!r}: {', '.join(p.name for p in found)}")
+    return chosen
+
+
+def run(profile, run_dir=None, only=None, first=None, parameters=None, timeout=None) -> Config:
+    """Execute the notebooks that are not finished, write the report, return the run's Config.
+
+    `only` runs one notebook, `first` runs it and all after it, whether finished or not.
+    Raises ConfigError before anything starts when a parameter is wrong, RunStopped at a failure.
+    """
+    parameters = {"PROFILE": profile, "RUN_DIR": run_dir, **(parameters or {})}
+    config = Config.from_notebook(parameters)
+    given = {name: value for name, value in parameters.items() if value is not None}
+    if first is not None:
+        notebooks(first)
+    forced, previous = only is not None, ""
+    for source in notebooks():
+        previous = _fingerprint(source, given, previous)
+        forced = forced or (first is not None and source.name.startswith(f"{first}_"))
+        if only is not None and source not in notebooks(only):
+            continue
+        if forced or not _is_finished(config, source, previous):
+            _execute(config, source, given, previous, timeout or CELL_TIMEOUT_SECONDS)
+        else:
+            print(f"{source.stem}: finished already")
+    write_report(config)
+    return config
+
+
+def _fingerprint(source: Path, parameters: dict, previous: str) -> str:
+    text = previous + json.dumps(parameters, sort_keys=True, default=str) + code_hash(source)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def code_hash(path: Path) -> str:
+    """SHA-256 over the sources of a notebook's code cells, in order."""
+    cells = nbformat.read(path, as_version=4).cells
+    code = "\0".join(cell.source for cell in cells if cell.cell_type == "code")
+    return hashlib.sha256(code.encode()).hexdigest()
+
+
+def _is_finished(config: Config, source: Path, fingerprint: str) -> bool:
+    executed = config.executed_dir / source.name
+    if not executed.exists():
+        return False
+    return nbformat.read(executed, as_version=4).metadata.get("run_fingerprint") == fingerprint
+
+
+def _execute(config: Config, source: Path, parameters: dict, fingerprint: str, timeout: float):
+    """Run one notebook into executed/: under its own name if it succeeds, else as <name>.failed."""
+    config.executed_dir.mkdir(parents=True, exist_ok=True)
+    final = config.executed_dir / source.name
+    draft = final.with_name(f".{source.stem}.partial.ipynb")
+    failed = final.with_name(f"{source.stem}.failed.ipynb")
+    for stale in (final, failed):
+        stale.unlink(missing_ok=True)
+    bar = {"desc": source.stem, "bar_format": "{desc:34} {percentage:3.0f}% |{bar:24}| {elapsed}"}
+    try:
+        papermill.execute_notebook(
+            source,
+            draft,
+            parameters=parameters,
+            progress_bar=bar,
+            execution_timeout=timeout,
+            log_output=False,
+        )
+    except (PapermillExecutionError, DeadKernelError, CellTimeoutError) as error:
+        draft.replace(failed)
+        raise RunStopped(_what_failed(failed, error, timeout)) from error
+    _check_reached_the_end(draft, source)
+    notebook = nbformat.read(draft, as_version=4)
+    notebook.metadata["run_fingerprint"] = fingerprint
+    nbformat.write(notebook, draft)
+    draft.replace(final)
+
+
+def _what_failed(path: Path, error: Exception, timeout: float) -> str:
+    """One sentence: the notebook, the cell that was running, and what happened to it."""
+    # After a dead kernel papermill marks every later cell as completed; only those that ran have
+    # a start time.
+    cells = nbformat.read(path, as_version=4).cells
+    started = [
+        (number, cell)
+        for number, cell in enumerate(cells)
+        if cell.cell_type == "code" and cell.metadata.get("papermill", {}).get("start_time")
+    ]
+    number, cell = started[-1]
+    if isinstance(error, PapermillExecutionError):
+        reason = f"{error.ename}: {error.evalue}"
+    elif isinstance(error, CellTimeoutError):
+        reason = f"it ran longer than the limit of {timeout:.0f} seconds"
+    else:
+        reason = "its kernel died, most likely for want of memory"
+    first_line = cell.source.strip().splitlines()[0]
+    return f"{path.name.removesuffix('.failed.ipynb')}, cell {number} ({first_line}): {reason}"
+
+
+def _check_reached_the_end(path: Path, source: Path) -> None:
+    """Raise RunStopped if a cell called sys.exit(0), which papermill takes for success."""
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    missing = [cell for cell in cells if cell.execution_count is None]
+    if missing:
+        first_line = missing[0].source.strip().splitlines()[0]
+        raise RunStopped(f"{source.stem} ended before its cell ({first_line}) ran")
+
+
+def read_metrics(config: Config) -> dict[str, dict]:
+    """The named numbers of every lesson that has recorded some, by lesson number."""
+    files = sorted(config.metrics_dir.glob("[0-9][0-9].json"))
+    return {path.stem: json.loads(path.read_text()) for path in files}
+
+
+def headline_rows(config: Config) -> list[tuple[str, str, str]]:
+    """(lesson, what it is, value as text) for every headline number that has been recorded."""
+    metrics = read_metrics(config)
+    return [
+        (lesson, label, f"{metrics[lesson][name]:.4g}")
+        for lesson, name, label in HEADLINES
+        if name in metrics.get(lesson, {})
+    ]
+
+
+def write_report(config: Config) -> Path:
+    """report.html in the run folder: the headline numbers, and each executed notebook as a page."""
+    pages = []
+    exporter = HTMLExporter(template_name="lab", embed_images=True)
+    for path in sorted(config.executed_dir.glob("[0-9][0-9]_*.ipynb")):
+        page = path.with_suffix(".html")
+        if not page.exists() or page.stat().st_mtime < path.stat().st_mtime:
+            body, _ = exporter.from_notebook_node(nbformat.read(path, as_version=4))
+            page.write_text(body, encoding="utf-8")
+        pages.append(page)
+    links = "".join(
+        f'<li><a href="executed/{p.name}">{html.escape(p.stem)}</a></li>' for p in pages
+    )
+    rows = "".join(
+        f"<tr><td>{lesson}</td><td>{html.escape(label)}</td><td>{value}</td></tr>"
+        for lesson, label, value in headline_rows(config)
+    )
+    report = config.run_dir / "report.html"
+    report.write_text(
+        REPORT.format(
+            profile=html.escape(config.profile),
+            links=links,
+            rows=rows,
+            facts="".join(f"<li>{html.escape(f'{k}: {v}')}</li>" for k, v in environment().items()),
+        ),
+        encoding="utf-8",
+    )
+    return report
+
+
+REPORT = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Run report: {profile}</title>
+<style>body{{font:16px/1.5 sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem}}
+td{{padding:.1rem .8rem;border-bottom:1px solid #ddd}}td:last-child{{text-align:right}}</style>
+</head><body><h1>Run report: profile {profile}</h1>
+<h2>Headline numbers</h2><table>{rows}</table>
+<h2>Executed notebooks</h2><ol>{links}</ol>
+<h2>Environment</h2><ul>{facts}</ul></body></html>
+"""
+
+
+def environment() -> dict[str, str]:
+    """Date, hardware and versions, for a reader who wants to know where numbers come from."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB of memory"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{os.cpu_count()} {platform.machine()} CPU cores, {memory}, {gpu}",
+        "python": platform.python_version(),
+        **{name: version(name) for name in RECORDED_VERSIONS},
+    }
+
+
+def record(config: Config) -> None:
+    """Put the outputs of a finished run into the committed notebooks, cleaned.
+
+    Kept: results, figures, printed text. Removed: stderr, widget views, papermill's traces.
+    Raises ConfigError when a notebook's code is no longer the code that was run.
+    """
+    for source in notebooks():
+        executed = config.require(config.executed_dir / source.name, source.stem)
+        ran = {cell.id: cell for cell in nbformat.read(executed, as_version=4).cells}
+        notebook = nbformat.read(source, as_version=4)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        for count, cell in enumerate(code, start=1):
+            if cell.id not in ran or ran[cell.id].source != cell.source:
+                raise ConfigError(f"{source.name} has changed since it ran: run it again first")
+            cell.execution_count = count
+            cell.outputs = [_cleaned(output, count) for output in ran[cell.id].outputs]
+            cell.outputs = [output for output in cell.outputs if output is not None]
+        notebook.metadata.pop("widgets", None)
+        notebook.metadata["recorded"] = {
+            "code_sha256": code_hash(source),
+            "profile": config.profile,
+            **environment(),
+        }
+        nbformat.validate(notebook)
+        nbformat.write(notebook, source)
+
+
+def _cleaned(output, count: int):
+    """The output as it is committed, or None for one that is not."""
+    if output.get("name") == "stderr":
+        return None
+    data = output.get("data", {})
+    if "application/vnd.jupyter.widget-view+json" in data:
+        return None
+    if "execution_count" in output:
+        output.execution_count = count
+    return output

@@ -1,0 +1,30 @@
+"""Take lesson code out of a notebook, so that what is tested is what is taught."""
+
+import ast
+from pathlib import Path
+
+import nbformat
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+
+
+def notebook_path(number: str) -> Path:
+    """The notebook whose name begins with a number, such as "01"."""
+    (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
+    return path
+
+
+def notebook_source(path: Path) -> str:
+    """The code cells of a notebook as one program."""
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+
+
+def definitions_from(number: str) -> dict:
+    """Every import, function and class of a notebook's code cells, by name; nothing else is run."""
+    tree = ast.parse(notebook_source(notebook_path(number)))
+    tree.body = [node for node in tree.body if isinstance(node, KEPT)]
+    namespace = {}
+    exec(compile(tree, f"notebook {number}", "exec"), namespace)
+    return namespace

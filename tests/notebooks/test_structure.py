@@ -1,0 +1,146 @@
+"""The budgets of a lesson: short cells, one thought each, outputs that are fresh and clean."""
+
+import ast
+import json
+import re
+
+import nbformat
+import pytest
+
+from helpers.config import PROJECT_DIR, Config
+from helpers.pipeline import code_hash, notebooks
+
+PATHS = notebooks()
+NUMBERS = ["01", "02", "03", "04", "05", "06"]
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(notebook):
+    return [output for cell in code_cells(notebook) for output in cell.outputs]
+
+
+def test_there_are_six():
+    assert [path.name[:2] for path in PATHS] == NUMBERS
+
+
+def test_is_valid_and_has_no_text_twin(path, notebook):
+    nbformat.validate(notebook)
+    assert "jupytext" not in notebook.metadata
+    assert not path.with_suffix(".py").exists()
+
+
+def test_opens_with_a_title_an_overview_parameters_and_the_config(notebook):
+    title, overview, parameters, config = notebook.cells[:4]
+    assert re.fullmatch(r"# \S.*", title.source)
+    for promise in ("What you'll do", "What you'll learn", "What you'll need"):
+        assert promise in overview.source
+    assert parameters.metadata.get("tags") == ["parameters"]
+    assert "Config.from_notebook(globals())" in config.source
+
+
+def test_parameters_are_literals_with_a_comment_and_fields_of_config(notebook):
+    source = notebook.cells[2].source
+    names = [node.targets[0].id for node in ast.parse(source).body]
+    for node in ast.parse(source).body:
+        ast.literal_eval(node.value)
+    assert names[:2] == ["PROFILE", "RUN_DIR"]
+    assert set(names) <= {name.upper() for name in Config.__dataclass_fields__}
+    assert all("  # " in line for line in source.splitlines())
+
+
+def test_cells_are_short(notebook):
+    lengths = sorted(len(cell.source.splitlines()) for cell in code_cells(notebook))
+    assert 25 <= len(notebook.cells) <= 45
+    assert lengths[len(lengths) // 2] <= 6, "median"
+    assert lengths[int(0.9 * len(lengths))] <= 20, "90th percentile"
+    assert lengths[-1] <= 30, "longest"
+    lines = [line for cell in code_cells(notebook) for line in cell.source.splitlines()]
+    assert max(map(len, lines)) <= 100
+    assert all(cell.source.strip() for cell in notebook.cells)
+
+
+def test_has_one_to_two_text_cells_for_each_code_cell(notebook):
+    code = len(code_cells(notebook))
+    assert 1 <= (len(notebook.cells) - code) / code <= 2
+
+
+def test_has_one_title_and_skips_no_heading_level(notebook):
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    levels = [len(marks) for marks in re.findall(r"^(#+) ", text, flags=re.MULTILINE)]
+    assert levels.count(1) == 1 and levels[0] == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+
+
+def test_no_upper_case_name_is_assigned_after_the_parameters(notebook):
+    """Config.from_notebook would take it for a parameter when its cell is run again."""
+    for cell in code_cells(notebook)[1:]:
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                assert not re.fullmatch(r"[A-Z][A-Z0-9_]+", node.id), node.id
+
+
+def test_links_lead_somewhere(path, notebook):
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    for target in re.findall(r"\]\(([^)#:]+\.ipynb)\)", text):
+        assert (path.parent / target).exists(), target
+
+
+def test_records_its_metrics(path, notebook):
+    source = "\n".join(cell.source for cell in code_cells(notebook))
+    assert f'config.record("{path.name[:2]}"' in source
+
+
+# -- Committed outputs
+
+
+def test_outputs_are_of_the_code_that_stands_here(path, notebook):
+    recorded = notebook.metadata.get("recorded", {})
+    assert recorded.get("code_sha256") == code_hash(path), "code changed: run `make record`"
+    assert recorded["profile"] == "demo"
+    assert {"date", "hardware", "torch", "transformers"} <= set(recorded)
+
+
+def test_execution_counts_rise_by_one(notebook):
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+def test_outputs_hold_no_error_stderr_bar_or_widget_state(notebook):
+    assert "widgets" not in notebook.metadata
+    for output in outputs(notebook):
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr"
+        assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+        assert "it/s]" not in json.dumps(output)
+
+
+def test_outputs_hold_no_path_of_a_machine(notebook):
+    text = json.dumps([output for output in outputs(notebook)])
+    assert str(PROJECT_DIR) not in text
+    for place in ("/tmp/", "/root/", "/home/", "site-packages"):
+        assert place not in text, place
+
+
+def test_every_image_has_alt_text(notebook):
+    for output in outputs(notebook):
+        for kind in output.get("data", {}):
+            if kind.startswith("image/"):
+                assert len(output.metadata.get(kind, {}).get("alt", "")) > 20
+
+
+def test_is_small_enough_to_be_shown(path):
+    assert path.stat().st_size < 1_500_000

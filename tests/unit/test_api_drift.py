@@ -1,0 +1,90 @@
+"""Every keyword we pass to trl, peft, transformers and bitsandbytes exists in the installed version.
+
+The keywords are read from our own source, so that the next rename is caught without a GPU and
+without a call.
+"""
+
+import ast
+import inspect
+
+import bitsandbytes
+import peft
+import pytest
+import transformers
+import trl
+
+from helpers.config import PROJECT_DIR
+from tests.notebook_code import NOTEBOOKS, notebook_source
+
+LIBRARIES = (trl, peft, transformers, bitsandbytes.nn)
+# Old names that tutorials still use. None may come back, in code or in a profile.
+GONE = {
+    "evaluation_strategy",
+    "max_seq_length",
+    "torch_dtype",
+    "load_in_8bit",
+    "overwrite_output_dir",
+    "save_safetensors",
+    "no_cuda",
+    "gradient_checkpointing",
+    "trust_remote_code",
+    "use_temp_dir",
+}
+
+
+def sources():
+    for path in sorted((PROJECT_DIR / "helpers").glob("*.py")):
+        yield path.name, path.read_text()
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        yield path.name, notebook_source(path)
+
+
+def calls():
+    """(file, callable's name, keywords) of every call with keywords in helpers and notebooks."""
+    for name, text in sources():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call):
+                keywords = {keyword.arg for keyword in node.keywords if keyword.arg}
+                function = node.func
+                called = getattr(function, "attr", getattr(function, "id", None))
+                yield name, called, keywords
+
+
+def library_object(name):
+    for library in LIBRARIES:
+        if name and name[0].isupper() and hasattr(library, name):
+            return getattr(library, name)
+    return None
+
+
+CHECKED = [(f, n, k) for f, n, k in calls() if library_object(n) is not None and k]
+
+
+def test_the_calls_that_matter_are_found():
+    assert {"SFTConfig", "SFTTrainer", "LoraConfig", "BitsAndBytesConfig"} <= {
+        name for _, name, _ in CHECKED
+    }
+
+
+@pytest.mark.parametrize(("file", "name", "keywords"), CHECKED, ids=lambda v: str(v)[:40])
+def test_keywords_exist(file, name, keywords):
+    signature = inspect.signature(library_object(name))
+    known = set(signature.parameters)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    assert keywords <= known or open_ended, f"{file}: {name} has no {keywords - known}"
+
+
+def test_from_pretrained_gets_no_old_keyword():
+    for file, name, keywords in calls():
+        assert not keywords & GONE, f"{file}: {name}({keywords & GONE})"
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_sft_config_of_every_cpu_profile_can_be_built(device):
+    from helpers import training
+    from helpers.config import PROFILES, Config
+
+    for profile in PROFILES:
+        config = Config.from_profile(profile)
+        if config.device == device:
+            assert training.sft_config(config).use_cpu

