@@ -22,7 +22,7 @@ test: install  ## everything that CI checks
 	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check . && $(VENV_PYTHON) -m pytest
 
 record: run  ## put the outputs of a demo run into the committed notebooks
-	@$(HELPERS) record
+	@$(RUN) --only 01 && $(HELPERS) record  # 01 once more, now that it can look into the adapter
 
 lab: install  ## open JupyterLab
 	@$(VENV_PYTHON) -m jupyterlab notebooks

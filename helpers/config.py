@@ -132,6 +132,7 @@ class Config:
     comparison_rows: int = field(default=16, metadata=at_least(1))
 
     # -- Answers. The article's max_length = 600 counts the prompt; max_new_tokens does not.
+    article_prompt: str = LINKED_LIST_PROMPT
     max_new_tokens: int = field(default=500, metadata=at_least(1))
     generation_batch_size: int = field(default=8, metadata=at_least(1))
     evaluation_problems: int = field(default=100, metadata=at_least(1))
@@ -303,10 +304,10 @@ DEMO = {
     "min_answer_score": 1,
     "target_modules": ALL_LINEAR_TARGETS,
     "num_epochs": 1,
-    "max_steps": 55,
+    "max_steps": -1,
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 16,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-3,
     "lora_dropout": 0.0,
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
@@ -315,8 +316,8 @@ DEMO = {
     "activation_checkpointing": False,
     "completion_only_loss": True,
     "max_length": 400,
-    "save_steps": 20,
-    "eval_steps": 20,
+    "save_steps": 25,
+    "eval_steps": 25,
     "max_new_tokens": 240,
     "generation_batch_size": 32,
     "evaluation_problems": 32,

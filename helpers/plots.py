@@ -4,9 +4,12 @@ Colours are Okabe and Ito's, which people with any colour vision tell apart; a l
 dash or marker, so that it can be read in grey. Drawing itself is matplotlib, in the notebooks.
 """
 
+from collections.abc import Sequence
+
 import matplotlib.pyplot as plt
-from cycler import cycler
 from IPython.display import display
+from matplotlib import cycler
+from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
     "#0072B2",
@@ -51,3 +54,31 @@ def show(figure, alt: str) -> None:
         )
     display(figure, metadata={"image/png": {"alt": alt}})
     plt.close(figure)
+
+
+def funnel_figure(steps: Sequence[tuple[str, int, int]], title: str) -> Figure:
+    """Horizontal bars for (name, removed, left), first step on top: what is left, and beside it what the step removed."""
+    names, removed, left = zip(*steps, strict=True)
+    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.24 * len(names)))
+    axis.barh(names, left, color=BLUE, label="left")
+    axis.barh(names, removed, left=left, color=ORANGE, hatch="//", label="removed here")
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.set(title=title, xlabel="pairs (count)", ylabel="rule")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.45, 0), facecolor="white", framealpha=1)
+    return figure
+
+
+def histogram_figure(panels: Sequence[dict]) -> Figure:
+    """Histograms side by side. A panel has `values` (name -> numbers), `bins`, `cut` (a dashed line), `title`, `xlabel` and `ylabel`."""
+    figure, axes = plt.subplots(1, len(panels), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for (name, values), colour in zip(panel["values"].items(), (BLUE, ORANGE), strict=False):
+            axis.hist(
+                values, panel["bins"], histtype="step", linewidth=1.8, color=colour, label=name
+            )
+        axis.axvline(panel["cut"], color=RED, linestyle="--", label=f"cut at {panel['cut']:g}")
+        axis.set(title=panel["title"], xlabel=panel["xlabel"], ylabel=panel["ylabel"])
+        axis.set_yscale("log")
+        axis.legend()
+    return figure

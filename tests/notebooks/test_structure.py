@@ -91,6 +91,8 @@ def test_no_upper_case_name_is_assigned_after_the_parameters(notebook):
         for node in ast.walk(ast.parse(cell.source)):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 assert not re.fullmatch(r"[A-Z][A-Z0-9_]+", node.id), node.id
+            if isinstance(node, ast.alias):
+                assert not re.fullmatch(r"[A-Z][A-Z0-9_]+", node.asname or node.name), node.name
 
 
 def test_links_lead_somewhere(path, notebook):

@@ -1,4 +1,4 @@
-"""Every keyword we pass to trl, peft, transformers and bitsandbytes exists in the installed version.
+"""Every keyword we pass to trl, peft, transformers and bitsandbytes exists where it is installed.
 
 The keywords are read from our own source, so that the next rename is caught without a GPU and
 without a call.

@@ -1,4 +1,4 @@
-"""The runner, on small notebooks made here: order, resume, and every way in which a cell can end."""
+"""The runner, on small notebooks made here: order, resume, and every way a cell can end."""
 
 import nbformat
 import pytest
@@ -146,4 +146,3 @@ def test_record_refuses_a_notebook_that_changed_since(run, folder):
     write_notebook(folder, "01_one.ipynb", "print('other')")
     with pytest.raises(ConfigError, match="01_one.ipynb has changed since it ran"):
         pipeline.record(config)
-

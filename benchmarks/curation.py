@@ -1,0 +1,386 @@
+"""Measure the curation at the size of the real set, and against the article's way.
+
+    python benchmarks/curation.py generate FOLDER [--share 0.05]   write a synthetic Kaggle set
+    python benchmarks/curation.py ours FOLDER [--workers 2]        rows per second, peak memory
+    python benchmarks/curation.py article FOLDER                   the same for the article's way
+    python benchmarks/curation.py all FOLDER                       everything, to results/curation.json
+
+The posts are synthetic: their number, mean size (1.05 KB) and mix of code, duplicates and noise follow the
+real set (607,282 questions, 987,122 answers, 1.7 GB), their wording does not.
+"""
+
+import argparse
+import csv
+import datetime
+import html
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+QUESTIONS, ANSWERS = 607_282, 987_122
+RESULTS = Path(__file__).resolve().parent / "results" / "curation.json"
+
+PYTHON3 = """def {f}({a}, {b}=None):
+    {c} = []
+    for {d} in {a}:
+        if {d} is None or len(str({d})) > {n}:
+            continue
+        {c}.append(({d}, {b}))
+    return sorted({c}, key=lambda pair: pair[0])
+|import {m}
+
+class {F}:
+    def __init__(self, {a}):
+        self.{a} = {a}
+        self.{c} = {{}}
+
+    def {f}(self, {d}):
+        return self.{c}.setdefault({d}, len(self.{a}) + {n})
+|with open("{a}.txt") as {f}:
+    {c} = [line.split("{s}")[{n}] for line in {f} if "{b}" in line]
+print(len({c}), {c}[:{n}])
+|from {m} import {b}
+{a} = {{key: value for key, value in {b}({n}).items() if value > {n}}}
+{c} = max({a}, key={a}.get)
+print("%s: %d" % ({c}, {a}[{c}]))
+|>>> {a} = [{n}, 2, 3]
+>>> [{d} * {n} for {d} in {a} if {d} < {n}]
+[{n}, 4, 9]
+""".split("|")
+PYTHON2 = """for {a} in xrange({n}):
+    print "{b}", {a}
+|try:
+    {f}({a})
+except {F}, {c}:
+    print {c}.message
+""".split("|")
+BROKEN = """def {f}({a}):
+    for {b} in {a}
+        yield {b}[{n}
+|if {a} == {n}:
+print({b}
+""".split("|")
+OTHER = """$ pip install {a}
+$ {b} --{c} {n}
+|SELECT {a}, {b} FROM {c} WHERE {d} > {n};
+|{{"{a}": {n}, "{b}": [true, null]}}
+""".split("|")
+
+
+class Writer:
+    """Random posts from a fixed seed: sentences and code from pools, names and numbers drawn anew."""
+
+    def __init__(self, seed: int = 7):
+        self.random = random.Random(seed)
+        letters = [
+            "".join(self.random.choices("aeioubcdfglmnprst", k=k))
+            for k in (2, 3, 4)
+            for _ in range(40)
+        ]
+        self.words = [
+            "".join(self.random.choices(letters, k=self.random.choice((1, 2, 2))))
+            for _ in range(4000)
+        ]
+        common = "the a to in of and is I it that you for with this not have be on list function file".split()
+        self.sentences = [
+            " ".join(
+                self.random.choice(common if self.random.random() < 0.45 else self.words)
+                for _ in range(self.random.randint(6, 18))
+            ).capitalize()
+            for _ in range(20_000)
+        ]
+
+    def sentence(self) -> str:
+        text, draw = self.random.choice(self.sentences), self.random.random()
+        if draw < 0.15:
+            first, _, rest = text.partition(" ")
+            text = f'{first} <a href="https://example.com/{len(rest)}" rel="nofollow">{rest}</a>'
+        elif draw < 0.25:
+            text = f"<strong>{text}</strong>" if draw < 0.2 else f"<em>{text}</em>"
+        if self.random.random() < 0.3:
+            text += f" <code>{self.random.choice(self.words)}({self.random.randint(0, 999)})</code>"
+        if self.random.random() < 0.03:
+            text += " naïve café"
+        return text + self.random.choice((".", ".", "?", ", I&#39;d say."))
+
+    def paragraphs(self, count: int) -> str:
+        return "\n\n".join(self.paragraph() for _ in range(count))
+
+    def paragraph(self) -> str:
+        """A paragraph, now and then a list or a quotation, as in real posts."""
+        sentences = [self.sentence() for _ in range(self.random.randint(2, 4))]
+        draw = self.random.random()
+        if draw < 0.12:
+            items = "\n".join(f"<li>{sentence}</li>" for sentence in sentences)
+            return f"<ul>\n{items}\n</ul>"
+        text = f"<p>{' '.join(sentences)}</p>"
+        return f"<blockquote>\n  {text}\n</blockquote>" if draw < 0.16 else text
+
+    def code(self, templates: list[str], blocks: int = 1) -> str:
+        names = {letter: self.random.choice(self.words) + "_" + letter for letter in "abcdfmF"}
+        text = "\n".join(
+            self.random.choice(templates).format(**names, n=self.random.randint(2, 99), s=",")
+            for _ in range(blocks)
+        )
+        return f"\n\n<pre><code>{html.escape(text)}</code></pre>\n\n"
+
+    def question(self) -> str:
+        text = self.paragraphs(self.random.randint(1, 4))
+        if self.random.random() < 0.65:
+            text += self.code(PYTHON3 + BROKEN, self.random.randint(1, 5)) + self.paragraphs(1)
+        if self.random.random() < 0.04:
+            text += '<p><img src="https://example.com/a.png" alt="screen"></p>'
+        return text
+
+    def answer(self) -> str:
+        text, kind = self.paragraphs(self.random.randint(1, 4)), self.random.random()
+        if kind > 0.62:
+            return text
+        templates = (
+            PYTHON3 if kind < 0.5 else PYTHON2 if kind < 0.57 else BROKEN if kind < 0.6 else OTHER
+        )
+        text += self.code(templates, self.random.randint(1, 5))
+        return text + self.paragraphs(self.random.randint(0, 2))
+
+    def near(self, text: str) -> str:
+        return text.replace(" the ", " the very ", 2)
+
+
+def generate(folder: Path, share: float) -> None:
+    """Write Questions.csv, Answers.csv and Tags.csv with a share of the real set's rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer, chance = Writer(), random.Random(11)
+    tables = {
+        name: csv.writer((folder / f"{name}.csv").open("w", encoding="latin-1", newline=""))
+        for name in ("Questions", "Answers", "Tags")
+    }
+    tables["Questions"].writerow("Id OwnerUserId CreationDate Score Title Body".split())
+    tables["Answers"].writerow("Id OwnerUserId CreationDate ParentId Score Body".split())
+    tables["Tags"].writerow(["Id", "Tag"])
+    date, number, pool = "2012-05-06T07:08:09Z", 900_000_000, []
+    for _ in range(int(QUESTIONS * share)):
+        number += chance.randint(1, 60)
+        parent, draw = number, chance.random()
+        title, body, best = writer.sentence()[:120], writer.question(), writer.answer()
+        if pool and draw < 0.025:
+            title, body, best = chance.choice(pool)
+            if draw < 0.02:
+                title, body, best = title, writer.near(body), writer.near(best)
+        elif draw > 0.9:
+            pool = [*pool[-200:], (title, body, best)]
+        score = int(chance.paretovariate(0.9)) - (2 if chance.random() < 0.08 else 0)
+        tables["Questions"].writerow([parent, owner(chance), date, min(score, 5000), title, body])
+        for tag in ["python", *chance.sample(writer.words[:300], chance.randint(0, 2))]:
+            tables["Tags"].writerow([parent, tag])
+        if chance.random() < 0.12:
+            continue
+        for position in range(1 + int(chance.expovariate(0.78))):
+            number += 1
+            score = int(chance.paretovariate(0.9)) - (2 if chance.random() < 0.05 else position > 0)
+            orphan = 1 if chance.random() < 0.005 and position else 0
+            text = writer.answer() if position else best
+            tables["Answers"].writerow(
+                [number, owner(chance), date, parent - orphan, min(score, 5000), text]
+            )
+
+
+def owner(chance: random.Random):
+    return "NA" if chance.random() < 0.02 else chance.randint(1, 4_000_000)
+
+
+def article_way(folder: Path, output: Path) -> int:
+    """The article's pipeline as its text describes it; returns the raw rows."""
+    import pandas as pd
+    from bs4 import BeautifulSoup
+
+    markers = "def class import print return for while if else elif try except lambda list dict set str".split()
+    markers += ["=", "{", "}", "(", ")"]
+
+    def contains_code(text):
+        return any(marker in text for marker in markers)
+
+    def flatten(body):
+        return BeautifulSoup(body, "lxml").get_text()
+
+    read = {"encoding": "ISO-8859-1"}
+    questions = pd.read_csv(
+        folder / "Questions.csv", usecols=["Id", "Score", "Title", "Body"], **read
+    )
+    answers = pd.read_csv(
+        folder / "Answers.csv", usecols=["Id", "ParentId", "Score", "Body"], **read
+    )
+    pairs = questions.merge(
+        answers, left_on="Id", right_on="ParentId", suffixes=("_question", "_answer")
+    )
+    pairs = pairs.sort_values("Score_answer", ascending=False).drop_duplicates("Id_question")
+    pairs["question"] = pairs["Title"] + ": " + pairs["Body_question"].map(flatten)
+    pairs["answer"] = pairs["Body_answer"].map(flatten)
+    pairs = pairs[(pairs["Score_question"] >= 0) & (pairs["Score_answer"] >= 0)]
+    pairs = pairs[pairs["question"].map(contains_code) | pairs["answer"].map(contains_code)]
+    pairs[["question", "answer"]].to_pickle(output)
+    return len(questions) + len(answers)
+
+
+def our_way(folder: Path, run_dir: Path, workers: int, tokens: bool) -> dict:
+    """Rows, seconds by pass, and a hash of what was kept; `tokens` includes rendering, verification and the dataset."""
+    import hashlib
+
+    from helpers.config import Config
+    from helpers.curation import Workers, curate, select_pairs
+
+    config = Config.from_profile("demo", data_source=str(folder), run_dir=run_dir, max_length=1024)
+    if tokens:
+        report = curate(config, workers)
+        from datasets import load_from_disk
+
+        train = load_from_disk(str(config.dataset_dir))["train"]
+        kept = hashlib.sha256()
+        for batch in train.select_columns(["prompt", "completion"]).iter(1000):
+            kept.update("".join(batch["prompt"] + batch["completion"]).encode())
+        kept = kept.hexdigest()
+    else:
+        with tempfile.TemporaryDirectory(dir=run_dir) as work:
+            with Workers(workers) as pool:
+                report, _ = select_pairs(config, Path(work), pool)
+            kept = hashlib.sha256((Path(work) / "kept.npy").read_bytes()).hexdigest()
+    return {
+        "rows": report.raw_questions + report.raw_answers,
+        "seconds": report.seconds,
+        "kept_sha256": kept,
+        "funnel": report.funnel(),
+        "validation_leaks": report.validation_leaks,
+    }
+
+
+class Memory(threading.Thread):
+    """Peak memory of a process and its children, in bytes: RSS summed (shared pages counted twice) and PSS (once)."""
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self.pid, self.rss, self.pss, self.running = pid, 0, 0, True
+
+    def run(self) -> None:
+        while self.running:
+            rss = pss = 0
+            for pid in tree(self.pid):
+                try:
+                    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+                except (OSError, ProcessLookupError):
+                    continue
+                rss += kilobytes(text, "Rss:") * 1024
+                pss += kilobytes(text, "Pss:") * 1024
+            self.rss, self.pss = max(self.rss, rss), max(self.pss, pss)
+            time.sleep(0.2)
+
+
+def tree(pid: int) -> list[int]:
+    pids = [pid]
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        try:
+            pids += [
+                p for child in (task / "children").read_text().split() for p in tree(int(child))
+            ]
+        except OSError:
+            continue
+    return pids
+
+
+def kilobytes(text: str, label: str) -> int:
+    line = next((line for line in text.splitlines() if line.startswith(label)), "0 0")
+    return int(line.split()[1])
+
+
+def measure(arguments: list[str]) -> dict:
+    """Run this script in a process of its own; what it printed, with its wall time and peak memory."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True
+    )
+    memory = Memory(process.pid)
+    memory.start()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    output = process.communicate()[0]
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    memory.running = False
+    if process.returncode:
+        raise RuntimeError(f"{arguments} failed with {process.returncode}")
+    result = json.loads(output.splitlines()[-1])
+    wall = time.perf_counter() - started
+    return {
+        "arguments": " ".join([arguments[0], *arguments[2:]]),
+        **result,
+        "wall_seconds": round(wall, 2),
+        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2),
+        "rows_per_second": round(result["rows"] / wall),
+        "peak_pss_bytes": memory.pss,
+        "peak_rss_sum_bytes": memory.rss,
+    }
+
+
+def measure_all(folder: Path, full: bool) -> None:
+    """The table of the issue: linear cost, same result with 1 and 2 workers, the article's way on 5 %."""
+    runs = []
+    for share in (0.05, 0.25, 1.0) if full else (0.01, 0.05):
+        path = folder / f"{share:g}"
+        if not (path / "Tags.csv").exists():
+            generate(path, share)
+        commands = [["ours", str(path), "--workers", "2", "--tokens"]]
+        if share == 0.05:
+            commands += [
+                ["ours", str(path), "--workers", "1", "--tokens"],
+                ["ours", str(path), "--workers", "2"],
+                ["article", str(path)],
+            ]
+        for command in commands:
+            runs.append({"share": share, **measure(command)})
+            print(json.dumps({k: v for k, v in runs[-1].items() if k != "funnel"}), flush=True)
+    facts = {
+        "date": f"{datetime.date.today()}",
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+    }
+    RESULTS.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "command", choices=["generate", "ours", "article", "measure", "all", "quick"]
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--share", type=float, default=1.0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--tokens", action="store_true", help="render, verify and write the dataset too"
+    )
+    options = parser.parse_args()
+    if options.command == "generate":
+        generate(options.folder, options.share)
+    elif options.command in ("all", "quick"):
+        measure_all(options.folder, full=options.command == "all")
+    else:
+        with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+            if options.command == "article":
+                print(json.dumps({"rows": article_way(options.folder, Path(scratch) / "rows.pkl")}))
+            else:
+                print(
+                    json.dumps(
+                        our_way(options.folder, Path(scratch), options.workers, options.tokens)
+                    )
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,763 @@
+"""Raw posts to a dataset: cleaned, filtered, decontaminated, deduplicated and split pairs, with their attribution.
+
+The work goes partition by partition (`helpers.sources`), cheap rules first, and each post is parsed once. Three passes: (1) clean and judge every pair, (2) compare
+all survivors with each other, (3) render, count tokens and verify. Nothing depends on the number of processes or the order of a file.
+"""
+
+import html
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from helpers import prompts
+from helpers.config import Config
+from helpers.contamination import problem_index
+from helpers.markdown import code_kind, fenced_blocks, html_to_markdown
+from helpers.similarity import (
+    PERMUTATIONS,
+    WORD,
+    RarestIndex,
+    find,
+    jaccard,
+    similar_pairs,
+    sketch,
+    union,
+    word_pairs,
+)
+from helpers.sources import (
+    PARTITION_BYTES,
+    DataError,
+    Partitions,
+    open_source,
+    question_hash,
+    read_partition,
+)
+from helpers.workers import Workers, bar
+
+# Why a question or pair is removed, in the order in which the rules are asked: cheap ones first.
+RULES = {
+    "no_answer": "the question has no answer",
+    "low_score": "question or best answer is scored below the minimum",
+    "other_language": "tagged or written in another language",
+    "picture": "the question shows a picture instead of text",
+    "length": "a post is too long or the answer too short",
+    "no_code": "the best answer holds no code block",
+    "bad_encoding": "characters were lost in a wrong conversion",
+    "python2": "the code is Python 2",
+    "does_not_parse": "the code is Python and does not parse",
+    "template_marker": "the text holds a marker of the prompt template",
+    "contaminated": "the pair restates a benchmark problem",
+    "exact_duplicate": "the same words as a better pair",
+    "near_duplicate": "nearly the same words as a better pair",
+    "not_verified": "the rendered prompt fails verification",
+    "too_many_tokens": "longer than max_length tokens",
+}
+
+# UTF-8 read as Latin-1 ("Ã©"), control characters of the C1 range, the replacement character.
+MOJIBAKE = re.compile("[ÃÂâ][\x80-\xbf]|[\x80-\x9f\ufffd]")
+NOT_PYTHON_TAGS = frozenset(
+    "c c# c++ css go haskell html java javascript kotlin lua matlab objective-c perl php powershell r ruby rust scala sql swift "
+    "typescript vb.net bash shell".split()
+)
+PYTHON_FENCES = ("", "python", "py", "python3", "pycon")
+
+# Pairs at least this much like each other stay on one side of the split.
+GROUP_SIMILARITY = 0.5
+
+SCHEMA = pa.schema(
+    {
+        "prompt": pa.large_string(),
+        "completion": pa.large_string(),
+        "question_id": pa.int64(),
+        "answer_id": pa.int64(),
+        "question_author": pa.int64(),
+        "answer_author": pa.int64(),
+        "question_score": pa.int64(),
+        "answer_score": pa.int64(),
+        "url": pa.string(),
+        "licence": pa.string(),
+        "tags": pa.list_(pa.string()),
+        "group": pa.int64(),
+    }
+)
+PAIR_SCHEMA = pa.schema(
+    [SCHEMA.field(name) for name in SCHEMA.names[2:8]]
+    + [
+        SCHEMA.field("tags"),
+        pa.field("user", pa.large_string()),
+        pa.field("answer", pa.large_string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a worker process needs to judge pairs: thresholds, and where the pairs lie."""
+
+    min_question_score: int
+    min_answer_score: int
+    min_answer_characters: int
+    max_post_characters: int
+    seed: int
+    benchmarks: tuple[str, ...]
+    partitions: Partitions
+
+
+@dataclass
+class Report:
+    """What a curation did. `removed` maps each rule to the question ids it removed."""
+
+    raw_questions: int = 0
+    raw_answers: int = 0
+    orphan_answers: int = 0
+    removed: dict[str, list[int]] = field(default_factory=lambda: {rule: [] for rule in RULES})
+    examples: dict[str, list[tuple[int, str, str]]] = field(
+        default_factory=lambda: {rule: [] for rule in RULES}
+    )
+    benchmark_hits: list[tuple[int, str]] = field(default_factory=list)
+    near_pairs: list[tuple[int, int, float]] = field(default_factory=list)
+    token_lengths: list[int] = field(default_factory=list)
+    kept_pairs: int = 0
+    train_rows: int = 0
+    validation_rows: int = 0
+    validation_leaks: int = 0
+    prompts_failing_verification: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, int | float]:
+        """The numbers that notebook 02 records."""
+        names = "raw_questions raw_answers kept_pairs train_rows validation_rows validation_leaks prompts_failing_verification"
+        return {
+            **{name: getattr(self, name) for name in names.split()},
+            "benchmark_hits_removed": len(self.removed["contaminated"]),
+            "rows_per_second": (self.raw_questions + self.raw_answers) / sum(self.seconds.values()),
+        }
+
+    def funnel(self) -> list[tuple[str, int, int]]:
+        """(rule, pairs removed, pairs left) for every rule in order, starting from all questions."""
+        left, steps = self.raw_questions, []
+        for rule in RULES:
+            left -= len(self.removed[rule])
+            steps.append((rule, len(self.removed[rule]), left))
+        return steps
+
+    def remove(self, rule: str, question_id: int, title: str = "", text: str = "") -> None:
+        self.removed[rule].append(question_id)
+        self.add_example(rule, question_id, title, text)
+
+    def add_example(self, rule: str, question_id: int, title: str, text: str) -> None:
+        if len(self.examples[rule]) < 3:
+            self.examples[rule].append((question_id, title, text[:300]))
+
+    def absorb(self, other: "Report") -> None:
+        """Add the counts of one partition."""
+        self.orphan_answers += other.orphan_answers
+        self.benchmark_hits += other.benchmark_hits
+        self.token_lengths += other.token_lengths
+        for rule in RULES:
+            self.removed[rule] += other.removed[rule]
+            self.examples[rule] = (self.examples[rule] + other.examples[rule])[:3]
+
+
+def curate(config: Config, workers: int | None = None, progress: bool = False) -> Report:
+    """Write the `datasets.DatasetDict` of a Config to `config.dataset_dir`, with its card, and return the report.
+
+    `workers` is the number of processes (default: all cores, one for a small source); the result does not depend on it. Raises DataError for a source
+    that cannot be read, a folder that cannot be written, and when no row survives.
+    """
+    from helpers.models import load_tokenizer
+
+    work = _work_folder(config)
+    try:
+        with Workers(workers or default_workers(config.data_source), progress) as pool:
+            report, partitions = select_pairs(config, work, pool)
+            encoder = Encoder.of(load_tokenizer(config.model_name))
+            render_rows(config, report, partitions, encoder, pool)
+        _write_dataset(config, report, partitions)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def select_pairs(config: Config, work: Path, workers: Workers) -> tuple[Report, Partitions]:
+    """Passes 1 and 2: the cleaned pairs of each partition in `work`, and in kept.npy the question ids that stay, with their groups."""
+    started = time.perf_counter()
+    with bar(workers.progress, "reading", "B") as shown:
+        partitions = open_source(config.data_source, work, config.seed, shown.move_to)
+    read = time.perf_counter()
+    report = Report(partitions.questions, partitions.answers)
+    clean = partial(clean_partition, rules_of(config, partitions))
+    kept = []
+    for part, survivors in workers.run(clean, partitions, "cleaning"):
+        report.absorb(part)
+        kept.append(survivors)
+    cleaned = time.perf_counter()
+    groups = deduplicate(Survivors.join(kept), config.near_duplicate_similarity, report)
+    _fail_if_empty(report, len(groups))
+    np.save(work / "kept.npy", np.array(sorted(groups.items()), np.int64))
+    report.seconds = {
+        "read": read - started,
+        "clean": cleaned - read,
+        "compare": time.perf_counter() - cleaned,
+    }
+    return report, partitions
+
+
+# -- Pass 1: clean and judge.
+
+
+def rules_of(config: Config, partitions: Partitions) -> Rules:
+    problem_index(config.benchmarks)  # a benchmark that cannot be read should fail here, not in a worker
+    return Rules(
+        config.min_question_score,
+        config.min_answer_score,
+        config.min_answer_characters,
+        config.max_post_characters,
+        config.seed,
+        config.benchmarks,
+        partitions,
+    )
+
+
+@dataclass
+class Survivors:
+    """Parallel arrays over the pairs that pass the rules: what the comparison needs, without text."""
+
+    ids: np.ndarray  # question ids
+    scores: np.ndarray  # answer scores
+    digests: np.ndarray  # 64-bit hash of the words
+    signatures: np.ndarray  # [pairs, PERMUTATIONS] MinHash
+
+    @classmethod
+    def of(cls, rows: list[dict]) -> "Survivors":
+        return cls(
+            np.array([row["question_id"] for row in rows], np.int64),
+            np.array([row["answer_score"] or 0 for row in rows], np.int64),
+            np.frombuffer(b"".join(row["digest"] for row in rows), np.uint64),
+            np.array([row["signature"] for row in rows], np.uint32).reshape(-1, PERMUTATIONS),
+        )
+
+    @classmethod
+    def join(cls, parts: list["Survivors"]) -> "Survivors":
+        """All partitions in one, ordered by question id, so that the order of arrival does not matter."""
+        arrays = [np.concatenate([getattr(p, name) for p in parts]) for name in cls.__annotations__]
+        order = np.argsort(arrays[0])
+        return cls(*(array[order] for array in arrays))
+
+
+def clean_partition(rules: Rules, number: int) -> tuple[Report, Survivors]:
+    """Join, judge and clean the pairs of one partition; the survivors' text goes to pairs-<number>.arrow."""
+    report, rows = Report(), []
+    for pair in join_pairs(rules, number, report):
+        rule, result = judge(pair, rules)
+        if rule:
+            report.remove(rule, pair["question_id"], decode(pair["title"]), decode(pair["answer"]))
+            if rule == "contaminated":
+                report.benchmark_hits.append((pair["question_id"], result))
+        else:
+            rows.append(result)
+    _write_rows(rules.partitions.folder / f"pairs-{number}.arrow", rows)
+    return report, Survivors.of(rows)
+
+
+def join_pairs(rules: Rules, number: int, report: Report) -> Iterable[dict]:
+    """Each question of a partition with its best answer: highest score, then lowest id.
+
+    Whatever needs no parsing is judged here, on whole columns of bytes: such rows never become Python objects.
+    """
+    questions = read_partition(rules.partitions, "Questions", number).sort_by("Id")
+    answers = read_partition(rules.partitions, "Answers", number)
+    ids, parents = questions["Id"].to_numpy(), answers["ParentId"].to_numpy()
+    known = np.isin(parents, ids)
+    report.orphan_answers = int((~known).sum())
+    ranks = answers["Score"].fill_null(0).to_numpy()
+    order = np.lexsort((answers["Id"].to_numpy(), -ranks, parents))
+    order = order[known[order]]
+    best = order[np.diff(parents[order], prepend=-1) != 0]
+    unanswered = ~np.isin(ids, parents)
+    _remove(report, "no_answer", questions.filter(pa.array(unanswered)))
+    questions = questions.take(pa.array(np.searchsorted(ids, parents[best])))
+    answers = answers.take(pa.array(best))
+    tags = _tags(read_partition(rules.partitions, "Tags", number))
+    for rule, test in COLUMN_RULES.items():
+        bad = test(rules, questions, answers, tags)
+        _remove(report, rule, questions.filter(bad), answers.filter(bad))
+        good = pc.invert(bad)
+        questions, answers = questions.filter(good), answers.filter(good)
+    yield from _pairs(questions, answers, tags)
+
+
+def _remove(
+    report: Report, rule: str, questions: pa.Table, answers: pa.Table | None = None
+) -> None:
+    report.removed[rule] += questions["Id"].to_pylist()
+    for row in range(min(3, len(questions))):
+        text = decode(answers["Body"][row].as_py()) if answers else ""
+        report.add_example(
+            rule, questions["Id"][row].as_py(), decode(questions["Title"][row].as_py()), text
+        )
+
+
+def _low_score(rules, questions, answers, tags):
+    low = [
+        pc.less(pc.fill_null(posts["Score"], minimum), minimum)  # a source without scores passes
+        for posts, minimum in (
+            (questions, rules.min_question_score),
+            (answers, rules.min_answer_score),
+        )
+    ]
+    return pc.or_(*low)
+
+
+def _other_language(rules, questions, answers, tags):
+    return pa.array(
+        [is_other_language(tags.get(i, [])) for i in questions["Id"].to_pylist()], pa.bool_()
+    )
+
+
+def is_other_language(tags: list[str]) -> bool:
+    """Whether tags name another language and no kind of Python. Untagged questions pass."""
+    return bool(NOT_PYTHON_TAGS.intersection(tags)) and not any(
+        t.startswith("python") for t in tags
+    )
+
+
+def _picture(rules, questions, answers, tags):
+    return pc.match_substring(questions["Body"], "<img" if rules.partitions.is_html else "\0")
+
+
+def _length(rules, questions, answers, tags):
+    question, answer = pc.binary_length(questions["Body"]), pc.binary_length(answers["Body"])
+    too_long = pc.greater(pc.max_element_wise(question, answer), rules.max_post_characters)
+    return pc.or_(too_long, pc.less(answer, rules.min_answer_characters))
+
+
+def _no_code(rules, questions, answers, tags):
+    return pc.invert(
+        pc.match_substring(answers["Body"], "<pre" if rules.partitions.is_html else "")
+    )
+
+
+COLUMN_RULES = {
+    "low_score": _low_score,
+    "other_language": _other_language,
+    "picture": _picture,
+    "length": _length,
+    "no_code": _no_code,
+}
+
+
+def _tags(table: pa.Table) -> dict[int, list[str]]:
+    tags: dict[int, list[str]] = {}
+    for question_id, tag in zip(table["Id"].to_pylist(), table["Tag"].to_pylist(), strict=True):
+        tags.setdefault(question_id, []).append(tag)
+    return tags
+
+
+def _pairs(questions: pa.Table, answers: pa.Table, tags: dict, rows: int = 256) -> Iterable[dict]:
+    """Row by row, some hundred at a time as Python objects."""
+    for start in range(0, len(questions), rows):
+        slices = (table.slice(start, rows).to_pylist() for table in (questions, answers))
+        for question, answer in zip(*slices, strict=True):
+            yield {
+                "question_id": question["Id"],
+                "answer_id": answer["Id"],
+                "question_author": question["OwnerUserId"],
+                "answer_author": answer["OwnerUserId"],
+                "question_score": question["Score"],
+                "answer_score": answer["Score"],
+                "title": question["Title"],
+                "question": question["Body"],
+                "answer": answer["Body"],
+                "tags": tags.get(question["Id"], []),
+            }
+
+
+def judge(pair: dict, rules: Rules) -> tuple[str, dict | str | None]:
+    """(rule that removes the pair, a note) or ("", the cleaned row). The first rule that applies counts."""
+    is_html = rules.partitions.is_html
+    title, question, answer = (
+        decode(pair["title"]),
+        decode(pair["question"]),
+        decode(pair["answer"]),
+    )
+    if any(not text.isascii() and MOJIBAKE.search(text) for text in (title, question, answer)):
+        return "bad_encoding", None
+    kinds: list[str] = []
+    answer = clean_answer(answer, is_html, kinds)
+    if rule := judge_code(kinds, is_html):
+        return rule, None
+    title = html.unescape(title).strip()
+    question = html_to_markdown(question) if is_html else question.strip()
+    user = f"{title}\n\n{question}".strip()
+    if any(marker in user or marker in answer for marker in prompts.MARKERS):
+        return "template_marker", None
+    if not user or not answer:
+        return "length", None
+    words = WORD.findall(f"{user} {answer}".lower())
+    features = word_pairs(words)
+    if problem := problem_index(rules.benchmarks).match(title, words, features):
+        return "contaminated", problem
+    row = {name: pair[name] for name in PAIR_SCHEMA.names if name in pair}
+    return "", {**row, "user": user, "answer": answer, **sketch(words, features, rules.seed)}
+
+
+def decode(data: bytes) -> str:
+    """Text of a post. The set is ISO-8859-1; a post whose bytes are valid UTF-8 was converted wrongly on its way and is repaired."""
+    if data.isascii():
+        return data.decode("ascii")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def clean_answer(answer: str, is_html: bool, kinds: list[str]) -> str:
+    """The answer as Markdown; `kinds` receives the kind of each code block."""
+    if is_html:
+        return html_to_markdown(answer, kinds)
+    blocks = fenced_blocks(answer)
+    kinds += [code_kind(code) for language, code in blocks if language in PYTHON_FENCES]
+    return answer.strip()
+
+
+def judge_code(kinds: list[str], is_html: bool) -> str:
+    """The rule that an answer's code blocks break, or "". A source without markup may have no code at all."""
+    if "python2" in kinds:
+        return "python2"
+    if "broken" in kinds:
+        return "does_not_parse"
+    if not is_html or "python" in kinds or "session" in kinds:
+        return ""
+    return "other_language" if kinds else "no_code"
+
+
+# -- Pass 2: compare.
+
+
+def deduplicate(pairs: Survivors, threshold: float, report: Report) -> dict[int, int]:
+    """Remove exact and near duplicates, the best-scored of each kind stays (then the oldest).
+
+    Returns the kept question ids with their group: the smallest id among all pairs that are linked by a similarity of GROUP_SIMILARITY or more.
+    """
+    order = np.lexsort((pairs.ids, -pairs.scores))  # best first
+    _, first = np.unique(pairs.digests[order], return_index=True)
+    best = order[np.sort(first)]
+    for index in np.setdiff1d(order, best):
+        report.remove("exact_duplicate", int(pairs.ids[index]))
+    left, right, similarity = similar_pairs(
+        pairs.signatures[best], min(GROUP_SIMILARITY, threshold)
+    )
+    kept = np.ones(len(best), bool)
+    parent = list(range(len(best)))
+    # `left` is the better one of a pair; going through the worse ones in order makes the choice greedy.
+    for a, b, value in zip(left.tolist(), right.tolist(), similarity.tolist(), strict=True):
+        union(parent, a, b)
+        if value >= threshold and kept[a]:
+            if kept[b]:
+                report.remove("near_duplicate", int(pairs.ids[best[b]]))
+                report.near_pairs.append((int(pairs.ids[best[a]]), int(pairs.ids[best[b]]), value))
+            kept[b] = False
+    roots = np.array([find(parent, index) for index in range(len(best))], int)
+    smallest = np.full(len(best), np.iinfo(np.int64).max)
+    np.minimum.at(smallest, roots, pairs.ids[best])
+    return dict(zip(pairs.ids[best][kept].tolist(), smallest[roots][kept].tolist(), strict=True))
+
+
+# -- Pass 3: render, count, verify, split, write.
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The part of a tokenizer that workers need: it travels to them without transformers and torch."""
+
+    backend: object  # tokenizers.Tokenizer
+    bos_token_id: int
+    eos_token_id: int
+    eos_token: str
+
+    @classmethod
+    def of(cls, tokenizer) -> "Encoder":
+        return cls(
+            tokenizer.backend_tokenizer,
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+            tokenizer.eos_token,
+        )
+
+    def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
+        return {"input_ids": [found.ids for found in self.backend.encode_batch(texts)]}
+
+
+def render_rows(
+    config: Config, report: Report, partitions: Partitions, encoder: "Encoder", workers: Workers
+) -> None:
+    """The kept pairs as training rows in rows-<number>.arrow; rows that fail verification or are too long are removed and counted."""
+    started = time.perf_counter()
+    render = partial(render_partition, partitions, encoder, config)
+    for part in workers.run(render, partitions, "rendering"):
+        report.absorb(part)
+    report.kept_pairs = report.funnel()[-1][2]
+    _fail_if_empty(report, report.kept_pairs)
+    report.seconds["render"] = time.perf_counter() - started
+
+
+def render_partition(
+    partitions: Partitions, encoder: Encoder, config: Config, number: int
+) -> Report:
+    """One partition of `render_rows`. Rows are written in the order of their hash: shuffled, and reproducibly."""
+    report = Report()
+    kept = np.load(partitions.folder / "kept.npy", mmap_mode="r").reshape(-1, 2)
+    with pa.memory_map(str(partitions.folder / f"pairs-{number}.arrow")) as source:
+        pairs = pa.ipc.open_stream(source).read_all()
+    ids = pairs["question_id"].to_numpy()
+    place = np.minimum(np.searchsorted(kept[:, 0], ids), len(kept) - 1)
+    chosen = np.flatnonzero(kept[place, 0] == ids)
+    chosen = chosen[np.argsort(question_hash(ids[chosen], config.seed), kind="stable")]
+    pairs = pairs.take(pa.array(chosen))
+    rows = []
+    for pair, group in zip(pairs.to_pylist(), kept[place[chosen], 1].tolist(), strict=True):
+        rows.append(_training_row(pair, group, partitions, config.system_message))
+    checks = prompts.verify_rows(encoder, ((row["prompt"], row["completion"]) for row in rows))
+    good = []
+    for row, (length, problems) in zip(rows, checks, strict=True):
+        report.token_lengths.append(length)
+        rule = "not_verified" if problems else "too_many_tokens"
+        if problems or length > config.max_length:
+            report.remove(
+                rule, row["question_id"], row["prompt"], "; ".join(problems) or f"{length} tokens"
+            )
+        else:
+            good.append(row)
+    _write_rows(partitions.folder / f"rows-{number}.arrow", good, SCHEMA)
+    return report
+
+
+def _training_row(pair: dict, group: int, partitions: Partitions, system: str) -> dict:
+    user, answer = pair.pop("user"), pair.pop("answer")
+    return {
+        **pair,
+        "prompt": prompts.render_prompt(user, system),
+        "completion": prompts.render_completion(answer),
+        "url": partitions.url.format(**pair),
+        "licence": partitions.licence,
+        "group": group,
+    }
+
+
+def _write_rows(path: Path, rows: list[dict], schema: pa.Schema = PAIR_SCHEMA) -> None:
+    with pa.ipc.new_stream(str(path), schema) as writer:
+        for start in range(0, len(rows), 1000):
+            writer.write_batch(pa.RecordBatch.from_pylist(rows[start : start + 1000], schema))
+
+
+def choose_validation(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
+    """True for the rows of the validation split: whole groups in a seeded order, as many as fit into `wanted` rows."""
+    names, which, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    chosen, left = np.zeros(len(names), bool), wanted
+    for index in np.argsort(question_hash(names, seed + 1), kind="stable"):
+        if sizes[index] <= left:
+            chosen[index], left = True, left - sizes[index]
+        if left == 0:
+            break
+    return chosen[which]
+
+
+def validation_size(config: Config, rows: int) -> int:
+    """Rows to hold out: a share, at most `validation_rows`, and at most half of what the training split is capped to."""
+    cap = config.max_train_rows // 2 if config.max_train_rows else rows
+    return max(1, min(config.validation_rows, round(config.validation_share * rows), cap))
+
+
+def count_leaks(train: Iterable[dict], validation: Iterable[dict], similarity: float) -> int:
+    """Validation rows with a training row of the same question or group, or as similar as `similarity` in exact word pairs.
+
+    Independent of the MinHash that removed duplicates: it measures the Jaccard similarity itself.
+    """
+    held = list(validation)
+    features = [row_pairs(row) for row in held]
+    index = RarestIndex(features, similarity)
+    places: dict[tuple, list[int]] = {}
+    for number, row in enumerate(held):
+        for key in (("question", row["question_id"]), ("group", row["group"])):
+            places.setdefault(key, []).append(number)
+    leaked: set[int] = set()
+    for row in train:
+        leaked.update(places.get(("question", row["question_id"]), ()))
+        leaked.update(places.get(("group", row["group"]), ()))
+        own = row_pairs(row)
+        for number in index.candidates(own) - leaked:
+            if jaccard(features[number], own) >= similarity:
+                leaked.add(number)
+    return len(leaked)
+
+
+def row_pairs(row: dict) -> set[str]:
+    """The word pairs of a training row, without the system message that all rows share."""
+    user = row["prompt"].split(prompts.CLOSE_SYSTEM, 1)[-1].removesuffix(prompts.CLOSE_USER)
+    return word_pairs(WORD.findall(f"{user} {row['completion']}".lower()))
+
+
+def _write_dataset(config: Config, report: Report, partitions: Partitions) -> None:
+    """Split, check and save; the folder appears under its name only when it is complete."""
+    import datasets
+
+    started = time.perf_counter()
+    files = [str(partitions.folder / f"rows-{n}.arrow") for n in range(partitions.count)]
+    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+    held = choose_validation(
+        np.array(rows["group"]), validation_size(config, len(rows)), config.seed
+    )
+    splits = datasets.DatasetDict(
+        train=rows.select(np.flatnonzero(~held)[: config.max_train_rows]),
+        validation=rows.select(np.flatnonzero(held)),
+    )
+    if len(splits["train"]) == 0:
+        raise DataError(
+            f"{len(rows)} row survives, too few to train and validate: use more data or loosen the rules"
+        )
+    report.train_rows, report.validation_rows = len(splits["train"]), len(splits["validation"])
+    report.validation_leaks = count_leaks(
+        splits["train"], splits["validation"], config.near_duplicate_similarity
+    )
+    draft = config.run_dir / ".dataset.partial"
+    shutil.rmtree(draft, ignore_errors=True)
+    splits.save_to_disk(str(draft))
+    report.seconds["write"] = time.perf_counter() - started
+    (draft / "README.md").write_text(dataset_card(config, report, partitions))
+    shutil.rmtree(config.dataset_dir, ignore_errors=True)
+    draft.rename(config.dataset_dir)
+
+
+def verify_dataset(dataset, tokenizer) -> list[tuple[int, list[str]]]:
+    """(question id, problems) of every row of a DatasetDict that fails verification: the check is run on what was saved."""
+    failing = []
+    for split in dataset.values():
+        rows = zip(split["prompt"], split["completion"], strict=True)
+        checks = prompts.verify_rows(tokenizer, rows)
+        for question_id, (_, problems) in zip(split["question_id"], checks, strict=True):
+            if problems:
+                failing.append((question_id, problems))
+    return failing
+
+
+def dataset_card(config: Config, report: Report, partitions: Partitions) -> str:
+    """The README.md of the dataset, filled in from the numbers of the run."""
+    funnel = "\n".join(
+        f"| {rule} | {RULES[rule]} | {removed:,} | {left:,} |"
+        for rule, removed, left in report.funnel()
+    )
+    licence = {"CC BY-SA 3.0": "cc-by-sa-3.0", "Apache-2.0": "apache-2.0"}.get(
+        partitions.licence, "other"
+    )
+    return f"""---
+license: {licence}
+language: [en]
+task_categories: [text-generation]
+tags: [code, python, question-answering]
+size_categories: [{_size_category(report.train_rows + report.validation_rows)}]
+---
+# Python questions and answers in Llama 2's prompt template
+
+{report.train_rows:,} rows to train and {report.validation_rows:,} to validate, made from {report.raw_questions:,} questions and
+{report.raw_answers:,} answers (source: `{_source_name(config.data_source)}`, licence: {partitions.licence}). Columns: `prompt` and `completion` (Llama 2's template without BOS and EOS
+as text: the tokenizer adds the first, the trainer the second), and for attribution `question_id`, `answer_id`, `question_author`, `answer_author`,
+`question_score`, `answer_score`, `url`, `licence`, `tags`; `group` joins rows that resemble each other.
+
+| rule | removed because | pairs removed | pairs left |
+|---|---|---|---|
+{funnel}
+
+- Near duplicates: MinHash of word pairs, similarity {config.near_duplicate_similarity} or more. Benchmarks kept out: {", ".join(map(_source_name, config.benchmarks))}.
+- Split by group: {report.validation_leaks} validation rows have a near duplicate in the training split.
+- At most {config.max_length} tokens of `{_source_name(config.model_name)}`. Seed {config.seed}.
+- System message of every row: "{config.system_message}"
+- Answers were written by people, code was parsed and not executed: expect errors, and check what you use.
+"""
+
+
+def _source_name(source: str) -> str:
+    """A path's last part, anything else as it is: no card tells where a disk keeps its files."""
+    return Path(source).name if Path(source).is_absolute() else source
+
+
+def _size_category(rows: int) -> str:
+    limits = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
+    return next((name for limit, name in limits if rows < limit), "100K<n<1M")
+
+
+def push_dataset(config: Config) -> list[str]:
+    """Upload the dataset of a run under the user's own name, with its card; returns the repository ids.
+
+    A set of more than 20,000 training rows goes up twice: its first 20,000 rows under the name of `new_dataset_name`, all of it under that of
+    `new_dataset_name_complete`. Raises DataError without a token, before anything is sent.
+    """
+    import datasets
+    import huggingface_hub
+
+    path = config.require(config.dataset_dir, "02_dataset_curation")
+    if huggingface_hub.get_token() is None:
+        raise DataError(
+            "no Hugging Face token was found and nothing was uploaded: run `hf auth login` and try again"
+        )
+    user = huggingface_hub.whoami()["name"]
+    dataset = datasets.load_from_disk(str(path))
+    sizes = {config.new_dataset_name: min(len(dataset["train"]), 20_000)}
+    if len(dataset["train"]) > 20_000:
+        sizes[config.new_dataset_name_complete] = len(dataset["train"])
+    names = []
+    for name, rows in sizes.items():
+        names.append(f"{user}/{name.split('/')[-1]}")
+        part = datasets.DatasetDict(
+            train=dataset["train"].select(range(rows)), validation=dataset["validation"]
+        )
+        part.push_to_hub(names[-1])
+        huggingface_hub.HfApi().upload_file(
+            path_or_fileobj=str(path / "README.md"),
+            path_in_repo="README.md",
+            repo_id=names[-1],
+            repo_type="dataset",
+        )
+    return names
+
+
+# -- Plumbing.
+
+
+def _work_folder(config: Config) -> Path:
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".curation-", dir=config.run_dir))
+    except OSError as error:
+        raise DataError(
+            f"the run folder {config.run_dir} cannot be written ({error.strerror}): set RUN_DIR to a folder of your own"
+        ) from error
+
+
+def _fail_if_empty(report: Report, left: int) -> None:
+    if left == 0:
+        counts = ", ".join(f"{rule} {removed}" for rule, removed, _ in report.funnel() if removed)
+        raise DataError(
+            f"no row survives of {report.raw_questions} questions (removed: {counts}): check DATA_SOURCE, or lower MIN_ANSWER_SCORE, "
+            "MIN_ANSWER_CHARACTERS or raise MAX_LENGTH, whichever removed most"
+        )
+
+
+def default_workers(source: str) -> int:
+    """All cores for a large source, one for a source below a few partitions, where starting processes would take longer than the work."""
+    path = Path(source).expanduser()
+    if source == "sample" or (path.is_file() and path.stat().st_size < 4 * PARTITION_BYTES):
+        return 1
+    if path.is_dir() and sum(f.stat().st_size for f in path.glob("*.csv")) < 4 * PARTITION_BYTES:
+        return 1
+    return os.cpu_count() or 1

@@ -1,0 +1,635 @@
+"""Will it fit? The memory of a QLoRA training step, predicted from shapes alone, and measured.
+
+Every part is counted from the code that allocates it (transformers' Llama layers, peft's LoRA
+layer, bitsandbytes, the loss); no constant is fitted to a measurement. Sizes are in bytes. It
+knows layers of Llama's kind: four attention projections, a gated MLP, RMSNorm, no biases.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+from helpers.config import ALL_LINEAR_TARGETS, ATTENTION_TARGETS, PROJECT_DIR, Config
+
+GIB = 2**30
+MEASURED_STEPS = PROJECT_DIR / "benchmarks" / "results" / "qlora_step_memory.json"
+PROCESS_STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+BLOCK, NESTED_BLOCK = 64, 256  # weights under one constant, constants under one second constant
+FLOAT32 = 4
+# trl 1.16 projects to the vocabulary in tiles of 4,096 tokens by 32,768 words
+# (kernels/chunked_logprob.py).
+TILE_TOKENS, TILE_WORDS = 4096, 32768
+# Bytes of state a parameter needs: two moments. "torch" keeps them in the parameter's own type,
+# bitsandbytes in 32 bits, or in 8 bits with one 32-bit constant for 256 values.
+EIGHT_BIT_STATE = 2 * (1 + FLOAT32 / NESTED_BLOCK)
+OPTIMIZERS = {
+    "adamw_torch": "torch",
+    "adamw_torch_fused": "torch",
+    "adamw_bnb_8bit": EIGHT_BIT_STATE,
+    "adamw_8bit": EIGHT_BIT_STATE,
+    "paged_adamw_8bit": EIGHT_BIT_STATE,
+    "paged_adamw_32bit": 2 * FLOAT32,
+    "paged_adamw": 2 * FLOAT32,
+}
+SMALLEST_PAGED, SMALLEST_8BIT = 100_000, 4_096  # elements; bitsandbytes/optim/optimizer.py
+# hidden, inner, layers, heads, heads of keys and values
+LLAMA2_SHAPES = {
+    "7B": (4096, 11008, 32, 32, 32),
+    "13B": (5120, 13824, 40, 40, 40),
+    "70B": (8192, 28672, 80, 64, 8),
+}
+PLANNED_OPTIMIZERS = ("adamw_bnb_8bit", "paged_adamw_8bit")  # faster first
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training step does, as far as memory is concerned.
+
+    `length` is that of the longest batch, padding included, in tokens. `upcast` says that peft's
+    `prepare_model_for_kbit_training` ran: embeddings, norms, head and hidden states are float32.
+    `loss` is "full" (transformers: logits of all positions) or "chunked" (trl 1.16). Raises
+    ValueError for an unknown quantization, optimizer, loss or device.
+    """
+
+    quantization: str = "nf4-double"  # or "nf4", "16bit"
+    rank: int = 64
+    targets: tuple[str, ...] = ALL_LINEAR_TARGETS
+    dropout: float = 0.0
+    batch: int = 1
+    length: int = 512
+    optimizer: str = "adamw_bnb_8bit"
+    checkpointing: bool = True
+    offload: bool = (
+        False  # checkpoints wait in the host's memory (SFTConfig(activation_offloading=))
+    )
+    accumulation: int = 1
+    upcast: bool = False
+    compute_bytes: int = 2
+    adapter_bytes: int = 2
+    autocast: bool = (
+        True  # inputs of the adapter are cast to the compute type, not to the adapter's
+    )
+    loss: str = "chunked"
+    device: str = "cuda"
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("quantization", self.quantization, ("nf4", "nf4-double", "16bit")),
+            ("optimizer", self.optimizer, tuple(OPTIMIZERS)),
+            ("loss", self.loss, ("full", "chunked")),
+            ("device", self.device, ("cuda", "cpu")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+
+    @classmethod
+    def from_config(cls, config: Config, length: int | None = None) -> "Run":
+        """The Run of a Config under trl, whose adapters are bfloat16 (float32 with fp16=True)."""
+        nested = "nf4-double" if config.use_nested_quant else "nf4"
+        return cls(
+            quantization=nested if config.use_4bit else "16bit",
+            rank=config.lora_r,
+            targets=config.target_modules,
+            dropout=config.lora_dropout,
+            batch=config.per_device_train_batch_size,
+            length=length or config.max_length,
+            optimizer=config.optim,
+            checkpointing=config.activation_checkpointing,
+            accumulation=config.grad_acc_steps,
+            compute_bytes=torch.finfo(getattr(torch, config.bnb_4bit_compute_dtype)).bits // 8,
+            adapter_bytes=4 if config.fp16 else 2,
+            autocast=config.fp16 or config.bf16,
+            device="cpu" if config.device == "cpu" else "cuda",
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Positions in a batch, padding included."""
+        return self.batch * self.length
+
+    @property
+    def stream_bytes(self) -> int:
+        """Width of a number in the hidden states between the layers."""
+        return FLOAT32 if self.upcast else self.compute_bytes
+
+    @property
+    def adapter_input_bytes(self) -> int:
+        """Width of a number that an adapter's matrices read."""
+        return self.compute_bytes if self.autocast else self.adapter_bytes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the fullest moment of a step, part by part; `moment` says which one that is.
+
+    The moments: "loss" (every activation and the logits), "backward" (one layer recomputed or
+    walked back), "step" (all gradients and the optimizer's states).
+    """
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    overhead: int
+    moment: str
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The parts by name, without the moment."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "moment"}
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts together."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The fastest run that fits a card, or the smallest one if none does; `advice` says so."""
+
+    fits: bool
+    run: Run
+    estimate: Estimate
+    advice: str
+
+
+# -- Shapes and weights
+
+
+def llama2_config(size: str = "7B") -> LlamaConfig:
+    """The public shape of a Llama 2 model, "7B", "13B" or "70B", without its weights.
+
+    Source: Touvron et al. 2023, arXiv 2307.09288, and the config.json of each model.
+    """
+    hidden, inner, layers, heads, key_heads = LLAMA2_SHAPES[size]
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+    )
+
+
+def empty_4bit_model(model_config, quantization: BitsAndBytesConfig):
+    """A causal language model on the meta device: shapes and types, no numbers, in 4 bits.
+
+    Its packed weights still have their unpacked shape, because packing happens when numbers come.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float16)
+    return replace_with_bnb_linear(model, ["lm_head"], quantization)
+
+
+def count_trainable(model, rank: int, targets) -> tuple[int, int]:
+    """(trainable, all) parameters once peft has put an adapter on a meta model; the model stays."""
+    adapter = LoraConfig(r=rank, target_modules=list(targets))
+    with torch.device("meta"):
+        adapted = inject_adapter_in_model(adapter, copy.deepcopy(model))
+    sizes = [(p.numel(), p.requires_grad) for p in adapted.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+def layer_table(model) -> list[dict]:
+    """Every distinct kind of layer that holds weights, in the order of the model.
+
+    For each: its name and shape, the type it is stored in, how often it occurs, how many weights it
+    stands for (a packed byte stands for two), and its bytes without quantization constants.
+    """
+    tied = model.config.tie_word_embeddings
+    table = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or (tied and name == "lm_head"):
+            continue
+        shape = getattr(weight, "quant_state", None) or weight
+        row = table.setdefault(
+            (name.split(".")[-1], tuple(shape.shape)),
+            {"stored as": str(weight.dtype)[6:], "count": 0, "parameters": 0, "bytes": 0},
+        )
+        row["count"] += 1
+        row["parameters"] += shape.shape.numel()
+        row["bytes"] += weight.nbytes
+    return [{"layer": f"{name} {shape}", **row} for (name, shape), row in table.items()]
+
+
+def linear_shapes(model_config) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of a decoder layer's linear layers by name; one layer, not all of them."""
+    hidden, inner = model_config.hidden_size, model_config.intermediate_size
+    head = head_width(model_config)
+    queries = model_config.num_attention_heads * head
+    keys = model_config.num_key_value_heads * head
+    return {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+
+
+def head_width(model_config) -> int:
+    """Width of one attention head."""
+    given = getattr(model_config, "head_dim", None)
+    return given or model_config.hidden_size // model_config.num_attention_heads
+
+
+def linear_parameters(model_config) -> int:
+    """Weights of all decoder layers' linear layers: those that are quantized."""
+    one = sum(outputs * inputs for outputs, inputs in linear_shapes(model_config).values())
+    return model_config.num_hidden_layers * one
+
+
+def other_parameters(model_config) -> int:
+    """Weights kept in 16 bits: embedding, head (unless tied to it), two norms a layer, one more."""
+    tables = 1 if model_config.tie_word_embeddings else 2
+    norms = 2 * model_config.num_hidden_layers + 1
+    return (tables * model_config.vocab_size + norms) * model_config.hidden_size
+
+
+def quantized_bytes(parameters: int, double: bool) -> int:
+    """Bytes of one 4-bit tensor with its constants (QLoRA, section 3, "Double Quantization").
+
+    Half a byte a weight; for each 64 weights a 32-bit constant, or with double quantization an
+    8-bit one, a 32-bit one for each 256 of those, and one 32-bit mean.
+    """
+    blocks = math.ceil(parameters / BLOCK)
+    constants = FLOAT32 * blocks
+    if double:
+        constants = blocks + FLOAT32 * math.ceil(blocks / NESTED_BLOCK) + FLOAT32
+    return math.ceil(parameters / 2) + constants
+
+
+def footprint_bytes(model_config, other_bytes: int = 2) -> int:
+    """What transformers' `get_memory_footprint()` says of a 4-bit model: parameters and buffers.
+
+    The packed weights, the 16-bit rest, and the two float32 tables of rotary frequencies. The
+    quantization constants are attributes of the packed weights, not parameters: it leaves them out.
+    """
+    packed = linear_parameters(model_config) // 2
+    rotary = 2 * (head_width(model_config) // 2) * FLOAT32
+    return packed + other_bytes * other_parameters(model_config) + rotary
+
+
+def weight_bytes(model_config, run: Run) -> int:
+    """All weights of the base model as they lie on the device, constants included."""
+    other = other_parameters(model_config) * run.stream_bytes
+    if run.quantization == "16bit":
+        return linear_parameters(model_config) * run.compute_bytes + other
+    double = run.quantization == "nf4-double"
+    one = sum(quantized_bytes(o * i, double) for o, i in linear_shapes(model_config).values())
+    return model_config.num_hidden_layers * one + other
+
+
+# -- What is trained
+
+
+def adapter_tensors(model_config, rank: int, targets) -> list[int]:
+    """Elements of each LoRA matrix: rank x inputs and outputs x rank, target by target."""
+    one = [
+        rank * side
+        for name, shape in linear_shapes(model_config).items()
+        if name in targets
+        for side in shape
+    ]
+    return one * model_config.num_hidden_layers
+
+
+def lora_parameters(model_config, rank: int = 64, targets=ATTENTION_TARGETS) -> int:
+    """Trainable parameters: rank x (inputs + outputs) over the targets (LoRA, section 4.1)."""
+    return sum(adapter_tensors(model_config, rank, targets))
+
+
+def optimizer_bytes(model_config, run: Run) -> int:
+    """Two moments for each trainable parameter, in the optimizer's own width.
+
+    bitsandbytes keeps tensors below 4,096 elements in 32 bits. Paged states of 100,000 elements
+    or more lie in managed memory, from which the driver moves them to the host under pressure:
+    counted as none.
+    """
+    width, total = OPTIMIZERS[run.optimizer], 0.0
+    for elements in adapter_tensors(model_config, run.rank, run.targets):
+        if width == "torch":
+            total += elements * 2 * run.adapter_bytes
+        elif not (run.optimizer.startswith("paged") and elements >= SMALLEST_PAGED):
+            total += elements * (width if elements >= SMALLEST_8BIT else 2 * FLOAT32)
+    return round(total)
+
+
+# -- What a step holds
+
+
+def layer_activation_bytes(model_config, run: Run) -> int:
+    """What autograd keeps of one decoder layer's forward pass for its backward pass.
+
+    Read off modeling_llama.py and peft's Linear4bit; see the three helpers. bitsandbytes keeps
+    the packed weight only, so a frozen projection costs nothing: what is kept is kept for norms,
+    attention, the gate and the adapters.
+    """
+    hidden = model_config.hidden_size
+    # RMSNorm keeps its input in float32, and one reciprocal root for each token.
+    norms = 2 * (hidden + 1) * FLOAT32
+    per_token = norms + _attention_bytes(model_config, run) + _gate_bytes(model_config, run)
+    per_token += _adapter_input_bytes(model_config, run)
+    mask = run.batch * run.length**2 * run.stream_bytes  # the boolean mask, made additive
+    return per_token * run.tokens + mask
+
+
+def _attention_bytes(model_config, run: Run) -> int:
+    """Query, key, value, output at full head count, and a float32 log-sum-exp a head (sdpa)."""
+    width = model_config.num_attention_heads * head_width(model_config)
+    return 4 * width * run.stream_bytes + model_config.num_attention_heads * FLOAT32
+
+
+def _gate_bytes(model_config, run: Run) -> int:
+    """The gate before and after SiLU, and the branch it multiplies."""
+    return 3 * model_config.intermediate_size * run.stream_bytes
+
+
+def _adapter_input_bytes(model_config, run: Run) -> int:
+    """Inputs of the A matrices and of the B matrices, for each token.
+
+    Layers that read the same tensor (q, k, v; gate, up) share one copy, unless dropout or a cast
+    gives each its own; the input of o_proj is the attention's output, which is kept anyway.
+    """
+    cast, dropped = run.adapter_input_bytes != run.stream_bytes, run.dropout > 0
+    shared, total = set(), 0
+    for name, (_, inputs) in linear_shapes(model_config).items():
+        if name not in run.targets:
+            continue
+        total += run.rank * run.adapter_input_bytes
+        group = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(name, name)
+        own = cast or dropped
+        if own or (group not in shared and name != "o_proj"):
+            total += inputs * (run.adapter_input_bytes + (1 if dropped else 0))
+        shared.add(group)
+    return total
+
+
+def checkpoint_bytes(model_config, run: Run) -> int:
+    """One hidden state: all that checkpointing keeps of a layer (Chen et al., arXiv 1604.06174)."""
+    return run.tokens * model_config.hidden_size * run.stream_bytes
+
+
+def held_bytes(model_config, run: Run) -> int:
+    """Activations kept between forward and backward, over all layers, and the last norm's input."""
+    layers = model_config.num_hidden_layers
+    last_norm = run.tokens * model_config.hidden_size * FLOAT32
+    if not run.checkpointing:
+        # The embedding is frozen, so nothing is kept for the norm that follows it.
+        return layers * layer_activation_bytes(model_config, run)
+    # Offloaded, one checkpoint is in use while the next one travels.
+    return last_norm + (2 if run.offload else layers) * checkpoint_bytes(model_config, run)
+
+
+def loss_bytes(model_config, run: Run) -> int:
+    """The most that the loss holds at once.
+
+    "full": transformers upcasts the logits; in the backward pass log-softmax, its gradient and
+    the gradient of the logits stand side by side, in float32. "chunked": one 16-bit tile and the
+    gradient of the hidden states in float32; without Triton (a CPU) also seven and a quarter
+    float32 tiles, the temporaries alive at once in `_backward_tile` (y, z, log p, p, grad, two
+    products, a boolean mask).
+    """
+    if run.loss == "full":
+        return 3 * FLOAT32 * run.tokens * model_config.vocab_size
+    rows = min(run.tokens, TILE_TOKENS)
+    gradient = run.tokens * model_config.hidden_size * FLOAT32
+    tiles = rows * TILE_WORDS * run.compute_bytes
+    if run.device == "cpu":
+        words = min(TILE_WORDS, model_config.vocab_size)
+        tiles += round(7.25 * FLOAT32) * rows * words
+    return gradient + tiles
+
+
+def backward_bytes(model_config, run: Run) -> int:
+    """What walking back through one layer needs besides its activations.
+
+    The residual's gradient twice, three gradients as wide as the MLP's middle (base path, adapter
+    path, their sum), and the widest weight dequantized.
+    """
+    hidden, inner = model_config.hidden_size, model_config.intermediate_size
+    gradients = run.tokens * (2 * hidden + 3 * inner) * run.stream_bytes
+    widest = max(outputs * inputs for outputs, inputs in linear_shapes(model_config).values())
+    return gradients + (0 if run.quantization == "16bit" else widest * run.compute_bytes)
+
+
+def mapped_file_bytes(model_config, run: Run) -> int:
+    """On a CPU: pages of the 16-bit checkpoint that were read to quantize it and stay resident.
+
+    safetensors maps the file; the pages are clean, the system takes them back when it needs room.
+    """
+    on_cpu = run.device == "cpu" and run.quantization != "16bit"
+    return 2 * linear_parameters(model_config) if on_cpu else 0
+
+
+def estimate(model_config, run: Run, baseline: int = 0) -> Estimate:
+    """Predicted peak of a training step: the fullest of its moments, part by part.
+
+    `baseline` is what the process holds before the model is loaded (`current_memory_bytes()`
+    after the imports) and matters on a CPU. On a GPU the result stands for
+    `torch.cuda.max_memory_allocated()`: the CUDA context, a few hundred MB, is not in it.
+    """
+    moments = _moments(model_config, run)
+    name = max(moments, key=lambda moment: sum(moments[moment].values()))
+    parts = dict(moments[name])
+    parts["overhead"] += baseline + mapped_file_bytes(model_config, run)
+    trained = lora_parameters(model_config, run.rank, run.targets)
+    return Estimate(
+        weights=weight_bytes(model_config, run),
+        adapters=trained * run.adapter_bytes,
+        optimizer=optimizer_bytes(model_config, run),
+        moment=name.split("-")[0],
+        **parts,
+    )
+
+
+def _moments(model_config, run: Run) -> dict[str, dict[str, int]]:
+    """Gradients, activations, logits and overhead at each moment; the rest is always there."""
+    layers = model_config.num_hidden_layers
+    gradients = lora_parameters(model_config, run.rank, run.targets) * run.adapter_bytes
+    # Before the first optimizer step of several accumulated batches the gradients are kept.
+    kept = gradients if run.accumulation > 1 else 0
+    layer = layer_activation_bytes(model_config, run)
+    held, back = held_bytes(model_config, run), backward_bytes(model_config, run)
+    recomputed = layer if run.checkpointing else 0
+    one_layer = layer + (checkpoint_bytes(model_config, run) if run.checkpointing else 0)
+    logits = loss_bytes(model_config, run)
+
+    def moment(gradients, activations, logits, overhead):
+        return {
+            "gradients": gradients,
+            "activations": activations,
+            "logits": logits,
+            "overhead": overhead,
+        }
+
+    return {
+        "loss": moment(kept, held, logits, 0),
+        "backward-top": moment(max(kept, gradients // layers), held + recomputed, 0, back),
+        "backward-bottom": moment(gradients, one_layer, 0, back),
+        "step": moment(gradients, 0, 0, 0),
+    }
+
+
+def measured_steps(path: Path = MEASURED_STEPS) -> dict[str, tuple[Run, int]]:
+    """Training steps at Llama 2 7B's shape that were measured on a GPU: name -> (Run, peak bytes).
+
+    The file also says on what hardware, when, and with which versions.
+    """
+    rows = json.loads(path.read_text())["rows"]
+    return {row["name"]: (Run(**row["run"]), row["measured_bytes"]) for row in rows}
+
+
+# -- A plan for a card
+
+
+def plan(model_config, run: Run, card_bytes: int, reserve_bytes: int = GIB) -> Plan:
+    """The fastest way to take `run`'s step of `run.batch` rows on a card of `card_bytes`.
+
+    Tried: every power of two up to `run.batch` (the rest is accumulated), checkpointing on and off,
+    offloaded checkpoints, 8-bit AdamW plain and paged. `reserve_bytes` is kept free for the CUDA
+    context, the allocator's gaps and the desktop: a margin, not a prediction.
+    """
+    room = card_bytes - reserve_bytes
+    candidates = sorted(_candidates(run), key=relative_cost)
+    for candidate in candidates:
+        predicted = estimate(model_config, candidate)
+        if predicted.total <= room:
+            return Plan(True, candidate, predicted, _summary(candidate, predicted, room))
+    smallest = min(candidates, key=lambda item: estimate(model_config, item).total)
+    return Plan(
+        False, smallest, estimate(model_config, smallest), _advice(model_config, smallest, room)
+    )
+
+
+def relative_cost(run: Run, ridge: int = 500) -> tuple[float, bool]:
+    """How slow a run is for each token, to rank plans; not a time.
+
+    A frozen weight is passed twice, forward and backward, a third time to recompute, and moving
+    checkpoints to the host counts as one more. A pass costs its tokens plus `ridge`, the tokens
+    at which the arithmetic takes as long as unpacking the weights: (operations a byte) x 4.5
+    bytes / 2 operations, at 160 to 300 operations a byte for cards from a T4 to an H100 (roofline
+    model, Williams et al. 2009).
+    """
+    passes = 2 + run.checkpointing + run.offload
+    return passes * (1 + ridge / run.tokens), run.optimizer.startswith("paged")
+
+
+def _candidates(run: Run) -> list[Run]:
+    batches = [2**power for power in range(run.batch.bit_length()) if 2**power <= run.batch]
+    return [
+        dataclasses.replace(
+            run,
+            batch=batch,
+            accumulation=run.accumulation * math.ceil(run.batch / batch),
+            checkpointing=checkpointing,
+            offload=offload,
+            optimizer=optimizer,
+        )
+        for batch in batches
+        for checkpointing, offload in ((False, False), (True, False), (True, True))
+        for optimizer in PLANNED_OPTIMIZERS
+    ]
+
+
+def _summary(run: Run, predicted: Estimate, room: int) -> str:
+    checkpoints = "with checkpointing" if run.checkpointing else "without checkpointing"
+    offloaded = ", checkpoints offloaded to the host" if run.offload else ""
+    return (
+        f"batch {run.batch} x {run.accumulation} accumulated, {checkpoints}{offloaded}, "
+        f"{run.optimizer}: {predicted.total / GIB:.1f} GiB of {room / GIB:.1f}"
+    )
+
+
+def _advice(model_config, smallest: Run, room: int) -> str:
+    """What to change first when nothing fits: the first change, cheap to dear, that is enough."""
+    weights = weight_bytes(model_config, smallest)
+    if smallest.quantization == "16bit":
+        return f"the weights take {weights / GIB:.1f} GiB in 16 bits: load them in 4 bits first"
+    if weights >= room:
+        return (
+            f"the 4-bit weights alone take {weights / GIB:.1f} GiB of {room / GIB:.1f}: "
+            "choose a smaller model or a larger card"
+        )
+    length = smallest.length // 2
+    while length >= 64:
+        if estimate(model_config, dataclasses.replace(smallest, length=length)).total <= room:
+            return f"cut rows to {length} tokens: activations and logits shrink with the length"
+        length //= 2
+    small = dataclasses.replace(smallest, rank=8, targets=ATTENTION_TARGETS, length=64)
+    if estimate(model_config, small).total <= room:
+        return "train fewer parameters: rank 8 on q_proj and v_proj, with short rows"
+    return "the weights leave no room for a step: choose a smaller model or a larger card"
+
+
+# -- Measuring
+
+
+def current_memory_bytes() -> int:
+    """What torch has allocated on the GPU, if anything, else the process's resident memory."""
+    if _on_gpu():
+        return torch.cuda.memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory_bytes() -> int:
+    """The most that `current_memory_bytes` has been since `reset_peak_memory`.
+
+    Where the system cannot reset its mark (see there), since the process began.
+    """
+    if _on_gpu():
+        return torch.cuda.max_memory_allocated()
+    if PROCESS_STATUS.exists():
+        # "VmHWM:   123456 kB": the high-water mark of resident memory, proc(5)
+        (peak,) = [w[6:] for w in PROCESS_STATUS.read_text().splitlines() if w[:6] == "VmHWM:"]
+        return int(peak.split()[0]) * 1024
+    return _peak_of_process()
+
+
+def reset_peak_memory() -> bool:
+    """Start a new peak from here. True when it could be done: on a GPU, and on Linux for a process.
+
+    Writing 5 to /proc/self/clear_refs resets VmHWM (proc(5)); some containers forbid it.
+    """
+    if _on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _on_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.memory_allocated() > 0
+
+
+def _peak_of_process() -> int:
+    """Peak resident bytes where there is no /proc: Windows through psutil, else getrusage."""
+    windows_peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
+    if windows_peak is not None:
+        return windows_peak
+    import resource  # a Unix module
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB

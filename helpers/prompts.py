@@ -1,0 +1,148 @@
+r"""Llama 2's prompt template: render it, parse it back, and verify that a tokenizer reads it as meant.
+
+    <s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST] {answer} </s>
+
+`<s>` and `</s>` are never written as text here: the tokenizer adds the first, trl the second. The
+space that follows `[/INST]` belongs to the completion, so that the prompt's tokens are a prefix of
+the whole text's tokens. Source: `chat_completion` in Meta's llama repository, generation.py.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+OPEN_SYSTEM, CLOSE_SYSTEM = "<<SYS>>", "<</SYS>>"
+OPEN_USER, CLOSE_USER = "[INST]", "[/INST]"
+MARKERS = (OPEN_SYSTEM, CLOSE_SYSTEM, OPEN_USER, CLOSE_USER)
+IGNORED_LABEL = -100  # the label that PyTorch's cross entropy leaves out
+
+TURN = re.compile(
+    r"\[INST\] (?P<user>.*?) \[/INST\](?: (?P<answer>.*?) (?=\[INST\]|$))?", re.DOTALL
+)
+SYSTEM = re.compile(r"<<SYS>>\n(?P<system>.*?)\n<</SYS>>\n\n(?P<user>.*)", re.DOTALL)
+
+
+class TemplateError(ValueError):
+    """A text cannot be put into the template, or is not in it. The message says where."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A system message and turns of (user, answer); the last answer is None when it is asked for."""
+
+    system: str
+    turns: tuple[tuple[str, str | None], ...]
+
+
+def render_prompt(user: str, system: str) -> str:
+    """The text that a model is given: everything up to and including `[/INST]`, without BOS."""
+    user, system = _clean("user text", user), _clean("system message", system)
+    return f"{OPEN_USER} {OPEN_SYSTEM}\n{system}\n{CLOSE_SYSTEM}\n\n{user} {CLOSE_USER}"
+
+
+def render_completion(answer: str) -> str:
+    """The text that a model is to produce: a space, the answer, a space, without EOS."""
+    return f" {_clean('answer', answer)} "
+
+
+def render(conversation: Conversation, bos: str = "", eos: str = "") -> str:
+    """A whole conversation of one or more turns. Each answered turn ends in `eos`, the next begins with `bos`."""
+    parts = []
+    for number, (user, answer) in enumerate(conversation.turns):
+        first = number == 0
+        prompt = render_prompt(user, conversation.system) if first else _render_turn(user)
+        parts.append(bos + prompt + (render_completion(answer) + eos if answer is not None else ""))
+    return "".join(parts)
+
+
+def parse(text: str, bos: str = "", eos: str = "") -> Conversation:
+    """The conversation that `render` wrote. Raises TemplateError with the first place that differs."""
+    bare = text
+    for special in filter(None, (bos, eos)):
+        bare = bare.replace(special, "")
+    turns = [(found["user"], found["answer"]) for found in TURN.finditer(bare)]
+    opened = SYSTEM.fullmatch(turns[0][0]) if turns else None
+    if opened is None:
+        raise TemplateError(f"no {OPEN_USER} {OPEN_SYSTEM} ... {CLOSE_SYSTEM} in {text[:60]!r}")
+    turns[0] = (opened["user"], turns[0][1])
+    conversation = Conversation(opened["system"], tuple(turns))
+    if render(conversation, bos, eos) != text:
+        raise TemplateError(f"text before, between or after the turns in {text[:60]!r}")
+    return conversation
+
+
+def encode(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
+    """Token ids of one training row and its labels, as trl makes them from a prompt and a completion.
+
+    `input_ids` and `labels` have the same length; a label is IGNORED_LABEL on the prompt.
+    """
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    input_ids = tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"]
+    ignored = [IGNORED_LABEL] * len(prompt_ids)
+    return {"input_ids": input_ids, "labels": ignored + input_ids[len(prompt_ids) :]}
+
+
+def verify(tokenizer, prompt: str, completion: str) -> list[str]:
+    """What is wrong with a training row, one sentence each; an empty list when it is well formed.
+
+    Checks the tags, exactly one BOS and one EOS, that the prompt's tokens begin the whole text's
+    tokens, and that the loss falls on the answer and on the EOS that ends it.
+    """
+    ((_, problems),) = verify_rows(tokenizer, [(prompt, completion)])
+    return problems
+
+
+def verify_rows(
+    tokenizer, rows: Iterable[tuple[str, str]], batch_size: int = 256
+) -> Iterator[tuple[int, list[str]]]:
+    """(length in tokens with BOS and EOS, problems as `verify` names them) of each (prompt, completion), in order.
+
+    Tokenizes in batches: several times faster than calling `verify` row by row.
+    """
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, batch_size)):
+        prompts = tokenizer([prompt for prompt, _ in batch])["input_ids"]
+        wholes = tokenizer([p + c + tokenizer.eos_token for p, c in batch])["input_ids"]
+        for (prompt, completion), prompt_ids, ids in zip(batch, prompts, wholes, strict=True):
+            problems = _template_problems(prompt + completion)
+            yield len(ids), problems + _token_problems(tokenizer, prompt_ids, ids)
+
+
+def _template_problems(text: str) -> list[str]:
+    try:
+        parse(text)
+    except TemplateError as error:
+        return [f"template: {error}"]
+    return []
+
+
+def _token_problems(tokenizer, prompt_ids: list[int], ids: list[int]) -> list[str]:
+    bos, eos, problems = tokenizer.bos_token_id, tokenizer.eos_token_id, []
+    for name, token in (("BOS", bos), ("EOS", eos)):
+        if ids.count(token) != 1:
+            problems.append(f"{ids.count(token)} {name} tokens, there must be exactly one")
+    if ids[0] != bos or ids[-1] != eos:
+        problems.append("the text does not begin with BOS and end with EOS")
+    if ids[: len(prompt_ids)] != prompt_ids:
+        problems.append(
+            "the prompt's tokens are not a prefix of the whole: a token merges across the seam"
+        )
+    # The labels are the tokens after the prompt: without the EOS the model would not learn to stop.
+    if len(ids) - len(prompt_ids) < 2 or ids[-1] != eos:
+        problems.append("the answer and the final EOS are not both among the labels")
+    return problems
+
+
+def _render_turn(user: str) -> str:
+    return f"{OPEN_USER} {_clean('user text', user)} {CLOSE_USER}"
+
+
+def _clean(what: str, text: str) -> str:
+    """The stripped text; TemplateError when it holds one of the template's own markers."""
+    for marker in MARKERS:
+        if marker in text:
+            raise TemplateError(
+                f"{what} holds the template's own marker {marker}: remove or reword it"
+            )
+    return text.strip()

@@ -1,0 +1,290 @@
+"""Run generated code without trusting it: in a process of its own, isolated and limited.
+
+Level "isolated": no network, no file but Python's own (read-only) and one empty folder, no process
+but its own, none of your environment variables. It needs Linux namespaces or bubblewrap, which
+plain Docker and Ubuntu's AppArmor rules often refuse. Level "limits-only": a process of its own in
+an empty folder, with an empty environment and the same limits; it guards against accidents and not
+against malice, since such code reads your files and reaches the network. "off" runs nothing. No
+level falls back to a weaker one.
+
+Limits of every level: time, memory, processes, open files, file size, printed text. Programs see
+Python's standard library alone. This module does not score answers and does not read code out of
+them. What happens in the other process stands in sandbox_inside.py.
+"""
+
+import ast
+import functools
+import json
+import os
+import secrets
+import selectors
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+LEVELS = ("isolated", "limits-only", "off")
+METHODS = {"isolated": ("namespaces", "bubblewrap"), "limits-only": ("none",)}
+INSIDE = Path(__file__).with_name("sandbox_inside.py")
+GRACE_SECONDS = 3  # for the start, and for ending what a program started
+MIB = 2**20
+
+
+class SandboxUnavailable(RuntimeError):
+    """The wanted level cannot be had here. The message says why and how to set SANDBOX."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended. `passed` is the only verdict, the rest explains it.
+
+    reason: "passed", "failed" (an exit code other than 0, or tests that did not run to their end),
+    "timeout", "memory", "output" (printed too much), or "killed" (by a signal, or the supervisor
+    gave no report). exit_code is None when the program was ended from outside, negative after a
+    signal. output: the last `output_bytes` of stdout and stderr together, untrusted text.
+    """
+
+    passed: bool
+    exit_code: int | None
+    reason: str
+    output: str
+    seconds: float
+    level: str
+
+
+def level(wanted: str = "isolated") -> str:
+    """The level that is on when `wanted` is asked for: the same, after trying it once.
+
+    Raises SandboxUnavailable when it cannot be had, ValueError when there is no such level.
+    """
+    if wanted not in LEVELS:
+        raise ValueError(f"SANDBOX is {wanted!r}; it must be one of {', '.join(LEVELS)}")
+    if wanted != "off":
+        _method(wanted)
+    return wanted
+
+
+def run(
+    program: str,
+    wanted: str = "isolated",
+    timeout_seconds: float = 10,
+    memory_bytes: int = 512 * MIB,
+    output_bytes: int = 64 * 1024,
+) -> Outcome:
+    """Run a program as `__main__`. It passes when it ends by itself with exit code 0.
+
+    memory_bytes limits the address space of each process and the resident memory of all together.
+    Raises SandboxUnavailable when the level cannot be had or is "off".
+    """
+    limits = _limits(timeout_seconds, memory_bytes, output_bytes)
+    return _execute(program, None, wanted, _method(wanted), limits)
+
+
+def run_tests(
+    solution: str,
+    tests: str,
+    wanted: str = "isolated",
+    timeout_seconds: float = 10,
+    memory_bytes: int = 512 * MIB,
+    output_bytes: int = 64 * 1024,
+) -> Outcome:
+    """Run a solution and then its tests. It passes only when the last statement of the tests ended.
+
+    `sys.exit(0)` or `os._exit(0)` is no pass: a random token has to come back, which the process
+    sends after the tests and keeps where the solution's code does not get to. Names of builtins
+    that a solution defines or replaces are not the ones that tests see. Solution and tests share
+    a process all the same: this stops code that cheats, not an attack on Python itself, and an
+    object that claims to equal everything does pass `==`.
+
+    Raises ValueError when the tests assert nothing, SyntaxError when they do not parse.
+    """
+    if not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(tests))):
+        raise ValueError(f"the tests hold no assert statement, so nothing can fail: {tests[:80]!r}")
+    limits = _limits(timeout_seconds, memory_bytes, output_bytes)
+    return _execute(solution, tests, wanted, _method(wanted), limits)
+
+
+def run_many(programs: list, wanted: str = "isolated", workers: int = 2, **limits) -> list[Outcome]:
+    """Outcomes in the order of `programs`: texts for `run`, or pairs (solution, tests)."""
+    level(wanted)
+
+    def one(item: str | tuple[str, str]) -> Outcome:
+        if isinstance(item, str):
+            return run(item, wanted, **limits)
+        return run_tests(*item, wanted, **limits)
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(one, programs))
+
+
+def _limits(timeout_seconds: float, memory_bytes: int, output_bytes: int) -> dict:
+    values = {
+        "timeout_seconds": timeout_seconds,
+        "memory_bytes": memory_bytes,
+        "output_bytes": output_bytes,
+    }
+    if bad := {name: value for name, value in values.items() if not value > 0}:
+        raise ValueError(f"limits must be greater than 0, not {bad}")
+    return values
+
+
+def _method(wanted: str) -> str:
+    """How a level is reached here, or SandboxUnavailable."""
+    if wanted == "off":
+        raise SandboxUnavailable(
+            'SANDBOX is "off", so no generated code is run: set SANDBOX to "isolated"'
+        )
+    refusals = {}
+    for method in METHODS[wanted]:
+        refusals[method] = probe(method)
+        if not refusals[method]:
+            return method
+    why = "; ".join(f"{method}: {refusal}" for method, refusal in refusals.items())
+    weaker = '"limits-only" to accept limits without isolation, or ' * (wanted == "isolated")
+    raise SandboxUnavailable(
+        f"SANDBOX is {wanted!r}, which this machine does not offer ({why}): "
+        f'set SANDBOX to {weaker}"off" to run no generated code'
+    )
+
+
+@functools.cache
+def probe(method: str) -> str:
+    """Try a method once. Returns "" when a program ran as it should, else what went wrong."""
+    if not sys.platform.startswith("linux"):
+        return f"it needs Linux, and this is {sys.platform}"
+    if method == "bubblewrap" and (os.getuid() == 0 or not shutil.which("bwrap")):
+        return "root does without it" if os.getuid() == 0 else "bwrap is not installed"
+    checks = "import os, socket\n"
+    if method != "none":
+        checks += (
+            f"assert not os.path.exists({str(INSIDE)!r}), 'the project is visible'\n"
+            "assert [n for _, n in socket.if_nameindex()] in ([], ['lo']), 'there is a network'\n"
+        )
+    outcome = _execute(checks, None, "probe", method, _limits(10, 512 * MIB, 64 * 1024))
+    last_line = (outcome.output.strip().splitlines() or ["no output"])[-1]
+    return "" if outcome.passed else f"{outcome.reason}, {last_line}"
+
+
+def _execute(program: str, tests: str | None, name: str, method: str, limits: dict) -> Outcome:
+    """Start the supervisor, follow the output, and judge its report. `name` is the level's."""
+    started = time.monotonic()
+    folder = tempfile.mkdtemp(prefix="sandbox-")
+    token = secrets.token_hex(32)
+    job = _job(method, folder) | limits | {"program": program, "tests": tests, "token": token}
+    try:
+        text, too_much, report = _converse(job)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    reason, exit_code, sent = report or ["killed", None, ""]
+    if too_much:
+        reason = "output"
+    elif reason is None and exit_code == 0 and tests is not None and sent != token:
+        reason, text = "failed", text + "\nThe tests did not run to their end."
+    reason = reason or _reason(exit_code, text)
+    return Outcome(reason == "passed", exit_code, reason, text, time.monotonic() - started, name)
+
+
+def _reason(exit_code: int, text: str) -> str:
+    """Why a program that ended by itself ended so."""
+    if exit_code == 0:
+        return "passed"
+    last_line = (text.strip().splitlines() or [""])[-1]
+    if last_line.startswith("MemoryError"):
+        return "memory"
+    return "killed" if exit_code < 0 else "failed"
+
+
+def _job(method: str, folder: str) -> dict:
+    """What the supervisor needs to know beside the program and its limits."""
+    base = os.path.realpath(sys.base_prefix)
+    python = os.path.realpath(sys.executable)
+    wanted = [f"{base}/lib", f"{base}/lib64", python, "/lib", "/lib64", "/usr/lib", "/usr/lib64"]
+    wanted += ["/etc/ld.so.cache", "/dev/null", "/dev/urandom"]
+    visible = [path for path in dict.fromkeys(wanted) if os.path.exists(path)]
+    packages = f"{os.path.realpath(sysconfig.get_path('stdlib'))}/site-packages"
+    return {
+        "method": method,
+        "folder": "/box" if method == "bubblewrap" else folder,
+        "python": python,
+        "visible": visible,
+        "hidden": [packages] if os.path.isdir(packages) else [],
+        "source": INSIDE.read_text(encoding="utf-8"),
+    }
+
+
+def _command(job: dict, report: int) -> list[str]:
+    """The command line of the supervisor, inside bubblewrap where that is the method."""
+    prefix = []
+    if job["method"] == "bubblewrap":
+        prefix = [shutil.which("bwrap"), "--unshare-all", "--unshare-user", "--disable-userns"]
+        prefix += ["--die-with-parent", "--as-pid-1", "--clearenv"]
+        for path in job["visible"]:
+            link = os.path.islink(path)
+            bind = "--dev-bind" if path.startswith("/dev/") else "--ro-bind"
+            prefix += ["--symlink", os.readlink(path), path] if link else [bind, path, path]
+        for path in job["hidden"]:
+            prefix += ["--tmpfs", path, "--remount-ro", path]
+        prefix += ["--proc", "/proc", "--size", str(16 * MIB), "--tmpfs", "/box"]
+        prefix += ["--remount-ro", "/", "--chdir", "/box"]
+    return prefix + [job["python"], "-I", "-S", "-B", "-c", job["source"], "supervise", str(report)]
+
+
+def _converse(job: dict) -> tuple[str, bool, list | None]:
+    """Run a job. Returns the end of its output, whether it printed too much, and the report."""
+    report, report_end = os.pipe()
+    command = _command(job, report_end)
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(
+        command, **streams, env={}, pass_fds=(report_end,), start_new_session=True
+    )
+    os.close(report_end)
+    try:
+        text, too_much = _follow(process, job)
+        process.stdin.close()  # an open standard input is what keeps the supervisor going
+        process.wait(GRACE_SECONDS)
+    except (BrokenPipeError, subprocess.TimeoutExpired):
+        text, too_much = "the supervisor did not answer", False
+    finally:
+        _kill_group(process)
+        with os.fdopen(report, "rb") as file:
+            answer = file.read(10_000)
+    return text, too_much, _parse_report(answer)
+
+
+def _parse_report(answer: bytes) -> list | None:
+    """[why it was ended, exit code, token], or None for what no supervisor wrote."""
+    try:
+        report = json.loads(answer)
+    except ValueError:
+        return None
+    return report if isinstance(report, list) and len(report) == 3 else None
+
+
+def _kill_group(process: subprocess.Popen):
+    """End the supervisor's process group. With process 1 of a namespace, all in it ends."""
+    if process.poll() is None:
+        os.killpg(process.pid, 9)
+    process.wait()
+    process.stdout.close()
+
+
+def _follow(process: subprocess.Popen, job: dict) -> tuple[str, bool]:
+    """Hand over the job and read the output. Returns (its end, whether it was too much)."""
+    deadline = time.monotonic() + job["timeout_seconds"] + GRACE_SECONDS
+    process.stdin.write(json.dumps(job).encode() + b"\n")
+    process.stdin.flush()
+    kept, limit = b"", job["output_bytes"]
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while len(kept) <= limit and time.monotonic() < deadline:
+            if not selector.select(0.1):
+                continue
+            if not (chunk := os.read(process.stdout.fileno(), 65536)):
+                break
+            kept += chunk
+    return kept[-limit:].decode("utf-8", "replace"), len(kept) > limit

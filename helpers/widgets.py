@@ -1,0 +1,200 @@
+"""Views with a control to move, made of what ipywidgets 7.7 and 8.1 share.
+
+Each view has a static twin: the same figure, drawn by the same function for a few fixed settings.
+A notebook shows both, for a page without a kernel shows no widget. A view holds its picture as PNG
+in an `Image`, so moving the control adds nothing to the notebook's output. No lesson lives here.
+"""
+
+import html
+from collections.abc import Callable, Sequence
+from io import BytesIO
+
+import ipywidgets
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import display
+from matplotlib.figure import Figure
+
+from helpers import memory, plots, prompts
+
+
+def figure_png(figure: Figure) -> bytes:
+    """The figure as PNG bytes; closes it."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def spectra_figure(spectra: dict[str, np.ndarray]) -> Figure:
+    """Spectra (name -> falling singular values) and the truncation errors that follow from them."""
+    figure = plt.figure()
+    _draw_spectra(figure, spectra)
+    return figure
+
+
+def rank_figure(matrix: np.ndarray, truncate: Callable, ranks: Sequence[int]) -> Figure:
+    """A picture (height, width) cut to some ranks, above its spectrum and its error against rank.
+
+    `truncate(matrix, rank)` gives the matrix of that rank; the marks are its measured errors.
+    Raises ValueError for a rank outside 1..min(height, width).
+    """
+    if not all(1 <= rank <= min(matrix.shape) for rank in ranks):
+        raise ValueError(
+            f"ranks {list(ranks)} must lie in 1..{min(matrix.shape)} for shape {matrix.shape}"
+        )
+    figure = plt.figure(figsize=(7, 4.2))
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.3))
+    cuts = [truncate(matrix, rank) for rank in ranks]
+    _draw_pictures(above, [matrix, *cuts], ["original", *(f"rank {rank}" for rank in ranks)])
+    singular_values = np.linalg.svd(matrix, compute_uv=False)
+    left, right = _draw_spectra(below, {"picture": singular_values})
+    left.plot(ranks, singular_values[np.array(ranks) - 1], "o", color=plots.RED)
+    errors = [np.linalg.norm(matrix - cut) / np.linalg.norm(matrix) for cut in cuts]
+    right.plot(ranks, 100 * np.array(errors), "o", color=plots.RED)
+    return figure
+
+
+def _draw_pictures(parent, pictures: Sequence[np.ndarray], titles: Sequence[str]) -> None:
+    """Pictures side by side, all with the greys of the first."""
+    low, high = pictures[0].min(), pictures[0].max()
+    for axis, picture, title in zip(
+        parent.subplots(1, len(pictures)), pictures, titles, strict=True
+    ):
+        axis.imshow(picture, cmap="gray", vmin=low, vmax=high)
+        axis.set(title=title, xticks=[], yticks=[])
+
+
+def _draw_spectra(parent, spectra: dict[str, np.ndarray]):
+    """Left the singular values by place, right the share of the norm lost at each rank."""
+    left, right = parent.subplots(1, 2)
+    for name, values in spectra.items():
+        # Summed from the small end: 1 minus a share loses the last digits of a small tail.
+        tails = np.sqrt(np.cumsum(values[::-1] ** 2)[::-1]) / np.linalg.norm(values)
+        left.semilogy(range(1, len(values) + 1), values, label=name)
+        right.plot(range(len(values)), 100 * tails, label=name)
+    left.set(title="Spectrum", xlabel="place i", ylabel="singular value")
+    right.set(title="Error after truncation", xlabel="rank r", ylabel="error (% of norm)")
+    if len(spectra) > 1:
+        left.legend()
+    return left, right
+
+
+def rank_slider(matrix: np.ndarray, truncate: Callable, start: int = 8) -> ipywidgets.VBox:
+    """A slider that redraws `rank_figure` for one rank; its twin is `rank_figure` for four."""
+    slider = ipywidgets.IntSlider(
+        value=start, min=1, max=min(matrix.shape), description="rank", continuous_update=False
+    )
+    image = ipywidgets.Image(format="png")
+
+    def redraw(change=None):
+        image.value = figure_png(rank_figure(matrix, truncate, [slider.value]))
+
+    slider.observe(redraw, names="value")
+    redraw()
+    return ipywidgets.VBox([slider, image])
+
+
+def fit_figure(plans: dict[str, memory.Plan], cards: Sequence[int]) -> Figure:
+    """Stacked bars of what plans (by name) hold at their peak; cards (bytes) as dashed lines."""
+    figure, axis = plt.subplots(figsize=(7, 2 + 0.5 * len(plans)))
+    starts = np.zeros(len(plans))
+    parts = [plan.estimate.parts for plan in plans.values()]
+    colours = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.PURPLE, plots.SKY, "#999999")
+    for name, colour in zip(parts[0], colours, strict=True):
+        sizes = np.array([part[name] for part in parts]) / memory.GIB
+        axis.barh(list(plans), sizes, left=starts, color=colour, edgecolor="white", label=name)
+        starts += sizes
+    for card in cards:
+        axis.axvline(card / memory.GIB, color=plots.BLACK, linestyle="--", linewidth=1)
+    axis.set(title="Predicted peak of a training step against the card (dashed)")
+    axis.set(xlabel="memory (GiB)", ylabel="model", xlim=(0, None))
+    figure.legend(ncols=4, fontsize=8, loc="outside lower center")
+    return figure
+
+
+def will_it_fit(models: dict, cards: dict[str, int], run: memory.Run) -> ipywidgets.VBox:
+    """Menus for a model (name -> transformers config) and a card (name -> bytes), and the plan.
+
+    Below the menus: the bar of the fastest plan for `run` that fits, or of the smallest step when
+    none does, and the plan's sentence. Its twin is `fit_figure` with all models and all cards.
+    """
+    model = ipywidgets.Dropdown(options=list(models), description="model")
+    card = ipywidgets.Dropdown(options=list(cards), description="card")
+    image, sentence = ipywidgets.Image(format="png"), ipywidgets.Label()
+
+    def redraw(change=None):
+        plan = memory.plan(models[model.value], run, cards[card.value])
+        image.value = figure_png(fit_figure({model.value: plan}, [cards[card.value]]))
+        sentence.value = ("fits: " if plan.fits else "does not fit: ") + plan.advice
+
+    for menu in (model, card):
+        menu.observe(redraw, names="value")
+    redraw()
+    return ipywidgets.VBox([ipywidgets.HBox([model, card]), sentence, image])
+
+
+def show_side_by_side(question: str, base: str, tuned: str) -> None:
+    """Display two answers in two columns, as text: generated HTML or script is shown, never run."""
+    cells = "".join(
+        f"<td valign='top'><pre>{html.escape(text)}</pre></td>" for text in (base, tuned)
+    )
+    table = (
+        f"<p><b>{html.escape(question)}</b></p>"
+        "<table><tr><th scope='col'>base</th><th scope='col'>tuned</th></tr>"
+        f"<tr>{cells}</tr></table>"
+    )
+    plain = f"{question}\n\n-- base\n{base}\n\n-- tuned\n{tuned}"
+    display({"text/html": table, "text/plain": plain}, raw=True)
+
+
+def tokens_html(pieces: Sequence[str], learned: Sequence[bool]) -> str:
+    """The tokens of a row as HTML: grey ones are read only, bold ones on blue carry the loss.
+
+    Every piece is escaped, for it comes from data; a line break also shows as an arrow.
+    """
+    spans = []
+    for piece, counts in zip(pieces, learned, strict=True):
+        tag, background = ("b", "#CFE8FA") if counts else ("span", "#E4E4E4")
+        style = f"background:{background};color:#000;font-weight:normal;margin-right:1px"
+        text = html.escape(piece).replace("\n", "&#8629;\n")
+        spans.append(f'<{tag} style="{style}">{text}</{tag}>')
+    return f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre>'
+
+
+def dataset_page(row: dict, source: str, tokenizer) -> str:
+    """One row as an HTML table: raw HTML of the answer, prompt and answer, tokens. All escaped."""
+    encoded = prompts.encode(tokenizer, row["prompt"], row["completion"])
+    pieces = [tokenizer.decode([token]) for token in encoded["input_ids"]]
+    learned = [label != prompts.IGNORED_LABEL for label in encoded["labels"]]
+    columns = {
+        "raw HTML of the answer": _escaped(source),
+        "prompt and answer": _escaped(row["prompt"] + row["completion"]),
+        "tokens (blue: learned)": tokens_html(pieces, learned),
+    }
+    heads = "".join(f'<th style="text-align:left">{name}</th>' for name in columns)
+    style = "vertical-align:top;text-align:left;width:33%"
+    cells = "".join(f'<td style="{style}">{cell}</td>' for cell in columns.values())
+    return f"<table><tr>{heads}</tr><tr>{cells}</tr></table>"
+
+
+def _escaped(text: str) -> str:
+    return f'<pre style="white-space:pre-wrap">{html.escape(text)}</pre>'
+
+
+def dataset_browser(rows, sources: Sequence[str], tokenizer) -> ipywidgets.VBox:
+    """A slider that pages through rows, each shown by `dataset_page`, which is also its twin.
+
+    `sources` holds the raw HTML of each row's answer, "" where there is none.
+    """
+    slider = ipywidgets.IntSlider(
+        value=0, min=0, max=len(rows) - 1, description="row", continuous_update=False
+    )
+    page = ipywidgets.HTML()
+
+    def redraw(change=None):
+        page.value = dataset_page(rows[slider.value], sources[slider.value], tokenizer)
+
+    slider.observe(redraw, names="value")
+    redraw()
+    return ipywidgets.VBox([slider, page])

@@ -1,0 +1,75 @@
+"""Lesson 03: NF4 by hand against bitsandbytes, as the notebook defines it."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.notebook_code import definitions_from
+
+
+@pytest.fixture(scope="module")
+def lesson():
+    return definitions_from("03")
+
+
+def sample(shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def test_levels_are_those_of_bitsandbytes(lesson):
+    levels = lesson["nf4_levels"]()
+    assert torch.equal(levels, bnb.functional.get_4bit_type("nf4", device="cpu"))
+    assert levels[7] == 0 and (levels > 0).sum() == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 64), (192, 576), (1, 128)])
+def test_bytes_scales_and_weights_equal_bitsandbytes(lesson, shape, dtype):
+    weight = sample(shape, dtype)
+    packed, absmax = lesson["quantize"](weight, lesson["nf4_levels"]())
+    theirs, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    assert torch.equal(packed, theirs.flatten())
+    assert torch.equal(absmax, state.absmax)
+    back = lesson["dequantize"](packed, absmax, lesson["nf4_levels"](), like=weight)
+    assert torch.equal(back, bnb.functional.dequantize_4bit(theirs, state))
+
+
+def test_a_block_of_zeros_comes_back_as_zeros(lesson):
+    weight = sample((2, 64))
+    weight[0] = 0
+    packed, absmax = lesson["quantize"](weight, lesson["nf4_levels"]())
+    back = lesson["dequantize"](packed, absmax, lesson["nf4_levels"](), like=weight)
+    assert torch.equal(back[0], torch.zeros(64)) and back.isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_absmax_rounding_errs_by_half_a_step_at_most(lesson, bits):
+    values = sample(1000)
+    integers, scale = lesson["absmax_round"](values, bits)
+    assert integers.abs().max() == 2 ** (bits - 1) - 1
+    assert (integers * scale - values).abs().max() <= scale / 2 * 1.0001
+
+
+def test_relative_error_of_nf4_on_normal_weights(lesson):
+    error = lesson["relative_error"](0.02 * sample((512, 1024)), lesson["nf4_levels"]())
+    assert error == pytest.approx(0.092, abs=0.001)
+
+
+@pytest.mark.parametrize("double, bits", [(False, 4.5), (True, 4 + 8 / 64 + 32 / (64 * 256))])
+def test_stored_bits_of_a_large_weight(lesson, double, bits):
+    weight = sample((1024, 1024))
+    pair = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
+    assert lesson["stored_bits"](*pair) / weight.numel() == pytest.approx(bits, abs=1e-4)
+
+
+def test_row_losses_count_the_answer_alone(lesson):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=50, num_attention_heads=2, **shape)
+    model = LlamaForCausalLM(config).eval()
+    row = {"input_ids": [1, 5, 9, 7, 2], "labels": [-100, -100, 9, 7, 2]}
+    (loss,) = lesson["row_losses"](model, [row])
+    logits = model(torch.tensor([row["input_ids"]])).logits[0, 1:4]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([9, 7, 2]))
+    assert loss == pytest.approx(expected.item(), rel=1e-5)

@@ -1,0 +1,206 @@
+"""Training and merging on a tiny model: what is trained, saved, resumed, merged and measured."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, get_peft_model
+
+from helpers import memory, merging, models, prompts, training
+from helpers.config import Config
+from tests.notebook_code import definitions_from
+
+
+def write_dataset(config):
+    rows = [
+        {
+            "prompt": prompts.render_prompt(f"What is {n} + {n}?", config.system_message),
+            "completion": prompts.render_completion(f"1. Add them.\n2. It is {2 * n}."),
+        }
+        for n in range(8)
+    ]
+    splits = {"train": Dataset.from_list(rows[:6]), "validation": Dataset.from_list(rows[6:])}
+    DatasetDict(splits).save_to_disk(config.dataset_dir)
+
+
+@pytest.fixture
+def config(tiny_model_dir, tmp_path):
+    config = Config.from_profile(
+        "smoke",
+        model_name=str(tiny_model_dir),
+        run_dir=tmp_path / "run",
+        max_steps=4,
+        learning_rate=0.05,
+        lora_r=4,
+    )
+    write_dataset(config)
+    return config
+
+
+def trainer_for(config, tokenizer):
+    model = models.load_model(config)
+    return training.build_trainer(config, model, tokenizer, training.load_dataset(config))
+
+
+@pytest.fixture
+def trained(config, tokenizer):
+    trainer, metrics = training.fine_tune(trainer_for(config, tokenizer))
+    training.save_adapter(trainer, tokenizer, config)
+    return trainer, metrics
+
+
+def test_only_the_adapter_is_trained_and_its_size_is_predicted(config, tokenizer):
+    trainer = trainer_for(config, tokenizer)
+    named = [(n, p) for n, p in trainer.model.named_parameters() if p.requires_grad]
+    assert all("lora_" in name for name, _ in named)
+    predicted = memory.lora_parameters(trainer.model.config, config.lora_r, config.target_modules)
+    assert sum(parameter.numel() for _, parameter in named) == predicted
+
+
+def test_the_loss_falls_on_the_answer_and_its_end_alone(config, tokenizer):
+    batch = next(iter(trainer_for(config, tokenizer).get_train_dataloader()))
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        graded = tokenizer.decode(ids[labels != prompts.IGNORED_LABEL])
+        assert graded.startswith(" 1. Add them.") and graded.endswith(tokenizer.eos_token)
+
+
+def test_the_article_profile_counts_the_prompt_too(config, tokenizer):
+    import dataclasses
+
+    whole = dataclasses.replace(config, completion_only_loss=False)
+    batch = next(iter(trainer_for(whole, tokenizer).get_train_dataloader()))
+    padding = batch["attention_mask"] == 0
+    assert ((batch["labels"] == prompts.IGNORED_LABEL) == padding).all()
+
+
+def test_training_lowers_the_loss_and_measures_itself(trained):
+    trainer, metrics = trained
+    assert metrics["eval_loss_after"] < metrics["eval_loss_before"]
+    assert metrics["exec_time_seconds"] > 0
+    assert metrics["peak_memory_bytes"] > 50_000_000
+    assert metrics["train_tokens_per_second"] > 0
+    assert [step["step"] for step in training.step_log(trainer)] == [1, 2, 3, 4]
+
+
+def test_a_model_with_an_adapter_is_not_wrapped_twice(config, tokenizer):
+    trainer = trainer_for(config, tokenizer)
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        training.build_trainer(config, trainer.model, tokenizer, training.load_dataset(config))
+
+
+def test_the_adapter_is_saved_whole_and_the_checkpoints_are_gone(trained, config):
+    names = {path.name for path in config.adapter_dir.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "training_log.json"} <= names
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
+    assert not config.checkpoints_dir.exists()
+    assert not list(config.run_dir.glob(".*partial"))
+    log = json.loads((config.adapter_dir / "training_log.json").read_text())
+    assert len(log["steps"]) == 4 and any("eval_loss" in entry for entry in log["history"])
+
+
+def test_goes_on_from_the_last_complete_checkpoint(config, tokenizer):
+    trainer = trainer_for(config, tokenizer)
+    trainer.train()
+    folder = training.checkpoints_dir(config)
+    last = folder / "checkpoint-4"
+    assert training.latest_checkpoint(folder) == str(last)
+    (last / "optimizer.pt").unlink()  # as if killed while it was written
+    assert training.latest_checkpoint(folder) == str(folder / "checkpoint-3")
+    resumed, _ = training.fine_tune(trainer_for(config, tokenizer))
+    assert [step["step"] for step in training.step_log(resumed)] == [4]
+
+
+def test_other_settings_have_other_checkpoints(config):
+    import dataclasses
+
+    folders = {
+        training.checkpoints_dir(config),
+        training.checkpoints_dir(dataclasses.replace(config, lora_r=8)),
+        training.checkpoints_dir(dataclasses.replace(config, learning_rate=1e-3)),
+    }
+    assert len(folders) == 3
+    assert training.latest_checkpoint(config.checkpoints_dir / "none") is None
+
+
+def test_adapters_are_float32_where_bfloat16_is_not_to_be_had(config, tokenizer):
+    model = models.load_model(config)
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    training.keep_adapter_in_float32(tuned)
+    assert {p.dtype for p in tuned.parameters() if p.requires_grad} == {torch.float32}
+
+
+# -- Merging
+
+
+def test_merges_differ_from_the_trained_model_as_little_as_they_should(trained, config, tokenizer):
+    rows = training.load_dataset(config)["validation"]
+    reference = merging.answer_logits(merging.load_tuned(config), tokenizer, rows)
+    distance = {
+        into: merging.kl_divergence(
+            reference, merging.answer_logits(merging.merge(config, into), tokenizer, rows)
+        )
+        for into in merging.MERGES
+    }
+    assert 0 <= distance["dequantized"] < distance["4bit"]
+    assert distance["dequantized"] < distance["16bit"]
+
+
+def test_merging_by_hand_is_pefts_merge(trained, config):
+    from safetensors.torch import load_file
+
+    layer = "model.layers.0.self_attn.q_proj"
+    weights = load_file(config.adapter_dir / "adapter_model.safetensors")
+    A = weights[f"base_model.model.{layer}.lora_A.weight"]
+    B = weights[f"base_model.model.{layer}.lora_B.weight"]
+    W = models.load_model(config, quantized=False).get_submodule(layer).weight.detach()
+    by_hand = definitions_from("05")["merge_by_hand"](W, A, B, config.lora_alpha, config.lora_r)
+    by_peft = merging.merge(config, "16bit").get_submodule(layer).weight
+    assert not torch.equal(by_peft, W), "the update must be there to be compared"
+    torch.testing.assert_close(by_hand, by_peft.float(), rtol=8e-3, atol=1e-3)
+
+
+def test_a_merged_model_is_saved_beside_the_adapter_and_comes_back_equal(
+    trained, config, tokenizer
+):
+    rows = training.load_dataset(config)["validation"]
+    merged = merging.merge(config, "16bit")
+    folder = merging.save_merged(merged, tokenizer, config)
+    assert folder == config.merged_dir and (config.adapter_dir / "adapter_config.json").exists()
+    again = models.load_model(config, quantized=False, source=folder)
+    for saved, loaded in zip(
+        merging.answer_logits(merged, tokenizer, rows),
+        merging.answer_logits(again, tokenizer, rows),
+        strict=True,
+    ):
+        assert torch.equal(saved, loaded)
+
+
+def test_an_unknown_merge_is_named(config):
+    with pytest.raises(ValueError, match="'8bit'.*16bit, dequantized, 4bit"):
+        merging.merge(config, "8bit")
+
+
+def test_merging_needs_the_adapter(config):
+    shutil.rmtree(config.adapter_dir, ignore_errors=True)
+    with pytest.raises(FileNotFoundError, match="run notebook 04"):
+        merging.merge(config, "16bit")
+
+
+def test_kl_divergence_is_that_of_known_distributions():
+    p = torch.tensor([[0.5, 0.5]]).log()
+    q = torch.tensor([[0.25, 0.75]]).log()
+    expected = 0.5 * torch.log(torch.tensor(2.0)) + 0.5 * torch.log(torch.tensor(2 / 3))
+    assert merging.kl_divergence([p], [q]) == pytest.approx(expected.item(), rel=1e-5)
+    assert merging.kl_divergence([p], [p]) == 0
+    assert (
+        merging.top_token_agreement(
+            [torch.tensor([[0.0, 1.0], [1.0, 0.0]])] * 2,
+            2 * [torch.tensor([[0.0, 1.0], [0.0, 1.0]])],
+        )
+        == 0.5
+    )
