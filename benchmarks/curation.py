@@ -3,9 +3,11 @@
     python benchmarks/curation.py generate FOLDER [--share 0.05]   write a synthetic Kaggle set
     python benchmarks/curation.py ours FOLDER [--workers 2]        rows per second, peak memory
     python benchmarks/curation.py article FOLDER                   the same for the article's way
-    python benchmarks/curation.py all FOLDER                       everything, to results/curation.json
+    python benchmarks/curation.py all FOLDER                       everything, to
+    results/curation.json
 
-The posts are synthetic: their number, mean size (1.05 KB) and mix of code, duplicates and noise follow the
+The posts are synthetic: their number, mean size (1.05 KB) and mix of code, duplicates and noise
+follow the
 real set (607,282 questions, 987,122 answers, 1.7 GB), their wording does not.
 """
 
@@ -17,7 +19,7 @@ import json
 import os
 import platform
 import random
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 QUESTIONS, ANSWERS = 607_282, 987_122
+SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
 RESULTS = Path(__file__).resolve().parent / "results" / "curation.json"
 
 PYTHON3 = """def {f}({a}, {b}=None):
@@ -78,20 +81,18 @@ $ {b} --{c} {n}
 
 
 class Writer:
-    """Random posts from a fixed seed: sentences and code from pools, names and numbers drawn anew."""
+    """Random posts from a fixed seed:
+
+    sentences and code from pools, names and numbers drawn anew.
+    """
 
     def __init__(self, seed: int = 7):
         self.random = random.Random(seed)
-        letters = [
-            "".join(self.random.choices("aeioubcdfglmnprst", k=k))
-            for k in (2, 3, 4)
-            for _ in range(40)
-        ]
-        self.words = [
-            "".join(self.random.choices(letters, k=self.random.choice((1, 2, 2))))
-            for _ in range(4000)
-        ]
-        common = "the a to in of and is I it that you for with this not have be on list function file".split()
+        text = b"".join((SAMPLE / f"{n}.csv").read_bytes() for n in ("Questions", "Answers"))
+        self.words = sorted({word.decode() for word in re.findall(rb"\b[a-z]{3,12}\b", text)})
+        common = (
+            "the a to in of and is I it that you for with this not have be on list file".split()
+        )
         self.sentences = [
             " ".join(
                 self.random.choice(common if self.random.random() < 0.45 else self.words)
@@ -109,7 +110,7 @@ class Writer:
             text = f"<strong>{text}</strong>" if draw < 0.2 else f"<em>{text}</em>"
         if self.random.random() < 0.3:
             text += f" <code>{self.random.choice(self.words)}({self.random.randint(0, 999)})</code>"
-        if self.random.random() < 0.03:
+        if self.random.random() < 0.003:
             text += " naïve café"
         return text + self.random.choice((".", ".", "?", ", I&#39;d say."))
 
@@ -135,7 +136,7 @@ class Writer:
         return f"\n\n<pre><code>{html.escape(text)}</code></pre>\n\n"
 
     def question(self) -> str:
-        text = self.paragraphs(self.random.randint(1, 4))
+        text = self.paragraphs(self.random.randint(1, 3))
         if self.random.random() < 0.65:
             text += self.code(PYTHON3 + BROKEN, self.random.randint(1, 5)) + self.paragraphs(1)
         if self.random.random() < 0.04:
@@ -143,7 +144,7 @@ class Writer:
         return text
 
     def answer(self) -> str:
-        text, kind = self.paragraphs(self.random.randint(1, 4)), self.random.random()
+        text, kind = self.paragraphs(self.random.randint(1, 3)), self.random.random()
         if kind > 0.62:
             return text
         templates = (
@@ -203,8 +204,8 @@ def article_way(folder: Path, output: Path) -> int:
     import pandas as pd
     from bs4 import BeautifulSoup
 
-    markers = "def class import print return for while if else elif try except lambda list dict set str".split()
-    markers += ["=", "{", "}", "(", ")"]
+    markers = "def class import print return for while if else elif try except lambda list dict"
+    markers = [*markers.split(), "set", "str", "=", "{", "}", "(", ")"]
 
     def contains_code(text):
         return any(marker in text for marker in markers)
@@ -232,11 +233,14 @@ def article_way(folder: Path, output: Path) -> int:
 
 
 def our_way(folder: Path, run_dir: Path, workers: int, tokens: bool) -> dict:
-    """Rows, seconds by pass, and a hash of what was kept; `tokens` includes rendering, verification and the dataset."""
+    """Rows, seconds by pass, and a hash of what was kept; `tokens` includes rendering,
+    verification and the dataset.
+    """
     import hashlib
+    from functools import partial
 
     from helpers.config import Config
-    from helpers.curation import Workers, curate, select_pairs
+    from helpers.curation import Workers, curate, prepare_worker, select_pairs
 
     config = Config.from_profile("demo", data_source=str(folder), run_dir=run_dir, max_length=1024)
     if tokens:
@@ -250,7 +254,8 @@ def our_way(folder: Path, run_dir: Path, workers: int, tokens: bool) -> dict:
         kept = kept.hexdigest()
     else:
         with tempfile.TemporaryDirectory(dir=run_dir) as work:
-            with Workers(workers) as pool:
+            prepare = partial(prepare_worker, config.benchmarks)
+            with Workers(workers, prepare=prepare) as pool:
                 report, _ = select_pairs(config, Path(work), pool)
             kept = hashlib.sha256((Path(work) / "kept.npy").read_bytes()).hexdigest()
     return {
@@ -262,12 +267,16 @@ def our_way(folder: Path, run_dir: Path, workers: int, tokens: bool) -> dict:
     }
 
 
-class Memory(threading.Thread):
-    """Peak memory of a process and its children, in bytes: RSS summed (shared pages counted twice) and PSS (once)."""
+class Watch(threading.Thread):
+    """Peak memory (bytes) and CPU seconds of a process and its children, sampled.
+
+    `rss` counts pages that processes share once for each, `pss` once in all.
+    """
 
     def __init__(self, pid: int):
         super().__init__(daemon=True)
         self.pid, self.rss, self.pss, self.running = pid, 0, 0, True
+        self.ticks: dict[int, int] = {}
 
     def run(self) -> None:
         while self.running:
@@ -275,12 +284,17 @@ class Memory(threading.Thread):
             for pid in tree(self.pid):
                 try:
                     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+                    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
                 except (OSError, ProcessLookupError):
                     continue
+                self.ticks[pid] = int(times[11]) + int(times[12])
                 rss += kilobytes(text, "Rss:") * 1024
                 pss += kilobytes(text, "Pss:") * 1024
             self.rss, self.pss = max(self.rss, rss), max(self.pss, pss)
             time.sleep(0.2)
+
+    def cpu_seconds(self) -> float:
+        return sum(self.ticks.values()) / os.sysconf("SC_CLK_TCK")
 
 
 def tree(pid: int) -> list[int]:
@@ -301,85 +315,101 @@ def kilobytes(text: str, label: str) -> int:
 
 
 def measure(arguments: list[str]) -> dict:
-    """Run this script in a process of its own; what it printed, with its wall time and peak memory."""
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True
-    )
-    memory = Memory(process.pid)
-    memory.start()
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """Run this script in a process of its own; what it printed, its time and peak memory."""
+    started, command = time.perf_counter(), [sys.executable, __file__, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    watch = Watch(process.pid)
+    watch.start()
     output = process.communicate()[0]
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    memory.running = False
+    watch.running = False
     if process.returncode:
         raise RuntimeError(f"{arguments} failed with {process.returncode}")
-    result = json.loads(output.splitlines()[-1])
-    wall = time.perf_counter() - started
+    wall, result = time.perf_counter() - started, json.loads(output.splitlines()[-1])
     return {
-        "arguments": " ".join([arguments[0], *arguments[2:]]),
+        "command": " ".join([arguments[0], *arguments[2:]]),
         **result,
         "wall_seconds": round(wall, 2),
-        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2),
+        "cpu_seconds": round(watch.cpu_seconds(), 2),
         "rows_per_second": round(result["rows"] / wall),
-        "peak_pss_bytes": memory.pss,
-        "peak_rss_sum_bytes": memory.rss,
+        "peak_pss_bytes": watch.pss,
+        "peak_rss_sum_bytes": watch.rss,
     }
 
 
-def measure_all(folder: Path, full: bool) -> None:
-    """The table of the issue: linear cost, same result with 1 and 2 workers, the article's way on 5 %."""
+COMPARED = 0.05  # the share at which the article's way and one worker are measured too
+
+
+def measure_all(folder: Path, shares: list[float]) -> None:
+    """Every share with two workers, and at COMPARED one worker and the article's way beside it."""
     runs = []
-    for share in (0.05, 0.25, 1.0) if full else (0.01, 0.05):
+    for share in shares:
         path = folder / f"{share:g}"
         if not (path / "Tags.csv").exists():
             generate(path, share)
         commands = [["ours", str(path), "--workers", "2", "--tokens"]]
-        if share == 0.05:
-            commands += [
-                ["ours", str(path), "--workers", "1", "--tokens"],
-                ["ours", str(path), "--workers", "2"],
-                ["article", str(path)],
-            ]
+        if share == COMPARED:
+            commands += [["ours", str(path), "--workers", "1", "--tokens"]]
+            commands += [["ours", str(path), "--workers", "2"], ["article", str(path)]]
         for command in commands:
             runs.append({"share": share, **measure(command)})
             print(json.dumps({k: v for k, v in runs[-1].items() if k != "funnel"}), flush=True)
     facts = {
         "date": f"{datetime.date.today()}",
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        **summary(runs),
     }
     RESULTS.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
+    print(json.dumps(facts, indent=1))
+
+
+def summary(runs: list[dict]) -> dict:
+    """The ratios that the bars are about."""
+    compared = [run for run in runs if run["share"] == COMPARED]
+    if not compared:
+        return {}
+    two, one, ours, article = compared
+    return {
+        "same_result_with_1_and_2_workers": two["kept_sha256"] == one["kept_sha256"],
+        "speed_against_article": round(ours["rows_per_second"] / article["rows_per_second"], 2),
+        "memory_against_article": round(ours["peak_pss_bytes"] / article["peak_pss_bytes"], 2),
+        "rows_per_second_by_share": {
+            f"{r['share']:g}": r["rows_per_second"] for r in runs if r["command"] == two["command"]
+        },
+    }
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "command", choices=["generate", "ours", "article", "measure", "all", "quick"]
-    )
+    parser.add_argument("command", choices=["generate", "ours", "article", "all"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--share", type=float, default=1.0)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.25, 1.0])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument(
-        "--tokens", action="store_true", help="render, verify and write the dataset too"
-    )
+    parser.add_argument("--tokens", action="store_true", help="render, verify and write it too")
     options = parser.parse_args()
     if options.command == "generate":
         generate(options.folder, options.share)
-    elif options.command in ("all", "quick"):
-        measure_all(options.folder, full=options.command == "all")
+    elif options.command == "all":
+        measure_all(options.folder, options.shares)
     else:
         with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-            if options.command == "article":
-                print(json.dumps({"rows": article_way(options.folder, Path(scratch) / "rows.pkl")}))
-            else:
-                print(
-                    json.dumps(
-                        our_way(options.folder, Path(scratch), options.workers, options.tokens)
-                    )
-                )
+            print(json.dumps(run_one(options, Path(scratch))))
+
+
+def run_one(options: argparse.Namespace, scratch: Path) -> dict:
+    if options.command == "article":
+        return {"rows": article_way(options.folder, scratch / "rows.pkl")}
+    return our_way(options.folder, scratch, options.workers, options.tokens)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 Read it in the order in which a run uses it:
 config -> curation -> prompts -> models -> memory -> training -> merging -> inference -> evaluation.
 
-Importing it imports nothing. It does say, before the libraries are loaded, that their progress bars
-and notices stay out of a notebook's output; set one of the variables yourself to see them again.
+Importing it imports nothing. It does say, before the libraries are loaded, that their progress
+bars and notices stay out of a notebook's output, and how their threads wait. A variable that you
+have set yourself stays as it is.
 """
 
+import logging
 import os
 import warnings
 
@@ -15,6 +17,14 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when a data loader forks
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # gives memory back sooner
+
+# Idle threads sleep. The default is to spin, and then a step takes five times as long or more as
+# soon as another program wants one of the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# On a CPU bitsandbytes says "Failed to load CPU gemm_4bit_forward from kernels-community" when it
+# is imported: an optional, faster kernel is missing. Nothing is wrong, so only errors are shown.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # peft 0.21 and trl 1.16 still ask transformers for names that it is about to remove.
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -89,7 +89,7 @@ class Config:
     near_duplicate_similarity: float = field(default=0.7, metadata=between(0.1, 1.0))
     min_answer_characters: int = field(default=60, metadata=at_least(1))
     max_post_characters: int = field(default=8000, metadata=at_least(100))
-    # What must not be in the data: "problems", "humaneval", or the path of a JSONL file with a `prompt` on each line.
+    # What must not be in the data: "problems", "humaneval", or a JSONL file with a `prompt` a line.
     benchmarks: tuple[str, ...] = ("problems", "humaneval")
 
     # -- LoRA.
@@ -129,7 +129,7 @@ class Config:
 
     # -- Merging.
     merge_into: str = field(default="16bit", metadata=one_of("16bit", "dequantized", "4bit"))
-    comparison_rows: int = field(default=16, metadata=at_least(1))
+    comparison_rows: int = field(default=24, metadata=at_least(1))
 
     # -- Answers. The article's max_length = 600 counts the prompt; max_new_tokens does not.
     article_prompt: str = LINKED_LIST_PROMPT
@@ -156,9 +156,9 @@ class Config:
         if self.run_dir is None:
             object.__setattr__(self, "run_dir", PROJECT_DIR / "runs" / str(self.profile))
         object.__setattr__(self, "run_dir", Path(self.run_dir).expanduser().resolve())
-        if isinstance(self.target_modules, list):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        object.__setattr__(self, "benchmarks", tuple(self.benchmarks))
+        for name in ("target_modules", "benchmarks"):
+            if isinstance(getattr(self, name), list):  # papermill knows lists alone
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         problems = [
             message
             for item in dataclasses.fields(self)
@@ -232,8 +232,8 @@ class Config:
         """The path, or FileNotFoundError that names the notebook which makes it."""
         if not path.exists():
             raise FileNotFoundError(
-                f"{path} is missing: run notebook {notebook} with PROFILE = {self.profile!r} first, "
-                "it writes that"
+                f"{path} is missing: run notebook {notebook} with PROFILE = {self.profile!r} "
+                "first, it writes that"
             )
         return path
 
@@ -305,8 +305,9 @@ DEMO = {
     "target_modules": ALL_LINEAR_TARGETS,
     "num_epochs": 1,
     "max_steps": -1,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 16,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "grad_acc_steps": 2,
     "learning_rate": 3e-3,
     "lora_dropout": 0.0,
     "weight_decay": 0.0,
@@ -331,9 +332,11 @@ PROFILES: dict[str, dict] = {
         "max_train_rows": 16,
         "max_steps": 2,
         "per_device_train_batch_size": 2,
+        "grad_acc_steps": 1,
         "save_steps": 1,
         "eval_steps": 1,
         "log_steps": 1,
+        "comparison_rows": 2,
         "max_new_tokens": 24,
         "evaluation_problems": 2,
     },

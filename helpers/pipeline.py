@@ -120,7 +120,8 @@ def _execute(config: Config, source: Path, parameters: dict, fingerprint: str, t
             parameters=parameters,
             progress_bar=bar,
             execution_timeout=timeout,
-            log_output=False,
+            # Without this each kernel warns that its connection, on this machine, is not encrypted.
+            extra_arguments=["--IPKernelApp.log_level=40"],
         )
     except (PapermillExecutionError, DeadKernelError, CellTimeoutError) as error:
         draft.replace(failed)

@@ -57,27 +57,28 @@ def show(figure, alt: str) -> None:
 
 
 def funnel_figure(steps: Sequence[tuple[str, int, int]], title: str) -> Figure:
-    """Horizontal bars for (name, removed, left), first step on top: what is left, and beside it what the step removed."""
+    """Bars for (name, removed, left), the first step on top: what is left, then what it removed."""
     names, removed, left = zip(*steps, strict=True)
-    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.24 * len(names)))
+    figure, axis = plt.subplots(figsize=(7, 1.1 + 0.22 * len(names)))
     axis.barh(names, left, color=BLUE, label="left")
     axis.barh(names, removed, left=left, color=ORANGE, hatch="//", label="removed here")
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.set(title=title, xlabel="pairs (count)", ylabel="rule")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.45, 0), facecolor="white", framealpha=1)
+    figure.legend(loc="outside lower right", ncols=2)
     return figure
 
 
 def histogram_figure(panels: Sequence[dict]) -> Figure:
-    """Histograms side by side. A panel has `values` (name -> numbers), `bins`, `cut` (a dashed line), `title`, `xlabel` and `ylabel`."""
+    """Histograms side by side with a logarithmic count and a dashed line at a cut.
+
+    A panel has `values` (name -> numbers, at most two), `bins`, `cut`, `title`, `xlabel`, `ylabel`.
+    """
     figure, axes = plt.subplots(1, len(panels), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
         for (name, values), colour in zip(panel["values"].items(), (BLUE, ORANGE), strict=False):
-            axis.hist(
-                values, panel["bins"], histtype="step", linewidth=1.8, color=colour, label=name
-            )
-        axis.axvline(panel["cut"], color=RED, linestyle="--", label=f"cut at {panel['cut']:g}")
+            axis.hist(values, panel["bins"], histtype="step", linewidth=2, color=colour, label=name)
+        axis.axvline(panel["cut"], color=RED, linestyle=":", label=f"cut at {panel['cut']:g}")
         axis.set(title=panel["title"], xlabel=panel["xlabel"], ylabel=panel["ylabel"])
         axis.set_yscale("log")
         axis.legend()

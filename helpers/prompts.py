@@ -1,4 +1,4 @@
-r"""Llama 2's prompt template: render it, parse it back, and verify that a tokenizer reads it as meant.
+r"""Llama 2's prompt template: render it, parse it, verify that a tokenizer reads it as meant.
 
     <s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST] {answer} </s>
 
@@ -29,7 +29,9 @@ class TemplateError(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A system message and turns of (user, answer); the last answer is None when it is asked for."""
+    """A system message and turns of (user, answer); the last answer is None when it is asked
+    for.
+    """
 
     system: str
     turns: tuple[tuple[str, str | None], ...]
@@ -47,7 +49,10 @@ def render_completion(answer: str) -> str:
 
 
 def render(conversation: Conversation, bos: str = "", eos: str = "") -> str:
-    """A whole conversation of one or more turns. Each answered turn ends in `eos`, the next begins with `bos`."""
+    """A whole conversation of one or more turns.
+
+    Each answered turn ends in `eos`, the next begins with `bos`.
+    """
     parts = []
     for number, (user, answer) in enumerate(conversation.turns):
         first = number == 0
@@ -57,7 +62,10 @@ def render(conversation: Conversation, bos: str = "", eos: str = "") -> str:
 
 
 def parse(text: str, bos: str = "", eos: str = "") -> Conversation:
-    """The conversation that `render` wrote. Raises TemplateError with the first place that differs."""
+    """The conversation that `render` wrote.
+
+    Raises TemplateError with the first place that differs.
+    """
     bare = text
     for special in filter(None, (bos, eos)):
         bare = bare.replace(special, "")
@@ -73,7 +81,8 @@ def parse(text: str, bos: str = "", eos: str = "") -> Conversation:
 
 
 def encode(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
-    """Token ids of one training row and its labels, as trl makes them from a prompt and a completion.
+    """Token ids of one training row and its labels, as trl makes them from a prompt and a
+    completion.
 
     `input_ids` and `labels` have the same length; a label is IGNORED_LABEL on the prompt.
     """
@@ -96,9 +105,10 @@ def verify(tokenizer, prompt: str, completion: str) -> list[str]:
 def verify_rows(
     tokenizer, rows: Iterable[tuple[str, str]], batch_size: int = 256
 ) -> Iterator[tuple[int, list[str]]]:
-    """(length in tokens with BOS and EOS, problems as `verify` names them) of each (prompt, completion), in order.
+    """For each (prompt, completion), in order, its length in tokens and what `verify` says of it.
 
-    Tokenizes in batches: several times faster than calling `verify` row by row.
+    The length includes BOS and EOS. Tokenizes in batches, which is several times faster than
+    calling `verify` row by row.
     """
     rows = iter(rows)
     while batch := list(itertools.islice(rows, batch_size)):

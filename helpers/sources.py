@@ -1,8 +1,9 @@
 """Where posts come from, and how they are read in bounded memory.
 
-Every source ends in the same form: a folder of partitions, each holding the questions, answers and tags whose seeded hash of the question id begins with the
-same bits. All that belongs to one question lies in one partition, so partitions can be worked on one by one, in any number of processes. Files are read as a
-stream and text stays as bytes until a row is wanted.
+Every source ends in the same form: a folder of partitions, each holding the questions, answers and
+tags whose question id has a seeded hash within one range. What belongs to one question lies in one
+partition, so partitions can be worked on one by one, in any number of processes. Files are read as
+a stream, and text stays bytes until a row is wanted.
 """
 
 import csv
@@ -20,7 +21,7 @@ import pyarrow.csv
 from helpers.config import PROJECT_DIR
 
 SAMPLE_DIR = PROJECT_DIR / "data" / "sample"
-SAMPLE_LICENCE = "Apache-2.0"  # written for this course, unlike the posts of the real set
+SAMPLE_LICENCE = "CC BY-SA 4.0"  # written for this course, unlike the posts of the real set
 KAGGLE_DATASET = "stackoverflow/pythonquestions"
 
 # A post on Stack Overflow has at most 30,000 characters: a row longer than a block is damage.
@@ -46,7 +47,8 @@ KEYS = {"Questions": "Id", "Answers": "ParentId", "Tags": "Id"}  # the column wi
 PROMPT_NAMES = ("prompt", "question", "instruction", "input", "user")
 ANSWER_NAMES = ("answer", "completion", "response", "output", "assistant")
 ARTICLE_TEXT = re.compile(
-    r"\s*(?:<s>)?\s*\[INST\]\s*(?:<</?SYS>>.*?<</SYS>>)?(?P<prompt>.*?)\[/INST\](?P<answer>.*?)(?:</s>)?\s*",
+    r"\s*(?:<s>)?\s*\[INST\]\s*(?:<</?SYS>>.*?<</SYS>>)?(?P<prompt>.*?)\[/INST\]"
+    r"(?P<answer>.*?)(?:</s>)?\s*",
     re.DOTALL,
 )
 
@@ -71,9 +73,10 @@ class Partitions:
 def open_source(
     source: str, folder: Path, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> Partitions:
-    """Read a source ("sample", "kagglehub", a folder of CSVs, a JSONL/CSV/Parquet file or a Hub dataset) into partitions below `folder`.
+    """Read a source into partitions in `folder`.
 
-    `progress` is called with (bytes read, bytes in all). Raises DataError when it cannot be had or read.
+    It is "sample", "kagglehub", a folder of CSVs, a JSONL, CSV or Parquet file, or a Hub dataset.
+    `progress` gets (bytes read, bytes in all). Raises DataError for what cannot be had or read.
     """
     path = SAMPLE_DIR if source == "sample" else Path(source).expanduser()
     if source == "kagglehub":
@@ -84,14 +87,18 @@ def open_source(
         return _partition_pairs(_pairs_of_file(path), folder, seed, f"as in {path.name}")
     if path.suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise DataError(
-            f"DATA_SOURCE is {source!r}, and there is no such file or folder: give a folder with Questions.csv and Answers.csv, "
+            f"DATA_SOURCE is {source!r}, and there is no such file or folder: give a folder with "
+            f"Questions.csv and Answers.csv, "
             "a .jsonl, .csv or .parquet file, the id of a Hub dataset, 'kagglehub' or 'sample'"
         )
     return _partition_pairs(_pairs_of_hub(source), folder, seed, f"as stated on the Hub: {source}")
 
 
 def question_hash(ids: np.ndarray, seed: int) -> np.ndarray:
-    """A seeded 64-bit hash of ids (splitmix64, Steele et al. 2014): a random order that does not depend on the order of the file."""
+    """A seeded 64-bit hash of ids: a random order that does not depend on that of the file.
+
+    The finalizer of splitmix64 (Steele, Lea and Flood 2014).
+    """
     with np.errstate(over="ignore"):
         z = ids.astype(np.uint64) + np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -109,7 +116,10 @@ def read_partition(partitions: Partitions, table: str, number: int) -> pa.Table:
 
 
 class Reader:
-    """A file for pyarrow that counts bytes for the progress bar and quotation marks for the truncation check, and refuses NUL bytes."""
+    """A file for pyarrow that counts bytes and quotation marks, and refuses NUL bytes.
+
+    The bytes are for the progress bar; an odd number of marks shows that the file is cut off.
+    """
 
     def __init__(self, path: Path, progress=None, done: int = 0, total: int = 0):
         self.path, self.progress, self.done, self.total = path, progress, done, total
@@ -120,7 +130,8 @@ class Reader:
         position = self.file.tell() - len(chunk)
         if b"\0" in chunk:
             raise DataError(
-                f"{self.path.name} holds a NUL byte at position {position + chunk.index(0)}: the file is damaged or not ISO-8859-1 text "
+                f"{self.path.name} holds a NUL byte at position {position + chunk.index(0)}: the "
+                f"file is damaged or not ISO-8859-1 text "
                 "(UTF-16?); get it again or save it as ISO-8859-1"
             )
         self.quotes += chunk.count(b'"')
@@ -132,7 +143,8 @@ class Reader:
 
     def truncated(self) -> str:
         return (
-            f"{self.path.name} has an odd number of quotation marks ({self.quotes}): a quoted text is never closed"
+            f"{self.path.name} has an odd number of quotation marks ({self.quotes}): a quoted text "
+            f"is never closed"
             f"{_first_bad_line(self.path)}; the file is cut off or damaged, get it again"
         )
 
@@ -145,7 +157,8 @@ def _check_header(path: Path, wanted) -> None:
     """DataError when a CSV is missing, empty, not ISO-8859-1, or lacks one of the columns."""
     if not path.exists():
         raise DataError(
-            f"{path.name} is missing in {path.parent.name}/: the folder must hold Questions.csv and Answers.csv (Tags.csv is optional)"
+            f"{path.name} is missing in {path.parent.name}/: the folder must hold Questions.csv "
+            f"and Answers.csv (Tags.csv is optional)"
         )
     with path.open("rb") as file:
         head = file.read(4)
@@ -162,7 +175,8 @@ def _check_header(path: Path, wanted) -> None:
     if missing and len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
         mark = next(mark for mark in ";\t|" if mark in names[0])
         raise DataError(
-            f"{path.name} separates its columns with {mark!r} (first line {names[0]!r}): save it with commas"
+            f"{path.name} separates its columns with {mark!r} (first line {names[0]!r}): save it "
+            f"with commas"
         )
     if missing:
         raise DataError(
@@ -212,14 +226,19 @@ def _explain(path: Path, reader: Reader, message: str) -> str:
         )
     if "straddling" in message:
         return (
-            f"{path.name}{_first_bad_line(path)} holds a row of more than {BLOCK_BYTES >> 20} MB, and a post has at most 30,000 characters: "
+            f"{path.name}{_first_bad_line(path)} holds a row of more than {BLOCK_BYTES >> 20} MB, "
+            f"and a post has at most 30,000 characters: "
             "a quotation mark is not closed or the row is damaged, repair or remove it"
         )
-    return f"{path.name}{_first_bad_line(path)} cannot be read ({message.splitlines()[0]}): repair or remove that row"
+    place, reason = _first_bad_line(path), message.splitlines()[0]
+    return f"{path.name}{place} cannot be read ({reason}): repair or remove that row"
 
 
 def _first_bad_line(path: Path) -> str:
-    """ ", line N" of the first row that is damaged, found by reading the file again, slowly; "" if none is seen."""
+    """The first damaged row as text to insert (", line 7,"), "" if none is seen.
+
+    Reads the file again, slowly; called only when it is known to be damaged.
+    """
     csv.field_size_limit(BLOCK_BYTES)
     with path.open(encoding="latin-1", newline="") as file:
         rows = csv.reader(file, strict=True)
@@ -306,7 +325,8 @@ def _partition_posts(source: Path, folder: Path, seed: int, progress) -> Partiti
         rows["Answers"],
         is_html=True,
         licence=SAMPLE_LICENCE if source == SAMPLE_DIR else "CC BY-SA 3.0",
-        url="https://stackoverflow.com/a/{answer_id}",
+        # The sample's posts are on no site: an address would only look like one.
+        url="" if source == SAMPLE_DIR else "https://stackoverflow.com/a/{answer_id}",
     )
 
 
@@ -315,12 +335,13 @@ def _check_unique(path: Path, ids: np.ndarray) -> None:
     if len(values) < len(ids):
         twice = values[counts > 1]
         raise DataError(
-            f"{path.name} holds {len(twice)} ids more than once, the first is {twice[0]}: remove the repeated rows"
+            f"{path.name} holds {len(twice)} ids more than once, the first is {twice[0]}: remove "
+            f"the repeated rows"
         )
 
 
 def _partition_pairs(pairs: Iterator[tuple[str, str]], folder, seed, licence: str) -> Partitions:
-    """Prompt and answer texts as posts without scores, authors or markup; their ids are row numbers."""
+    """Prompts and answers as posts without scores, authors or markup; ids are row numbers."""
     writers, rows = {table: _Writers(folder, 1, seed) for table in ("Questions", "Answers")}, 0
     while batch := list(itertools.islice(pairs, 1000)):
         _write_pairs(writers, batch, rows)
@@ -345,14 +366,25 @@ def _write_pairs(writers: dict[str, _Writers], pairs, first: int) -> None:
 
 
 def _pairs_of_file(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        yield from _pairs(_records(path), path.name)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path.name} is not UTF-8 text ({error.reason} at position {error.start}): save it as "
+            f"UTF-8"
+        ) from error
+
+
+def _records(path: Path) -> Iterator[dict]:
     if path.stat().st_size == 0:
         raise DataError(f"{path.name} is empty (0 bytes): get the file again")
     readers = {".jsonl": json_records, ".csv": _csv_records, ".parquet": _parquet_records}
     if path.suffix not in readers:
         raise DataError(
-            f"{path.name} ends in {path.suffix or 'nothing'!r}: give a .jsonl, .csv or .parquet file"
+            f"{path.name} ends in {path.suffix or 'nothing'!r}: give a .jsonl, .csv or .parquet "
+            f"file"
         )
-    return _pairs(readers[path.suffix](path), path.name)
+    return readers[path.suffix](path)
 
 
 def _pairs_of_hub(name: str) -> Iterator[tuple[str, str]]:
@@ -363,21 +395,26 @@ def _pairs_of_hub(name: str) -> Iterator[tuple[str, str]]:
     except Exception as error:  # the Hub client raises a dozen kinds, all mean the same here
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"the Hub dataset {name} could not be loaded ({first}): check the name and the network, "
+            f"the Hub dataset {name} could not be loaded ({first}): check the name and the "
+            f"network, "
             "or set DATA_SOURCE to 'sample', which needs neither"
         ) from error
     return _pairs((row for split in splits.values() for row in split), name)
 
 
 def _pairs(records: Iterator[dict], name: str) -> Iterator[tuple[str, str]]:
-    """(prompt, answer) of each record: two columns, or one `text` in Llama 2's template as the article stored it."""
+    """(prompt, answer) of each record: two columns, or one `text` in Llama 2's template.
+
+    The second is how the article stored its dataset, with its own spelling of the opening tag.
+    """
     columns = None
     for number, record in enumerate(records, 1):
         columns = columns or _pair_columns(record, name)
         values = [record.get(column) for column in columns]
         if not all(isinstance(value, str) for value in values):
             raise DataError(
-                f"{name}, row {number}: {columns} must be text, and are {[type(v).__name__ for v in values]}: repair or remove that row"
+                f"{name}, row {number}: {columns} must be text, and are "
+                f"{[type(v).__name__ for v in values]}: repair or remove that row"
             )
         if len(columns) == 1:
             found = ARTICLE_TEXT.fullmatch(values[0])
@@ -393,7 +430,8 @@ def _pair_columns(record: dict, name: str) -> tuple[str, ...]:
     if "[/INST]" in str(record.get("text")):
         return ("text",)
     raise DataError(
-        f"{name} has no column for the prompt ({', '.join(PROMPT_NAMES)}) or none for the answer ({', '.join(ANSWER_NAMES)}); "
+        f"{name} has no column for the prompt ({', '.join(PROMPT_NAMES)}) or none for the answer "
+        f"({', '.join(ANSWER_NAMES)}); "
         f"its columns are {', '.join(map(str, record))}: rename yours"
     )
 
@@ -409,7 +447,8 @@ def json_records(path: Path) -> Iterator[dict]:
                 ) from error
             if record is not None and not isinstance(record, dict):
                 raise DataError(
-                    f"{path.name}, line {number}, is {type(record).__name__}, not an object: repair it"
+                    f"{path.name}, line {number}, is {type(record).__name__}, not an object: "
+                    f"repair it"
                 )
             if record:
                 yield record
@@ -437,12 +476,14 @@ def _download_from_kaggle() -> Path:
         import kagglehub
     except ImportError as error:
         raise DataError(
-            "DATA_SOURCE is 'kagglehub', and the package is not installed: run `pip install kagglehub`, "
+            "DATA_SOURCE is 'kagglehub', and the package is not installed: run `pip install "
+            "kagglehub`, "
             f"or download {KAGGLE_DATASET} by hand and give its folder"
         ) from error
     try:
         return Path(kagglehub.dataset_download(KAGGLE_DATASET))
     except Exception as error:  # credentials, network, licence: the client has no common base class
         raise DataError(
-            f"Kaggle did not deliver {KAGGLE_DATASET} ({error}): check ~/.kaggle/kaggle.json and the network"
+            f"Kaggle did not deliver {KAGGLE_DATASET} ({error}): check ~/.kaggle/kaggle.json and "
+            f"the network"
         ) from error

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -9,19 +10,29 @@ from tqdm import tqdm
 
 from helpers.sources import DataError, Partitions
 
+# Not "fork": the copy of a process with running threads (Arrow's, torch's) can hang. A fork server
+# imports once and has no threads; Windows has none.
+SERVER, SPAWN = "forkserver", "spawn"
+START_METHOD = SERVER if SERVER in multiprocessing.get_all_start_methods() else SPAWN
+
 
 class Workers:
-    """One pool of processes for all passes; with a single worker everything runs in this process."""
+    """One pool of processes for all passes; a single worker is this process itself.
 
-    def __init__(self, count: int, progress: bool = False):
-        self.count, self.progress, self.pool = count, progress, None
+    `prepare` is called once in each worker as soon as it starts, while this process still reads.
+    """
+
+    def __init__(self, count: int, progress: bool = False, prepare: Callable = os.getpid):
+        self.count, self.progress, self.prepare, self.pool = count, progress, prepare, None
 
     def __enter__(self) -> "Workers":
         if self.count > 1:
-            # "spawn": a fork of a process with running threads (Arrow's, torch's) can hang. Started now, the workers import while this process reads.
-            self.pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"))
+            context = multiprocessing.get_context(START_METHOD)
+            if START_METHOD == SERVER:
+                context.set_forkserver_preload(["helpers.curation"])
+            self.pool = ProcessPoolExecutor(self.count, context)
             for _ in range(self.count):
-                self.pool.submit(os.getpid)
+                self.pool.submit(self.prepare)
         return self
 
     def __exit__(self, *error) -> None:
@@ -39,7 +50,8 @@ class Workers:
                     yield result
             except BrokenProcessPool as error:
                 raise DataError(
-                    f"a worker process died while {label}, probably for lack of memory: run with fewer workers"
+                    f"a worker process died while {label}, probably for lack of memory: run with "
+                    f"fewer workers"
                 ) from error
 
 

@@ -5,6 +5,8 @@ import os
 # Nothing in the tests may reach for the network; a library that tries fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import helpers  # noqa: F401, I001  before torch, since it says how torch's threads wait
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -85,14 +85,26 @@ def test_has_one_title_and_skips_no_heading_level(notebook):
     assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
 
 
-def test_no_upper_case_name_is_assigned_after_the_parameters(notebook):
+def global_names(source):
+    """Names that a cell gives to the notebook; a function's own names are not among them."""
+    pending = list(ast.parse(source).body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+            continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        if isinstance(node, ast.alias):
+            yield node.asname or node.name
+        pending.extend(ast.iter_child_nodes(node))
+
+
+def test_no_upper_case_name_is_given_after_the_parameters(notebook):
     """Config.from_notebook would take it for a parameter when its cell is run again."""
     for cell in code_cells(notebook)[1:]:
-        for node in ast.walk(ast.parse(cell.source)):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                assert not re.fullmatch(r"[A-Z][A-Z0-9_]+", node.id), node.id
-            if isinstance(node, ast.alias):
-                assert not re.fullmatch(r"[A-Z][A-Z0-9_]+", node.asname or node.name), node.name
+        for name in global_names(cell.source):
+            assert not re.fullmatch(r"[A-Z][A-Z0-9_]+", name), name
 
 
 def test_links_lead_somewhere(path, notebook):
