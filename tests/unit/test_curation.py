@@ -161,7 +161,7 @@ def test_the_card_holds_the_numbers_and_no_path(config, report):
     assert f"{report.train_rows} rows to train and {report.validation_rows} to validate" in card
     for rule, removed, left in report.funnel():
         assert f"| {rule} |" in card and f"| {removed} | {left} |" in card
-    assert str(config.run_dir) not in card and card.startswith("---\nlicense: apache-2.0\n")
+    assert str(config.run_dir) not in card and card.startswith("---\nlicense: cc-by-sa-4.0\n")
 
 
 def test_nothing_is_left_beside_the_dataset(config, report):
