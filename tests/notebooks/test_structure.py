@@ -118,23 +118,17 @@ def test_records_its_metrics(path, notebook):
     assert f'config.record("{path.name[:2]}"' in source
 
 
-# -- Committed outputs: of a notebook that carries some, since one without is honest, if bare
+# -- Committed outputs
 
 
-@pytest.fixture
-def recorded(notebook):
-    if not outputs(notebook):
-        pytest.skip("no outputs are recorded yet: run `make record`")
-    return notebook.metadata.get("recorded", {})
-
-
-def test_outputs_are_of_the_code_that_stands_here(path, recorded):
+def test_outputs_are_of_the_code_that_stands_here(path, notebook):
+    recorded = notebook.metadata.get("recorded", {})
     assert recorded.get("code_sha256") == code_hash(path), "code changed: run `make record`"
     assert recorded["profile"] == "demo"
     assert {"date", "hardware", "torch", "transformers"} <= set(recorded)
 
 
-def test_execution_counts_rise_by_one(notebook, recorded):
+def test_execution_counts_rise_by_one(notebook):
     counts = [cell.execution_count for cell in code_cells(notebook)]
     assert counts == list(range(1, len(counts) + 1))
 
