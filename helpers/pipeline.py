@@ -173,10 +173,14 @@ def headline_rows(config: Config) -> list[tuple[str, str, str]]:
     """(lesson, what it is, value as text) for every headline number that has been recorded."""
     metrics = read_metrics(config)
     return [
-        (lesson, label, f"{metrics[lesson][name]:.4g}")
+        (lesson, label, _as_text(metrics[lesson][name]))
         for lesson, name, label in HEADLINES
         if name in metrics.get(lesson, {})
     ]
+
+
+def _as_text(value: int | float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def write_report(config: Config) -> Path:

@@ -60,6 +60,13 @@ def test_runs_in_order_and_writes_the_report(run):
     assert "first" in (config.executed_dir / "01_one.html").read_text()
 
 
+def test_headlines_show_counts_whole_and_rates_short(run):
+    config = run()
+    config.record("01", {"full_parameters": 16_777_216})
+    config.record("06", {"stop_rate_base": 0.15625})
+    assert [value for _, _, value in pipeline.headline_rows(config)] == ["16,777,216", "0.1562"]
+
+
 def test_a_second_run_does_nothing_and_a_changed_parameter_runs_again(run, capsys):
     before = start_times(run())
     assert start_times(run()) == before
