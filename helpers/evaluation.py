@@ -4,7 +4,6 @@ Each score is a yes or no for each problem; rates come with Wilson's 95 % interv
 tuned model are compared on the same problems by McNemar's exact test.
 """
 
-import ast
 import json
 import re
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from dataclasses import dataclass
 from scipy.stats import binomtest
 
 from helpers import sandbox
-from helpers.config import LINKED_LIST_PROMPT, PROJECT_DIR, Config
+from helpers.config import LINKED_LIST_PROMPT, PROBLEMS_FILE, Config
 from helpers.inference import Answer
+from helpers.markdown import parse_python
 
-PROBLEMS_FILE = PROJECT_DIR / "data" / "problems.jsonl"
 CODE_BLOCK = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 NUMBERED_STEP = re.compile(r"^\s*\d+[.)]\s+\S", re.MULTILINE)
 SEQUENCE_WORD = re.compile(r"\b(first|second|then|next|after that|finally|lastly)\b", re.IGNORECASE)
@@ -67,13 +66,7 @@ def code_of(text: str) -> str | None:
 
 def parses(code: str | None) -> bool:
     """Whether there is code and Python can read it."""
-    if not code or not code.strip():
-        return False
-    try:
-        ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+    return bool(code and code.strip()) and parse_python(code) is not None
 
 
 def explains_in_steps(text: str) -> bool:

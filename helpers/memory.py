@@ -67,16 +67,14 @@ class Run:
     length: int = 512
     optimizer: str = "adamw_bnb_8bit"
     checkpointing: bool = True
-    offload: bool = (
-        False  # checkpoints wait in the host's memory (SFTConfig(activation_offloading=))
-    )
+    # Checkpoints wait in the host's memory (SFTConfig(activation_offloading=)).
+    offload: bool = False
     accumulation: int = 1
     upcast: bool = False
     compute_bytes: int = 2
     adapter_bytes: int = 2
-    autocast: bool = (
-        True  # inputs of the adapter are cast to the compute type, not to the adapter's
-    )
+    # Inputs of the adapter are cast to the compute type, not to the adapter's.
+    autocast: bool = True
     loss: str = "chunked"
     device: str = "cuda"
 
@@ -190,7 +188,7 @@ def empty_4bit_model(model_config, quantization: BitsAndBytesConfig):
 
     Its packed weights still have their unpacked shape, because packing happens when numbers come.
     """
-    # It imports bitsandbytes, whose notice on CPUs helpers.models silences: so not at the top.
+    # Imported here, as peft is below: it takes over a second, and one notebook alone needs it.
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
     with torch.device("meta"):
@@ -200,7 +198,7 @@ def empty_4bit_model(model_config, quantization: BitsAndBytesConfig):
 
 def count_trainable(model, rank: int, targets) -> tuple[int, int]:
     """(trainable, all) parameters once peft has put an adapter on a meta model; the model stays."""
-    from peft import LoraConfig, inject_adapter_in_model  # imports bitsandbytes too
+    from peft import LoraConfig, inject_adapter_in_model
 
     adapter = LoraConfig(r=rank, target_modules=list(targets))
     with torch.device("meta"):

@@ -109,8 +109,11 @@ def question_hash(ids: np.ndarray, seed: int) -> np.ndarray:
 def read_partition(partitions: Partitions, table: str, number: int) -> pa.Table:
     """One table ("Questions", "Answers" or "Tags") of one partition."""
     path = partitions.folder / f"{table}-{number}.arrow"
-    if not path.exists():
-        return SCHEMAS[table].empty_table()
+    return read_rows(path) if path.exists() else SCHEMAS[table].empty_table()
+
+
+def read_rows(path: Path) -> pa.Table:
+    """The rows of an Arrow stream file, mapped and not copied."""
     with pa.memory_map(str(path)) as source:
         return pa.ipc.open_stream(source).read_all()
 

@@ -4,6 +4,7 @@ The training loop is trl's SFTTrainer. The settings, the article's decorators an
 here; the lesson that reads them is notebook 04.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -211,10 +212,7 @@ class LogLines(TrainerCallback):
 
 def checkpoints_dir(config: Config) -> Path:
     """Where a Config's checkpoints lie: other settings, another folder; none is mixed up."""
-    settings = json.dumps(lora_config(config).to_dict(), default=sorted) + str(
-        [config.model_name, config.learning_rate, config.max_steps, config.num_epochs, config.seed]
-        + [config.per_device_train_batch_size, config.grad_acc_steps, config.completion_only_loss]
-    )
+    settings = json.dumps({**dataclasses.asdict(config), "run_dir": None}, sort_keys=True)
     return config.checkpoints_dir / hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 

@@ -1,4 +1,4 @@
-"""What several test files need: a tiny Llama, offline, and one smoke run shared by all."""
+"""What several test files need: a tiny Llama, and no way to the network."""
 
 import os
 

@@ -21,7 +21,7 @@ import pytest
 from helpers import curation, prompts, sources
 from helpers.config import Config
 from helpers.contamination import load_problems, problem_index
-from helpers.curation import Workers, choose_validation, count_leaks, curate, row_pairs
+from helpers.curation import LeakFinder, Workers, choose_validation, curate, row_pairs
 from helpers.hub import NotLoggedIn
 from helpers.similarity import RarestIndex, jaccard, similar_pairs, sketch, word_pairs, words_of
 from helpers.sources import SAMPLE_DIR, DataError, question_hash
@@ -201,15 +201,15 @@ def test_size_of_the_validation_split(rows, changes, expected):
 
 def test_a_leak_is_counted(dataset):
     train, validation = dataset["train"].to_list(), dataset["validation"].to_list()
-    assert count_leaks(train, validation, 0.7) == 0
+    assert len(LeakFinder(validation, 0.7).find(train)) == 0
     copy = {**validation[0], "question_id": 1, "group": 1}
     copy["completion"] = copy["completion"].replace(" the ", " that ", 1)
     assert jaccard(row_pairs(copy), row_pairs(validation[0])) < 1
-    assert count_leaks([*train, copy], validation, 0.7) == 1
+    assert len(LeakFinder(validation, 0.7).find([*train, copy])) == 1
     same_question = {**train[0], "question_id": validation[1]["question_id"]}
-    assert count_leaks([same_question], validation, 0.7) == 1
+    assert len(LeakFinder(validation, 0.7).find([same_question])) == 1
     same_group = {**train[0], "group": validation[2]["group"]}
-    assert count_leaks([same_group], validation, 0.7) == 1
+    assert len(LeakFinder(validation, 0.7).find([same_group])) == 1
 
 
 def test_smoke_is_small(tmp_path):

@@ -119,8 +119,10 @@ def test_other_settings_have_other_checkpoints(config):
         training.checkpoints_dir(config),
         training.checkpoints_dir(dataclasses.replace(config, lora_r=8)),
         training.checkpoints_dir(dataclasses.replace(config, learning_rate=1e-3)),
+        training.checkpoints_dir(dataclasses.replace(config, weight_decay=0.5)),
+        training.checkpoints_dir(dataclasses.replace(config, scheduler_type="linear")),
     }
-    assert len(folders) == 3
+    assert len(folders) == 5
     assert training.latest_checkpoint(config.checkpoints_dir / "none") is None
 
 
