@@ -121,6 +121,10 @@ class Config:
     activation_checkpointing: bool = True
     # The article writes GROUP_BY_LENGTH = 3; transformers 4.31 read it as a yes.
     group_by_length: bool = True
+    # Whole rows laid end to end, batch size times max_length tokens a batch, none seeing another.
+    packing: bool = False
+    # On a GPU from Ampere on: fused kernels and one recorded graph a step (helpers/fast_path.py).
+    fast_path: bool = False
     max_length: int = field(default=512, metadata=at_least(16))
     completion_only_loss: bool = False
     save_steps: int = field(default=50, metadata=at_least(1))
@@ -168,6 +172,12 @@ class Config:
         if self.fp16 and self.bf16:
             problems.append(
                 "FP16 and BF16 are both True: a run computes in one precision, set one to False"
+            )
+        if self.fast_path and (not self.packing or self.lora_dropout or self.fp16):
+            problems.append(
+                "FAST_PATH is True: it records one graph over batches of one size, so PACKING must "
+                f"be True, LORA_DROPOUT 0 and FP16 False, and they are {self.packing}, "
+                f"{self.lora_dropout} and {self.fp16}"
             )
         if problems:
             raise ConfigError("; ".join(problems))
@@ -356,8 +366,12 @@ PROFILES: dict[str, dict] = {
         "bnb_4bit_compute_dtype": "bfloat16",
         "bf16": True,
         "completion_only_loss": True,
-        "optim": "adamw_bnb_8bit",
+        "optim": "adamw_torch_fused",
         "scheduler_type": "constant_with_warmup",
-        "grad_acc_steps": 4,
+        "lora_dropout": 0.0,
+        "packing": True,
+        "fast_path": True,
+        "per_device_train_batch_size": 8,
+        "grad_acc_steps": 2,
     },
 }

@@ -7,6 +7,7 @@ order of a file.
 """
 
 import functools
+import gc
 import html
 import os
 import re
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from helpers import hub, prompts
+from helpers import prompts
 from helpers.config import Config
 from helpers.contamination import problem_index
 from helpers.markdown import code_kind, fenced_blocks, html_to_markdown
@@ -215,7 +216,8 @@ def select_pairs(config: Config, work: Path, workers: Workers) -> tuple[Report, 
 
 
 def prepare_worker(benchmarks: tuple[str, ...]) -> None:
-    """Import this module and read the benchmarks."""
+    """Read the benchmarks; look for garbage seldom, a syntax tree is many objects and no cycle."""
+    gc.set_threshold(100_000)
     problem_index(benchmarks)
 
 
@@ -743,6 +745,8 @@ def push_dataset(config: Config) -> list[str]:
     """
     import datasets
     import huggingface_hub
+
+    from helpers import hub
 
     path = config.require(config.dataset_dir, "02")
     dataset = datasets.load_from_disk(str(path))

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from helpers import memory
+from helpers import fast_path, memory
 from helpers.config import Config
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -64,17 +64,27 @@ def lora_config(config: Config) -> LoraConfig:
     )
 
 
+def uses_fast_path(config: Config) -> bool:
+    """Whether a Config asks for the fast path and this machine has what it needs."""
+    return config.fast_path and fast_path.is_supported()
+
+
 def sft_config(config: Config) -> SFTConfig:
-    """The training settings of a Config in trl's terms."""
+    """The training settings of a Config in trl's terms.
+
+    A packed batch is one row of batch size times `max_length` tokens.
+    """
+    rows, eval_rows = config.per_device_train_batch_size, config.per_device_eval_batch_size
+    fast = uses_fast_path(config)
     return SFTConfig(
         output_dir=str(checkpoints_dir(config)),
         use_cpu=config.device == "cpu",
         fp16=config.fp16,
-        bf16=config.bf16,
+        bf16=config.bf16 and not fast,  # the fast path computes in the model's own bfloat16
         num_train_epochs=config.num_epochs,
         max_steps=config.max_steps,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        per_device_eval_batch_size=config.per_device_eval_batch_size,
+        per_device_train_batch_size=1 if config.packing else rows,
+        per_device_eval_batch_size=1 if config.packing else eval_rows,
         gradient_accumulation_steps=config.grad_acc_steps,
         optim=config.optim,
         learning_rate=config.learning_rate,
@@ -82,9 +92,14 @@ def sft_config(config: Config) -> SFTConfig:
         max_grad_norm=config.max_grad_norm,
         lr_scheduler_type=config.scheduler_type,
         warmup_steps=config.warmup_ratio,  # a float below 1 is a share of all steps
-        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+        train_sampling_strategy=(
+            "group_by_length" if config.group_by_length and not config.packing else "random"
+        ),
         activation_checkpointing=config.activation_checkpointing,
-        max_length=config.max_length,
+        activation_checkpointing_kwargs=fast_path.CHECKPOINT_OPTIONS if fast else None,
+        packing=config.packing,
+        max_length=rows * config.max_length if config.packing else config.max_length,
+        logging_nan_inf_filter=False,  # looking at each loss makes a GPU wait
         completion_only_loss=config.completion_only_loss,
         logging_steps=config.log_steps,
         eval_strategy="steps",
@@ -112,9 +127,11 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
     """
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("the model carries an adapter already: load it again before building")
-    trainer = SFTTrainer(
+    fast = uses_fast_path(config)
+    trainer = (fast_path.FastTrainer if fast else SFTTrainer)(
         model=model,
         args=sft_config(config),
+        data_collator=fixed_collator(config, tokenizer) if fast else None,
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
         processing_class=tokenizer,
@@ -129,6 +146,13 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
     if config.fp16:
         keep_adapter_in_float32(trainer.model)
     return trainer
+
+
+def fixed_collator(config: Config, tokenizer) -> fast_path.FixedCollator:
+    tokens = config.per_device_train_batch_size * config.max_length
+    return fast_path.FixedCollator(
+        tokenizer.pad_token_id, padding_free=True, tokens=tokens, longest=config.max_length
+    )
 
 
 def keep_adapter_in_float32(model) -> None:

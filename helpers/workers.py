@@ -19,7 +19,8 @@ START_METHOD = SERVER if SERVER in multiprocessing.get_all_start_methods() else 
 class Workers:
     """One pool of processes for all passes; a single worker is this process itself.
 
-    `prepare` is called once in each worker as soon as it starts, while this process still reads.
+    `prepare` is called once in each worker when it starts. The fork server imports while this
+    process still reads the source.
     """
 
     def __init__(self, count: int, progress: bool = False, prepare: Callable = os.getpid):
@@ -29,10 +30,11 @@ class Workers:
         if self.count > 1:
             context = multiprocessing.get_context(START_METHOD)
             if START_METHOD == SERVER:
+                from multiprocessing import forkserver
+
                 context.set_forkserver_preload(["helpers.curation"])
-            self.pool = ProcessPoolExecutor(self.count, context)
-            for _ in range(self.count):
-                self.pool.submit(self.prepare)
+                forkserver.ensure_running()
+            self.pool = ProcessPoolExecutor(self.count, context, self.prepare)
         return self
 
     def __exit__(self, *error) -> None:

@@ -1,0 +1,257 @@
+"""The fast path on a GPU: packed batches of one fixed size, fused kernels, one CUDA graph a step.
+
+A QLoRA step of a 7B model launches some 8,000 small kernels, and many a host cannot launch them as
+fast as a card runs them. With every shape fixed, forward and backward pass are recorded once and
+replayed as one. It knows nothing of recipes or data; `FAST_PATH = False` trains the same batches
+through trl's own step, to the same losses.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from functools import cache, partial
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.bnb import Linear4bit
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.models.llama import modeling_llama
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+ATTENTION = "varlen"
+SHORTEST_MEAN_ROW = 32  # tokens: how many rows a batch has room for
+LOSS_CHUNK = 1024  # tokens whose logits exist at one time
+WARM_UP_PASSES = 2  # kernels choose their algorithms and compile before anything is recorded
+# A recorded pass cannot look at random states, so a checkpoint must not save them: no dropout.
+CHECKPOINT_OPTIONS = {
+    "use_reentrant": False,
+    "preserve_rng_state": False,
+    "determinism_check": "none",
+}
+
+
+def is_supported() -> bool:
+    """Whether there is a GPU with bfloat16 and flash attention (Ampere or later)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+@dataclass
+class FixedCollator(DataCollatorForLanguageModeling):
+    """trl's padding-free collator, filled up to exactly `tokens`.
+
+    The filling is a sequence of its own that no row sees and no loss counts. Sequence bounds have
+    one length too: unused ones repeat the end. Raises ValueError when the rows do not fit.
+    """
+
+    tokens: int = 0
+    longest: int = 0
+
+    def torch_call(self, examples: list[dict]) -> dict:
+        batch = super().torch_call(examples)
+        used = batch["input_ids"].shape[1]
+        bounds = [*batch["cu_seq_lens_q"].tolist(), *range(used, self.tokens, self.longest)][1:]
+        room = self.tokens // SHORTEST_MEAN_ROW
+        if used > self.tokens or len(bounds) > room:
+            raise ValueError(
+                f"a packed batch holds {used} tokens in {len(bounds)} rows and there is room for "
+                f"{self.tokens} in {room}: lower per_device_train_batch_size or set FAST_PATH False"
+            )
+        bounds = [0, *bounds, *[self.tokens] * (room - len(bounds))]
+        missing = self.tokens - used
+        filling = torch.arange(missing)[None] % self.longest
+        return {
+            "input_ids": F.pad(batch["input_ids"], (0, missing), value=self.pad_token_id),
+            "labels": F.pad(batch["labels"], (0, missing), value=-100),
+            "position_ids": torch.cat([batch["position_ids"], filling], dim=1),
+            "cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32),
+            "max_length_q": self.longest,
+            "used_tokens": used,
+        }
+
+
+class FastTrainer(SFTTrainer):
+    """SFTTrainer whose forward and backward pass is one recorded CUDA graph."""
+
+    graph = None
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._total_train_tokens += inputs.pop("used_tokens")
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        inputs = {**self._prepare_inputs(inputs), "graded": num_items_in_batch}
+        if not model.training:
+            model.train()
+        if self.graph is None:
+            self.graph = StepGraph(self.accelerator.unwrap_model(model), inputs)
+        return self.graph(inputs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        inputs.pop("used_tokens", None)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class StepGraph:
+    """Forward and backward pass over inputs of one shape, recorded once, replayed for each batch.
+
+    A call copies the batch into the tensors that the recording reads, adds to the gradients of the
+    trainable parameters, and returns the loss: mean nats over the graded tokens of the whole step.
+    """
+
+    def __init__(self, model, inputs: dict):
+        self.model = model
+        self.inputs = {k: v.clone() if torch.is_tensor(v) else v for k, v in inputs.items()}
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_PASSES):
+                self._forward_backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.gradients = [p.grad for p in self.parameters]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = self._forward_backward()
+        self._clear_gradients()
+
+    def __call__(self, inputs: dict) -> torch.Tensor:
+        for name, value in inputs.items():
+            if torch.is_tensor(value):
+                self.inputs[name].copy_(value, non_blocking=True)
+        if self.parameters[0].grad is None:  # the trainer drops gradients after each step
+            self._clear_gradients()
+        self.graph.replay()
+        return self.loss.clone()
+
+    def _clear_gradients(self) -> None:
+        torch._foreach_zero_(self.gradients)
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+
+    def _forward_backward(self) -> torch.Tensor:
+        inputs = dict(self.inputs)
+        labels, graded = inputs.pop("labels"), inputs.pop("graded")
+        base = self.model.get_base_model()
+        hidden = base.model(**inputs, use_cache=False).last_hidden_state[0, :-1]
+        chunks = zip(hidden.split(LOSS_CHUNK), labels[0, 1:].split(LOSS_CHUNK), strict=True)
+        head = partial(summed_loss, base.lm_head)
+        loss = sum(checkpoint(head, h, y, **CHECKPOINT_OPTIONS) for h, y in chunks) / graded
+        loss.backward()
+        return loss.detach()
+
+
+def summed_loss(head, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of a chunk in nats, summed; hidden [tokens, width], labels [tokens]."""
+    return F.cross_entropy(head(hidden).float(), labels, ignore_index=-100, reduction="sum")
+
+
+# -- Kernels.
+
+
+@contextlib.contextmanager
+def fused_kernels(model):
+    """Replace the small operations of a Llama with adapters by fused ones, and put them back.
+
+    Attention over packed rows (flash), RMSNorm (PyTorch's kernel), rotation and gate (compiled),
+    and adapters that add into the base layer's output in place.
+    """
+    swaps = {
+        Linear4bit: lambda layer: partial(lora_forward, layer),
+        modeling_llama.LlamaRMSNorm: lambda norm: partial(
+            F.rms_norm,
+            normalized_shape=norm.weight.shape,
+            weight=norm.weight,
+            eps=norm.variance_epsilon,
+        ),
+        modeling_llama.LlamaMLP: lambda mlp: partial(mlp_forward, mlp),
+    }
+    before, rotate = model.config._attn_implementation, modeling_llama.apply_rotary_pos_emb
+    swapped = [module for module in model.modules() if type(module) in swaps]
+    for module in swapped:
+        module.forward = swaps[type(module)](module)
+    modeling_llama.apply_rotary_pos_emb = compiled(rotate)
+    model.get_base_model().set_attn_implementation(ATTENTION)
+    try:
+        yield model
+    finally:
+        for module in swapped:
+            del module.forward
+        modeling_llama.apply_rotary_pos_emb = rotate
+        model.get_base_model().set_attn_implementation(before)
+
+
+@cache
+def compiled(function):
+    return torch.compile(function, dynamic=False)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Llama's gate, silu(gate) * up."""
+    return F.silu(gate) * up
+
+
+def mlp_forward(mlp, x: torch.Tensor) -> torch.Tensor:
+    return mlp.down_proj(compiled(gated)(mlp.gate_proj(x), mlp.up_proj(x)))
+
+
+def packed_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    cu_seq_lens_q=None,
+    max_length_q=None,
+    **kwargs,
+):
+    """Causal attention inside each packed row; query [1, heads, tokens, width].
+
+    `cu_seq_lens_q` holds the rows' bounds, `max_length_q` the longest row, both from the collator.
+    """
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (modeling_llama.repeat_kv(states, repeats) for states in (key, value))
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    return varlen_attn(query, key, value, *bounds, window_size=(-1, 0))[None], None
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+
+
+def lora_forward(layer: Linear4bit, x: torch.Tensor) -> torch.Tensor:
+    """peft's forward pass for one active adapter without dropout: W x + (alpha/r) B A x."""
+    (name,) = layer.active_adapters
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return LowRankUpdate.apply(x, down, up, layer.scaling[name], layer.base_layer.weight)
+
+
+class LowRankUpdate(torch.autograd.Function):
+    """y = W x + s B A x with W in 4 bits: both passes add the low-rank part in place.
+
+    peft's layer copies the output of W, computes B A x, scales it and adds it: four passes over
+    memory where the matrix product itself can add. Shapes: x [1, tokens, in], A [rank, in],
+    B [out, rank], W packed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, down, up, scale, weight):
+        flat = x.flatten(0, -2)
+        low = flat @ down.T
+        output = flat @ bnb.functional.dequantize_4bit(weight.data, weight.quant_state).T
+        output.addmm_(low, up.T, alpha=scale)
+        ctx.save_for_backward(flat, low, down, up)
+        ctx.scale, ctx.weight = scale, weight
+        return output.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        flat, low, down, up = ctx.saved_tensors
+        gradient_shape, gradient = gradient.shape, gradient.flatten(0, -2)
+        low_gradient = (gradient @ up) * ctx.scale
+        weight = bnb.functional.dequantize_4bit(ctx.weight.data, ctx.weight.quant_state)
+        input_gradient = (gradient @ weight).addmm_(low_gradient, down)
+        up_gradient = (gradient.T @ low) * ctx.scale
+        shape = (*gradient_shape[:-1], -1)
+        return input_gradient.view(shape), low_gradient.T @ flat, up_gradient, None, None
