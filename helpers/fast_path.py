@@ -223,7 +223,8 @@ AttentionInterface.register(ATTENTION, packed_attention)
 def lora_forward(layer: Linear4bit, x: torch.Tensor) -> torch.Tensor:
     """peft's forward pass for one active adapter without dropout: W x + (alpha/r) B A x."""
     (name,) = layer.active_adapters
-    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    # In float32 once the best checkpoint has been loaded.
+    down, up = (part[name].weight.to(x.dtype) for part in (layer.lora_A, layer.lora_B))
     return LowRankUpdate.apply(x, down, up, layer.scaling[name], layer.base_layer.weight)
 
 

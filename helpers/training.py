@@ -4,6 +4,7 @@ The training loop is trl's SFTTrainer. The settings, the article's decorators an
 here; the lesson that reads them is notebook 04.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -162,6 +163,13 @@ def keep_adapter_in_float32(model) -> None:
             parameter.data = parameter.data.float()
 
 
+def kernels(trainer: SFTTrainer):
+    """The context to train and evaluate in: fused kernels for the fast path, else nothing."""
+    if isinstance(trainer, fast_path.FastTrainer):
+        return fast_path.fused_kernels(trainer.model)
+    return contextlib.nullcontext()
+
+
 @memory_decorator
 @time_decorator
 def fine_tune(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
@@ -170,9 +178,10 @@ def fine_tune(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
     Returns the trainer and its metrics: eval_loss_before, eval_loss_after (nats per token of the
     answers), train_tokens_per_second (padding not counted), and what the decorators add.
     """
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train(resume_from_checkpoint=latest_checkpoint(Path(trainer.args.output_dir)))
-    after = trainer.evaluate()["eval_loss"]
+    with kernels(trainer):
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train(resume_from_checkpoint=latest_checkpoint(Path(trainer.args.output_dir)))
+        after = trainer.evaluate()["eval_loss"]
     # Ready to answer: trl turns the cache off, and without it writing is three times slower.
     trainer.model.eval().config.use_cache = True
     return trainer, {

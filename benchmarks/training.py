@@ -1,0 +1,330 @@
+"""Measure a QLoRA training step at Llama-2-7B's shape on a GPU, against what else one could pick.
+
+    python benchmarks/training.py make FOLDER               write a checkpoint of random weights
+    python benchmarks/training.py run FOLDER NAME           measure one way, print one JSON line
+    python benchmarks/training.py compare FOLDER NAME...    measure several in turn, to
+                                                            results/training.json
+
+Names: ours, ours_plain (the same batches through trl's own step), article, unsloth. Speed and
+memory do not depend on what the weights are. Every way gets rows of the same lengths (log-normal,
+median 300 tokens), rank 64, and a process of its own. Unsloth must be installed to be measured;
+UNSLOTH_PATH may name a folder that holds it with its own dependencies.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+RESULTS = PROJECT / "benchmarks" / "results" / "training.json"
+SHAPES = {  # hidden, inner, layers, heads, heads of keys and values
+    "7B": (4096, 11008, 32, 32, 32),
+    "13B": (5120, 13824, 40, 40, 40),
+}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WARM_UP, STEPS = 4, 14  # steps in all, and how many at the start are not counted
+
+
+def make(folder: Path, shape: str) -> None:
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    hidden, inner, layers, heads, key_heads = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        max_position_embeddings=4096,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 32000)}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+    ).save_pretrained(folder)
+
+
+def row_lengths(count: int, longest: int) -> list[int]:
+    chance = random.Random(0)
+    return [
+        max(32, min(longest, int(chance.lognormvariate(math.log(300), 0.7)))) for _ in range(count)
+    ]
+
+
+def random_rows(count: int, longest: int) -> list[list[int]]:
+    chance = random.Random(1)
+    return [chance.choices(range(3, 32000), k=n) for n in row_lengths(count, longest)]
+
+
+class Clock:
+    """Counts tokens and seconds after the warm-up, and profiles the last step."""
+
+    def __init__(self, steps: int):
+        import torch
+
+        self.torch, self.steps, self.busy, self.profiler = torch, steps, None, None
+
+    def begin(self, step: int) -> None:
+        if step == self.steps:
+            activities = [self.torch.profiler.ProfilerActivity.CUDA]
+            self.profiler = self.torch.profiler.profile(activities=activities)
+            self.profiler.__enter__()
+
+    def end(self, step: int, tokens: int) -> None:
+        if step == WARM_UP:
+            self.torch.cuda.synchronize()
+            self.start, self.first = time.perf_counter(), tokens
+        if step == self.steps - 1:
+            self.torch.cuda.synchronize()
+            self.seconds, self.last = time.perf_counter() - self.start, tokens
+        if step == self.steps:
+            self.torch.cuda.synchronize()
+            self.profiler.__exit__(None, None, None)
+            events = self.profiler.key_averages()
+            self.kernels = sorted(events, key=lambda e: -e.self_device_time_total)
+            self.busy = sum(e.self_device_time_total for e in events) / 1e3
+            self.profiled = tokens - self.last
+
+    def result(self) -> dict:
+        cuda = self.torch.cuda
+        for event in self.kernels[:12]:
+            milliseconds = event.self_device_time_total / 1e3
+            print(f"{milliseconds:8.1f} ms {event.count:6d} x {event.key[:90]}", file=sys.stderr)
+        return {
+            "tokens_per_second": round((self.last - self.first) / self.seconds),
+            "tokens_per_step": round((self.last - self.first) / (self.steps - 1 - WARM_UP)),
+            "busy_milliseconds": round(self.busy, 1),
+            "busy_microseconds_per_token": round(1000 * self.busy / self.profiled, 2),
+            "peak_allocated_bytes": cuda.max_memory_allocated(),
+            "peak_reserved_bytes": cuda.max_memory_reserved(),
+        }
+
+
+def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
+    """This project's own trainer, as notebook 04 builds it."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    from helpers import models, training
+    from helpers.config import Config
+
+    with tempfile.TemporaryDirectory() as run_dir:
+        config = Config.from_profile(
+            "llama2_7b",
+            model_name=str(folder),
+            run_dir=run_dir,
+            max_length=options.length,
+            per_device_train_batch_size=options.rows,
+            grad_acc_steps=1,
+            activation_checkpointing=options.checkpointing,
+            max_steps=options.steps,
+            fast_path=fast,
+            log_steps=1,
+        )
+        count = 2 * options.steps * config.per_device_train_batch_size * options.length // 300
+        rows = random_rows(count, options.length)
+        # The first token of a row is given, all others are graded.
+        labels = [[-100, *row[1:]] for row in rows]
+        data = Dataset.from_dict({"input_ids": rows, "labels": labels})
+        tokenizer = models.load_tokenizer(str(folder))
+        model = models.load_model(config)
+        splits = {"train": data, "validation": data.select(range(8))}
+        trainer = training.build_trainer(config, model, tokenizer, splits)
+        clock = Clock(options.steps)
+
+        class Timer(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                clock.begin(state.global_step + 1)
+
+            def on_step_end(self, args, state, control, **kwargs):
+                clock.end(state.global_step, trainer._total_train_tokens)
+
+        trainer.add_callback(Timer())
+        with training.kernels(trainer):
+            trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return {**clock.result(), "losses": [round(float(loss), 4) for loss in losses]}
+
+
+def run_loop(folder: Path, options: argparse.Namespace, load) -> dict:
+    """A plain loop over padded batches, grouped by length as the trainers do it."""
+    import torch
+
+    model, optimizer, autocast = load(folder, options)
+    model.train()
+    rows = sorted(random_rows(options.steps * options.rows, options.length), key=len, reverse=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    clock, tokens, losses = Clock(options.steps), 0, []
+    torch.cuda.reset_peak_memory_stats()
+    for step in range(1, options.steps + 1):
+        batch = rows[(step - 1) * options.rows : step * options.rows]
+        width = max(map(len, batch))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device="cuda")
+        mask = torch.tensor(
+            [[1] * len(row) + [0] * (width - len(row)) for row in batch], device="cuda"
+        )
+        clock.begin(step)
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            labels = ids.masked_fill(mask == 0, -100)
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens += sum(map(len, batch))
+        clock.end(step, tokens)
+        losses.append(round(loss.item(), 4))
+    return {**clock.result(), "losses": losses}
+
+
+def load_article(folder: Path, options: argparse.Namespace):
+    """The article's configuration: float16, q and v alone, everything else upcast to float32."""
+    import bitsandbytes as bnb
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=four_bit, device_map={"": 0}, dtype=torch.float16
+    )
+    model.config.use_cache = False
+    lora = LoraConfig(
+        r=64, lora_alpha=16, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], bias="none"
+    )
+    model = get_peft_model(prepare_model_for_kbit_training(model), lora)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return model, bnb.optim.PagedAdamW32bit(trainable, lr=2e-4), False
+
+
+def load_unsloth(folder: Path, options: argparse.Namespace):
+    """Unsloth with its own defaults, all linear layers."""
+    import unsloth  # isort: skip  (before anything that it patches)
+    import bitsandbytes as bnb
+    import torch
+
+    model, _ = unsloth.FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=options.length, load_in_4bit=True, dtype=torch.bfloat16
+    )
+    model = unsloth.FastLanguageModel.get_peft_model(
+        model,
+        r=64,
+        lora_alpha=16,
+        lora_dropout=0,
+        target_modules=TARGETS,
+        bias="none",
+        use_gradient_checkpointing="unsloth" if options.checkpointing else False,
+    )
+    unsloth.FastLanguageModel.for_training(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return model, bnb.optim.AdamW8bit(trainable, lr=2e-4), True
+
+
+WAYS = {
+    "ours": lambda folder, options: run_ours(folder, options, fast=True),
+    "ours_plain": lambda folder, options: run_ours(folder, options, fast=False),
+    "article": lambda folder, options: run_loop(folder, options, load_article),
+    "unsloth": lambda folder, options: run_loop(folder, options, load_unsloth),
+}
+
+
+def run(folder: Path, name: str, options: argparse.Namespace) -> None:
+    import torch
+
+    if options.cap_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.cap_gib * 2**30 / total)
+    settings = {key: getattr(options, key) for key in ("rows", "length", "checkpointing")}
+    print(json.dumps({"name": name, **settings, **WAYS[name](folder, options)}), flush=True)
+
+
+def compare(folder: Path, ways: list[str], options: argparse.Namespace) -> None:
+    """Each way in turn, `turns` times. A way is NAME:ROWSxLENGTH, with + for no checkpointing."""
+    runs = []
+    for way in ways * options.turns:
+        name, shape = way.rstrip("+").split(":")
+        rows, length = shape.split("x")
+        command = [sys.executable, __file__, "run", str(folder), name]
+        command += ["--rows", rows, "--length", length]
+        command += ["--no-checkpointing"] if way.endswith("+") else []
+        environment = dict(os.environ)
+        if name == "unsloth" and "UNSLOTH_PATH" in environment:
+            environment["PYTHONPATH"] = environment["UNSLOTH_PATH"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            print(done.stderr[-2000:], flush=True)
+            continue
+        runs.append({"way": way, **json.loads(done.stdout.splitlines()[-1])})
+        print({k: v for k, v in runs[-1].items() if k != "losses"}, flush=True)
+    names = ("tokens_per_second", "busy_microseconds_per_token", "peak_reserved_bytes")
+    medians = {
+        way: {name: statistics.median(r[name] for r in runs if r["way"] == way) for name in names}
+        for way in dict.fromkeys(run["way"] for run in runs)
+    }
+    import torch
+
+    packages = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+    facts = {
+        "what": "A QLoRA training step at Llama 2 7B's shape, random weights, rank 64",
+        "hardware": torch.cuda.get_device_name(),
+        "date": f"{datetime.date.today()}",
+        "versions": {name: version(name) for name in packages},
+        "medians": medians,
+    }
+    options.output.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
+    print(json.dumps(medians, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["make", "run", "compare"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("ways", nargs="*")
+    parser.add_argument("--shape", default="7B", choices=list(SHAPES))
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--cap-gib", type=float, default=0.0)
+    parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.command == "make":
+        make(options.folder, options.shape)
+    elif options.command == "run":
+        run(options.folder, options.ways[0], options)
+    else:
+        compare(options.folder, options.ways, options)
+
+
+if __name__ == "__main__":
+    main()
