@@ -84,10 +84,10 @@ def random_rows(count: int, longest: int) -> list[list[int]]:
 class Clock:
     """Counts tokens and seconds after the warm-up, and profiles the last step."""
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, padded: bool = False):
         import torch
 
-        self.torch, self.steps, self.busy, self.profiler = torch, steps, None, None
+        self.torch, self.steps, self.padded = torch, steps, padded
 
     def begin(self, step: int) -> None:
         if step == self.steps:
@@ -108,7 +108,7 @@ class Clock:
             events = self.profiler.key_averages()
             self.kernels = sorted(events, key=lambda e: -e.self_device_time_total)
             self.busy = sum(e.self_device_time_total for e in events) / 1e3
-            self.profiled = tokens - self.last
+            self.profiled = tokens - self.last if self.padded else tokens / step
 
     def result(self) -> dict:
         cuda = self.torch.cuda
@@ -144,7 +144,8 @@ def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
             activation_checkpointing=options.checkpointing,
             max_steps=options.steps,
             fast_path=fast,
-            log_steps=1,
+            kept_layers=options.kept,
+            log_steps=5,
         )
         count = 2 * options.steps * config.per_device_train_batch_size * options.length // 300
         rows = random_rows(count, options.length)
@@ -179,7 +180,7 @@ def run_loop(folder: Path, options: argparse.Namespace, load) -> dict:
     model.train()
     rows = sorted(random_rows(options.steps * options.rows, options.length), key=len, reverse=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    clock, tokens, losses = Clock(options.steps), 0, []
+    clock, tokens, losses = Clock(options.steps, padded=True), 0, []
     torch.cuda.reset_peak_memory_stats()
     for step in range(1, options.steps + 1):
         batch = rows[(step - 1) * options.rows : step * options.rows]
@@ -314,6 +315,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--kept", type=int, default=0, help="layers without a checkpoint")
     parser.add_argument("--cap-gib", type=float, default=0.0)
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -125,6 +125,8 @@ class Config:
     packing: bool = False
     # On a GPU from Ampere on: fused kernels and one recorded graph a step (helpers/fast_path.py).
     fast_path: bool = False
+    # With activation_checkpointing: the last layers that keep their activations all the same.
+    kept_layers: int = field(default=0, metadata=at_least(0))
     max_length: int = field(default=512, metadata=at_least(16))
     completion_only_loss: bool = False
     save_steps: int = field(default=50, metadata=at_least(1))

@@ -6,7 +6,7 @@ replayed as one. It knows nothing of recipes or data; `FAST_PATH = False` trains
 through trl's own step, to the same losses.
 """
 
-import contextlib
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -16,12 +16,10 @@ import torch.nn.functional as F
 from peft.tuners.lora.bnb import Linear4bit
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
 from transformers.models.llama import modeling_llama
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-ATTENTION = "varlen"
 SHORTEST_MEAN_ROW = 32  # tokens: how many rows a batch has room for
 LOSS_CHUNK = 1024  # tokens whose logits exist at one time
 WARM_UP_PASSES = 2  # kernels choose their algorithms and compile before anything is recorded
@@ -53,7 +51,7 @@ class FixedCollator(DataCollatorForLanguageModeling):
         batch = super().torch_call(examples)
         used = batch["input_ids"].shape[1]
         bounds = [*batch["cu_seq_lens_q"].tolist(), *range(used, self.tokens, self.longest)][1:]
-        room = self.tokens // SHORTEST_MEAN_ROW
+        room = self.tokens // SHORTEST_MEAN_ROW + self.tokens // self.longest
         if used > self.tokens or len(bounds) > room:
             raise ValueError(
                 f"a packed batch holds {used} tokens in {len(bounds)} rows and there is room for "
@@ -66,6 +64,8 @@ class FixedCollator(DataCollatorForLanguageModeling):
             "input_ids": F.pad(batch["input_ids"], (0, missing), value=self.pad_token_id),
             "labels": F.pad(batch["labels"], (0, missing), value=-100),
             "position_ids": torch.cat([batch["position_ids"], filling], dim=1),
+            # Four dimensions tell transformers to build no mask; attention here reads the bounds.
+            "attention_mask": torch.zeros(1, 1, 1, 1),
             "cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32),
             "max_length_q": self.longest,
             "used_tokens": used,
@@ -76,6 +76,7 @@ class FastTrainer(SFTTrainer):
     """SFTTrainer whose forward and backward pass is one recorded CUDA graph."""
 
     graph = None
+    kept_layers = 0
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._total_train_tokens += inputs.pop("used_tokens")
@@ -84,7 +85,8 @@ class FastTrainer(SFTTrainer):
         if not model.training:
             model.train()
         if self.graph is None:
-            self.graph = StepGraph(self.accelerator.unwrap_model(model), inputs)
+            bare_model = self.accelerator.unwrap_model(model)
+            self.graph = StepGraph(bare_model, inputs, self.kept_layers)
         return self.graph(inputs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -99,16 +101,18 @@ class StepGraph:
     trainable parameters, and returns the loss: mean nats over the graded tokens of the whole step.
     """
 
-    def __init__(self, model, inputs: dict):
-        self.model = model
+    def __init__(self, model, inputs: dict, kept_layers: int = 0):
+        self.model = model.train()  # all of it: only a layer in training keeps checkpoints
         self.inputs = {k: v.clone() if torch.is_tensor(v) else v for k, v in inputs.items()}
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        choose_checkpoints(model.get_base_model().model.layers, kept_layers)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_PASSES):
                 self._forward_backward()
         torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()  # the recording has memory of its own
         self.gradients = [p.grad for p in self.parameters]
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
@@ -141,6 +145,28 @@ class StepGraph:
         return loss.detach()
 
 
+def choose_checkpoints(layers, kept_layers: int) -> None:
+    """Keep the activations of the last layers, which the backward pass needs first."""
+    for layer in layers[len(layers) - kept_layers :]:
+        layer.gradient_checkpointing = False
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(
+            checkpoint, **CHECKPOINT_OPTIONS, context_fn=lambda: (nullcontext(), Recomputing())
+        )
+
+
+class Recomputing:
+    """The context in which a checkpointed layer runs a second time, for its inner values alone."""
+
+    active = False
+
+    def __enter__(self):
+        Recomputing.active = True
+
+    def __exit__(self, *error):
+        Recomputing.active = False
+
+
 def summed_loss(head, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of a chunk in nats, summed; hidden [tokens, width], labels [tokens]."""
     return F.cross_entropy(head(hidden).float(), labels, ignore_index=-100, reduction="sum")
@@ -149,12 +175,12 @@ def summed_loss(head, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
 # -- Kernels.
 
 
-@contextlib.contextmanager
+@contextmanager
 def fused_kernels(model):
     """Replace the small operations of a Llama with adapters by fused ones, and put them back.
 
     Attention over packed rows (flash), RMSNorm (PyTorch's kernel), rotation and gate (compiled),
-    and adapters that add into the base layer's output in place.
+    adapters that add into the base layer's output in place.
     """
     swaps = {
         Linear4bit: lambda layer: partial(lora_forward, layer),
@@ -165,20 +191,16 @@ def fused_kernels(model):
             eps=norm.variance_epsilon,
         ),
         modeling_llama.LlamaMLP: lambda mlp: partial(mlp_forward, mlp),
+        modeling_llama.LlamaAttention: lambda attention: partial(attention_forward, attention),
     }
-    before, rotate = model.config._attn_implementation, modeling_llama.apply_rotary_pos_emb
     swapped = [module for module in model.modules() if type(module) in swaps]
     for module in swapped:
         module.forward = swaps[type(module)](module)
-    modeling_llama.apply_rotary_pos_emb = compiled(rotate)
-    model.get_base_model().set_attn_implementation(ATTENTION)
     try:
         yield model
     finally:
         for module in swapped:
             del module.forward
-        modeling_llama.apply_rotary_pos_emb = rotate
-        model.get_base_model().set_attn_implementation(before)
 
 
 @cache
@@ -192,40 +214,41 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def mlp_forward(mlp, x: torch.Tensor) -> torch.Tensor:
-    return mlp.down_proj(compiled(gated)(mlp.gate_proj(x), mlp.up_proj(x)))
+    inner = compiled(gated)(mlp.gate_proj(x), mlp.up_proj(x))
+    # A layer's last product is no inner value: in a second run nobody reads it.
+    return lora_forward(mlp.down_proj, inner, is_needed=not Recomputing.active)
 
 
-def packed_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    cu_seq_lens_q=None,
-    max_length_q=None,
-    **kwargs,
+def attention_forward(
+    attention, hidden_states, position_embeddings, cu_seq_lens_q, max_length_q, **kwargs
 ):
-    """Causal attention inside each packed row; query [1, heads, tokens, width].
+    """Causal attention inside each packed row; hidden_states [1, tokens, width].
 
     `cu_seq_lens_q` holds the rows' bounds, `max_length_q` the longest row, both from the collator.
+    Queries stay [tokens, heads, width] from the projection to flash attention: nothing is copied.
     """
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (modeling_llama.repeat_kv(states, repeats) for states in (key, value))
-    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    query, key, value = (
+        project(hidden_states).unflatten(-1, (-1, attention.head_dim)) for project in projections
+    )
+    query, key = compiled(modeling_llama.apply_rotary_pos_emb)(
+        query, key, *position_embeddings, unsqueeze_dim=2
+    )
+    groups = attention.num_key_value_groups
+    if groups > 1:
+        key, value = (states.repeat_interleave(groups, dim=2) for states in (key, value))
     bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-    return varlen_attn(query, key, value, *bounds, window_size=(-1, 0))[None], None
+    output = varlen_attn(query[0], key[0], value[0], *bounds, window_size=(-1, 0))
+    return attention.o_proj(output.flatten(1)[None]), None
 
 
-AttentionInterface.register(ATTENTION, packed_attention)
-
-
-def lora_forward(layer: Linear4bit, x: torch.Tensor) -> torch.Tensor:
+def lora_forward(layer: Linear4bit, x: torch.Tensor, is_needed: bool = True) -> torch.Tensor:
     """peft's forward pass for one active adapter without dropout: W x + (alpha/r) B A x."""
     (name,) = layer.active_adapters
     # In float32 once the best checkpoint has been loaded.
     down, up = (part[name].weight.to(x.dtype) for part in (layer.lora_A, layer.lora_B))
-    return LowRankUpdate.apply(x, down, up, layer.scaling[name], layer.base_layer.weight)
+    weight = layer.base_layer.weight
+    return LowRankUpdate.apply(x, down, up, layer.scaling[name], weight, is_needed)
 
 
 class LowRankUpdate(torch.autograd.Function):
@@ -233,15 +256,18 @@ class LowRankUpdate(torch.autograd.Function):
 
     peft's layer copies the output of W, computes B A x, scales it and adds it: four passes over
     memory where the matrix product itself can add. Shapes: x [1, tokens, in], A [rank, in],
-    B [out, rank], W packed.
+    B [out, rank], W packed. When y is not needed it is left unwritten.
     """
 
     @staticmethod
-    def forward(ctx, x, down, up, scale, weight):
+    def forward(ctx, x, down, up, scale, weight, is_needed):
         flat = x.flatten(0, -2)
         low = flat @ down.T
-        output = flat @ bnb.functional.dequantize_4bit(weight.data, weight.quant_state).T
-        output.addmm_(low, up.T, alpha=scale)
+        if is_needed:
+            output = flat @ bnb.functional.dequantize_4bit(weight.data, weight.quant_state).T
+            output.addmm_(low, up.T, alpha=scale)
+        else:
+            output = flat.new_empty(len(flat), len(up))
         ctx.save_for_backward(flat, low, down, up)
         ctx.scale, ctx.weight = scale, weight
         return output.view(*x.shape[:-1], -1)
@@ -255,4 +281,4 @@ class LowRankUpdate(torch.autograd.Function):
         input_gradient = (gradient @ weight).addmm_(low_gradient, down)
         up_gradient = (gradient.T @ low) * ctx.scale
         shape = (*gradient_shape[:-1], -1)
-        return input_gradient.view(shape), low_gradient.T @ flat, up_gradient, None, None
+        return input_gradient.view(shape), low_gradient.T @ flat, up_gradient, None, None, None

@@ -100,7 +100,9 @@ def sft_config(config: Config) -> SFTConfig:
         activation_checkpointing_kwargs=fast_path.CHECKPOINT_OPTIONS if fast else None,
         packing=config.packing,
         max_length=rows * config.max_length if config.packing else config.max_length,
-        logging_nan_inf_filter=False,  # looking at each loss makes a GPU wait
+        # Looking at each loss, or waiting for each batch to arrive, would leave a GPU idle.
+        logging_nan_inf_filter=False,
+        accelerator_config={"non_blocking": True},
         completion_only_loss=config.completion_only_loss,
         logging_steps=config.log_steps,
         eval_strategy="steps",
@@ -132,7 +134,6 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
     trainer = (fast_path.FastTrainer if fast else SFTTrainer)(
         model=model,
         args=sft_config(config),
-        data_collator=fixed_collator(config, tokenizer) if fast else None,
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
         processing_class=tokenizer,
@@ -143,6 +144,9 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
             EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience),
         ],
     )
+    if fast:
+        trainer.data_collator = fixed_collator(config, tokenizer)  # trl takes none when it packs
+        trainer.kept_layers = config.kept_layers
     trainer.remove_callback(PrinterCallback)  # LogLines prints the same numbers, readable
     if config.fp16:
         keep_adapter_in_float32(trainer.model)

@@ -1,0 +1,156 @@
+"""The fast path: its collator and its adapter everywhere, its kernels and its graph on a GPU."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft.tuners.lora.bnb import Linear4bit
+
+from helpers import fast_path, models, training
+from helpers.config import ALL_LINEAR_TARGETS, Config
+
+on_gpu = pytest.mark.skipif(
+    not fast_path.is_supported(), reason="needs a GPU with bfloat16 and flash attention"
+)
+ROWS = [[5 + row] * (8 + 3 * row) for row in range(6)]
+
+
+def examples(rows=ROWS):
+    """One packed batch, as trl hands it to the collator."""
+    return [
+        {
+            "input_ids": sum(rows, []),
+            "labels": sum(([-100, *row[1:]] for row in rows), []),
+            "seq_lengths": [len(row) for row in rows],
+        }
+    ]
+
+
+def collator(tokens=128, longest=32):
+    return fast_path.FixedCollator(0, padding_free=True, tokens=tokens, longest=longest)
+
+
+def test_a_batch_is_filled_up_with_rows_that_count_for_nothing():
+    batch, used = collator(tokens=512)(examples()), sum(map(len, ROWS))
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape
+    assert batch["input_ids"].shape == (1, 512) and batch["used_tokens"] == used
+    assert (batch["labels"][0, used:] == -100).all()
+    bounds = batch["cu_seq_lens_q"]
+    assert bounds[0] == 0 and bounds[-1] == 512 and (bounds.diff() >= 0).all()
+    assert bounds.diff().max() <= batch["max_length_q"]
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten()
+    assert starts.tolist() == bounds.unique()[:-1].tolist()
+
+
+def test_batches_of_other_rows_have_the_same_shapes():
+    first, second = (collator(512)(examples(rows)) for rows in (ROWS, ROWS[:2]))
+    for name, value in first.items():
+        if torch.is_tensor(value):
+            assert value.shape == second[name].shape, name
+
+
+def test_too_many_rows_are_refused_with_what_to_do():
+    with pytest.raises(ValueError, match="room for 64 in 4.*FAST_PATH False"):
+        collator(tokens=64)(examples([[7] * 8] * 6))
+
+
+def tiny_config(tmp_path, **changes):
+    settings = {
+        "packing": True,
+        "max_length": 64,
+        "per_device_train_batch_size": 4,
+        "grad_acc_steps": 1,
+        "max_steps": 4,
+        "log_steps": 1,
+        "warmup_ratio": 0.0,
+        "run_dir": tmp_path,
+        **changes,
+    }
+    return Config.from_profile("demo", **settings)
+
+
+def build(config):
+    torch.manual_seed(0)
+    rows = [[(7 * i + 3 * j) % 40000 + 3 for j in range(9 + i % 40)] for i in range(60)]
+    data = Dataset.from_dict({"input_ids": rows, "labels": [[-100, *row[1:]] for row in rows]})
+    splits = {"train": data, "validation": data.select(range(8))}
+    tokenizer = models.load_tokenizer(config.model_name)
+    trainer = training.build_trainer(config, models.load_model(config), tokenizer, splits)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:  # zero as it starts, it would hide half of the arithmetic
+            torch.nn.init.normal_(parameter, std=0.02)
+    return trainer
+
+
+def test_the_adapter_layer_equals_pefts_forward_and_backward(tmp_path):
+    layers = [m for m in build(tiny_config(tmp_path)).model.modules() if isinstance(m, Linear4bit)]
+    for layer in layers[: len(ALL_LINEAR_TARGETS)]:
+        results = []
+        for forward in (layer.forward, lambda x, layer=layer: fast_path.lora_forward(layer, x)):
+            torch.manual_seed(1)
+            x = torch.randn(1, 12, layer.in_features).bfloat16().requires_grad_()
+            layer.zero_grad()
+            output = forward(x)
+            output.float().square().sum().backward()
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            results.append((output.detach(), x.grad, down.grad.clone(), up.grad.clone()))
+        for ours, pefts in zip(*results, strict=True):
+            assert relative_error(ours, pefts) < 1e-2  # bfloat16 rounds at 4e-3
+
+
+def relative_error(ours, theirs) -> float:
+    return ((ours - theirs).float().norm() / theirs.float().norm()).item()
+
+
+GPU = {"device_map": {"": 0}}
+
+
+@on_gpu
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_gradients_of_one_step_equal_those_of_trls_own_step(tmp_path, checkpointing):
+    gradients = {}
+    for fast in (True, False):
+        config = tiny_config(
+            tmp_path, fast_path=fast, activation_checkpointing=checkpointing, **GPU
+        )
+        trainer = build(config)
+        batch = next(iter(trainer.get_train_dataloader()))
+        count = (batch["labels"][..., 1:] != -100).sum()
+        with training.kernels(trainer):
+            loss = trainer.training_step(trainer.model, batch, count)
+            if fast:
+                trainer.model.zero_grad()
+                loss = trainer.training_step(trainer.model, {**batch, "used_tokens": 1}, count)
+        named = trainer.model.named_parameters()
+        gradients[fast] = {n: p.grad.clone() for n, p in named if p.grad is not None}, loss
+    (ours, our_loss), (trls, their_loss) = gradients[True], gradients[False]
+    assert our_loss.item() == pytest.approx(their_loss.item(), rel=2e-3)
+    errors = [relative_error(ours[name], trls[name]) for name in trls]
+    assert max(errors) < 0.1 and sum(errors) / len(errors) < 0.03
+
+
+@on_gpu
+def test_rows_of_a_packed_batch_do_not_see_each_other(tmp_path):
+    trainer = build(tiny_config(tmp_path, fast_path=True, **GPU))
+    hidden = {}
+    with training.kernels(trainer), torch.no_grad():
+        for name, rows in (("alone", ROWS[-1:]), ("after others", [*ROWS])):
+            batch = collator(tokens=512, longest=64)(examples(rows))
+            batch.pop("used_tokens"), batch.pop("labels")
+            batch = {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch.items()}
+            used = sum(map(len, rows))
+            states = trainer.model.get_base_model().model(**batch).last_hidden_state[0]
+            hidden[name] = states[used - len(ROWS[-1]) : used]
+    assert relative_error(hidden["after others"], hidden["alone"]) < 1e-2
+
+
+@on_gpu
+def test_training_goes_as_with_trls_own_step(tmp_path):
+    losses = {}
+    for fast in (True, False):
+        config = tiny_config(tmp_path, fast_path=fast, learning_rate=1e-3, max_steps=12, **GPU)
+        trainer = build(config)
+        with training.kernels(trainer):
+            trainer.train()
+        losses[fast] = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    assert losses[True][-1] < 0.9 * losses[True][0]
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)
