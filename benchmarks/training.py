@@ -37,7 +37,7 @@ SHAPES = {  # hidden, inner, layers, heads, heads of keys and values
     "13B": (5120, 13824, 40, 40, 40),
 }
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-WARM_UP, STEPS = 4, 14  # steps in all, and how many at the start are not counted
+WARM_UP, STEPS = 4, 24  # steps in all, and how many at the start are not counted
 
 
 def make(folder: Path, shape: str) -> None:
@@ -145,7 +145,7 @@ def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
             max_steps=options.steps,
             fast_path=fast,
             kept_layers=options.kept,
-            log_steps=5,
+            log_steps=10,
         )
         count = 2 * options.steps * config.per_device_train_batch_size * options.length // 300
         rows = random_rows(count, options.length)
@@ -275,6 +275,7 @@ def compare(folder: Path, ways: list[str], options: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "run", str(folder), name]
         command += ["--rows", rows, "--length", length]
         command += ["--no-checkpointing"] if way.endswith("+") else []
+        command += ["--kept", str(options.kept)] if name == "ours" else []
         environment = dict(os.environ)
         if name == "unsloth" and "UNSLOTH_PATH" in environment:
             environment["PYTHONPATH"] = environment["UNSLOTH_PATH"]

@@ -1,12 +1,15 @@
 """The fast path: its collator and its adapter everywhere, its kernels and its graph on a GPU."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from peft.tuners.lora.bnb import Linear4bit
 
 from helpers import fast_path, models, training
-from helpers.config import ALL_LINEAR_TARGETS, Config
+from helpers.config import ALL_LINEAR_TARGETS, PROBLEMS_FILE, Config
 
 on_gpu = pytest.mark.skipif(
     not fast_path.is_supported(), reason="needs a GPU with bfloat16 and flash attention"
@@ -70,10 +73,11 @@ def tiny_config(tmp_path, **changes):
 
 def build(config):
     torch.manual_seed(0)
-    rows = [[(7 * i + 3 * j) % 40000 + 3 for j in range(9 + i % 40)] for i in range(60)]
+    tokenizer = models.load_tokenizer(config.model_name)
+    texts = [json.loads(line)["prompt"] for line in PROBLEMS_FILE.read_text().splitlines()]
+    rows = [tokenizer(text)["input_ids"][: config.max_length] for text in texts]
     data = Dataset.from_dict({"input_ids": rows, "labels": [[-100, *row[1:]] for row in rows]})
     splits = {"train": data, "validation": data.select(range(8))}
-    tokenizer = models.load_tokenizer(config.model_name)
     trainer = training.build_trainer(config, models.load_model(config), tokenizer, splits)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:  # zero as it starts, it would hide half of the arithmetic
@@ -102,30 +106,35 @@ def relative_error(ours, theirs) -> float:
 
 
 GPU = {"device_map": {"": 0}}
+STEPS = 200
+
+
+def one_step(tmp_path, fast: bool, **changes):
+    """(loss, gradients) of one batch."""
+    trainer = build(tiny_config(tmp_path, fast_path=fast, **GPU, **changes))
+    batch = next(iter(trainer.get_train_dataloader()))
+    count = (batch["labels"][..., 1:] != -100).sum()
+    with training.kernels(trainer):
+        loss = trainer.training_step(trainer.model, dict(batch), count)
+        if fast:  # the first call recorded; a replay is what trains
+            trainer.model.zero_grad()
+            loss = trainer.training_step(trainer.model, dict(batch), count)
+    named = trainer.model.named_parameters()
+    return loss.item(), {n: p.grad.float().clone() for n, p in named if p.grad is not None}
 
 
 @on_gpu
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_gradients_of_one_step_equal_those_of_trls_own_step(tmp_path, checkpointing):
-    gradients = {}
+def test_one_step_is_as_near_to_float32_as_trls_own(tmp_path, checkpointing):
+    float32 = {"bnb_4bit_compute_dtype": "float32", "bf16": False}
+    exact_loss, exact = one_step(tmp_path, fast=False, **float32)
+    errors = {}
     for fast in (True, False):
-        config = tiny_config(
-            tmp_path, fast_path=fast, activation_checkpointing=checkpointing, **GPU
-        )
-        trainer = build(config)
-        batch = next(iter(trainer.get_train_dataloader()))
-        count = (batch["labels"][..., 1:] != -100).sum()
-        with training.kernels(trainer):
-            loss = trainer.training_step(trainer.model, batch, count)
-            if fast:
-                trainer.model.zero_grad()
-                loss = trainer.training_step(trainer.model, {**batch, "used_tokens": 1}, count)
-        named = trainer.model.named_parameters()
-        gradients[fast] = {n: p.grad.clone() for n, p in named if p.grad is not None}, loss
-    (ours, our_loss), (trls, their_loss) = gradients[True], gradients[False]
-    assert our_loss.item() == pytest.approx(their_loss.item(), rel=2e-3)
-    errors = [relative_error(ours[name], trls[name]) for name in trls]
-    assert max(errors) < 0.1 and sum(errors) / len(errors) < 0.03
+        loss, found = one_step(tmp_path, fast, activation_checkpointing=checkpointing)
+        assert loss == pytest.approx(exact_loss, rel=0.01)
+        errors[fast] = np.mean([relative_error(found[name], exact[name]) for name in exact])
+    print(f"mean error of the gradients: {errors[True]:.3f}, of trl's own step {errors[False]:.3f}")
+    assert errors[True] < 1.2 * errors[False]
 
 
 @on_gpu
@@ -147,10 +156,12 @@ def test_rows_of_a_packed_batch_do_not_see_each_other(tmp_path):
 def test_training_goes_as_with_trls_own_step(tmp_path):
     losses = {}
     for fast in (True, False):
-        config = tiny_config(tmp_path, fast_path=fast, learning_rate=1e-3, max_steps=12, **GPU)
+        config = tiny_config(tmp_path, fast_path=fast, learning_rate=1e-3, max_steps=STEPS, **GPU)
         trainer = build(config)
         with training.kernels(trainer):
             trainer.train()
         losses[fast] = [e["loss"] for e in trainer.state.log_history if "loss" in e]
-    assert losses[True][-1] < 0.9 * losses[True][0]
-    assert losses[True] == pytest.approx(losses[False], rel=0.02)
+    ours, trls = (np.array(losses[fast]).reshape(-1, 10).mean(axis=1) for fast in (True, False))
+    print("relative difference of the loss, every ten steps:", (ours / trls - 1).round(4).tolist())
+    assert ours[-1] < 0.9 * ours[0]
+    assert ours == pytest.approx(trls, rel=0.01, abs=0.02)  # nats
