@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +40,7 @@ from helpers.similarity import (
 )
 from helpers.sources import (
     PARTITION_BYTES,
+    QUARANTINE,
     DataError,
     Partitions,
     open_source,
@@ -111,6 +113,7 @@ class Report:
 
     raw_questions: int = 0
     raw_answers: int = 0
+    quarantined: int = 0  # lines of the source that are no rows; dataset/quarantine.jsonl has them
     orphan_answers: int = 0
     removed: dict[str, list[int]] = field(default_factory=lambda: {rule: [] for rule in RULES})
     examples: dict[str, list[tuple[int, str, str]]] = field(
@@ -131,6 +134,7 @@ class Report:
         return {
             **{name: getattr(self, name) for name in names.split()},
             "benchmark_hits_removed": len(self.removed["contaminated"]),
+            "quarantined_lines": self.quarantined,
             "rows_per_second": (self.raw_questions + self.raw_answers) / sum(self.seconds.values()),
         }
 
@@ -179,6 +183,9 @@ def curate(config: Config, workers: int | None = None, progress: bool = False) -
             _write_dataset(config, report, partitions, pool)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    if report.quarantined:
+        listed = config.dataset_dir / QUARANTINE
+        warnings.warn(f"{report.quarantined} lines are no rows: see {listed}", stacklevel=2)
     return report
 
 
@@ -192,7 +199,7 @@ def select_pairs(config: Config, work: Path, workers: Workers) -> tuple[Report, 
     with bar(workers.progress, "reading", "B") as shown:
         partitions = open_source(config.data_source, work, config.seed, shown.move_to)
     read = time.perf_counter()
-    report = Report(partitions.questions, partitions.answers)
+    report = Report(partitions.questions, partitions.answers, partitions.quarantined)
     problem_index(config.benchmarks)  # one that cannot be read should fail here, not in a worker
     clean = partial(clean_partition, config, partitions)
     kept = []
@@ -328,7 +335,7 @@ def is_other_language(tags: list[str]) -> bool:
 
 
 def _picture(config, is_html, questions, answers, tags):
-    return pc.match_substring(questions["Body"], "<img" if is_html else "\0")
+    return pc.and_(pc.match_substring(questions["Body"], "<img"), is_html)
 
 
 def _length(config, is_html, questions, answers, tags):
@@ -411,14 +418,13 @@ def decode(data: bytes) -> str:
     """Text of a post.
 
     The set is ISO-8859-1; a post whose bytes are valid UTF-8 was converted wrongly on its way and
-    is repaired.
+    is repaired. Lines end in a line feed alone, whatever they ended in.
     """
-    if data.isascii():
-        return data.decode("ascii")
     try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError:
-        return data.decode("latin-1")
+        text = data.decode("latin-1")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def clean_answer(answer: str, is_html: bool, kinds: list[str]) -> str:
@@ -489,6 +495,7 @@ class Encoder:
     bos_token_id: int
     eos_token_id: int
     eos_token: str
+    added_tokens_decoder: dict  # id -> tokenizers.AddedToken
 
     @classmethod
     def of(cls, tokenizer) -> "Encoder":
@@ -497,6 +504,7 @@ class Encoder:
             tokenizer.bos_token_id,
             tokenizer.eos_token_id,
             tokenizer.eos_token,
+            tokenizer.added_tokens_decoder,
         )
 
     def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
@@ -666,6 +674,8 @@ def _write_dataset(
     splits.save_to_disk(str(draft))
     report.seconds["write"] = time.perf_counter() - started
     (draft / "README.md").write_text(dataset_card(config, report, partitions))
+    if report.quarantined:
+        shutil.copy(folder / QUARANTINE, draft)
     shutil.rmtree(config.dataset_dir, ignore_errors=True)
     draft.rename(config.dataset_dir)
 
@@ -716,6 +726,7 @@ adds the first, the trainer the second), and for attribution `question_id`, `ans
 |---|---|---|---|
 {funnel}
 
+- Lines of the source that were no rows and are left out: {report.quarantined}.
 - Near duplicates: MinHash of word pairs, similarity {config.near_duplicate_similarity} or more.
 - Benchmarks kept out: {benchmarks}.
 - Split by group: {report.validation_leaks} validation rows have a near duplicate in training.
