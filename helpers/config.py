@@ -214,13 +214,8 @@ class Config:
         for item in dataclasses.fields(self):
             if message := _problem(item, getattr(self, item.name)):
                 wrong.setdefault(item.name, message)
-        problems = list(wrong.values())
-        for names, contradict, sentence in CONTRADICTIONS:
-            values = [getattr(self, name) for name in names]
-            if not wrong.keys() & set(names) and contradict(*values):
-                problems.append(sentence.format(*values))
-        if problems:
-            raise ConfigError("; ".join(problems))
+        if wrong:
+            raise ConfigError("; ".join(wrong.values()))
 
     def _resolve_run_dir(self) -> dict[str, str]:
         """Make run_dir an absolute path; what is wrong with it, by name, if it is none."""
@@ -239,7 +234,8 @@ class Config:
         """The Config of a profile, with changes by field name.
 
         ConfigError names an unknown profile and unknown fields, each with the nearest known one,
-        and with them every value that is wrong.
+        and with them every value that is wrong and values that contradict each other. The last are
+        asked for here alone: a program may make a Config for one purpose by dataclasses.replace.
         """
         problems = []
         if not isinstance(name, str) or name not in PROFILES:
@@ -251,7 +247,9 @@ class Config:
             nearest = _did_you_mean(unknown.upper(), [field.upper() for field in fields])
             problems.append(f"unknown parameter {unknown.upper()}{nearest}")
         values = {n: value for n, value in changes.items() if n in fields}
-        return _build(problems, lambda: cls(**{**PROFILES[name], "profile": name, **values}))
+        values = {**PROFILES[name], "profile": name, **values}
+        problems += _contradictions({**vars(cls()), **values})
+        return _build(problems, lambda: cls(**values))
 
     @classmethod
     def from_notebook(cls, namespace: dict) -> "Config":
@@ -353,6 +351,17 @@ def _problem(item: dataclasses.Field, value) -> str:
     if value is not None and "check" in item.metadata and not item.metadata["check"](value):
         return f"{name} is {_shown(value)}; it {item.metadata['rule']}"
     return ""
+
+
+def _contradictions(values: dict) -> list[str]:
+    """A sentence for each of CONTRADICTIONS that holds; a value that is wrong by itself has one."""
+    found = []
+    for names, contradict, sentence in CONTRADICTIONS:
+        if any(_problem(Config.__dataclass_fields__[name], values[name]) for name in names):
+            continue
+        if contradict(*(values[name] for name in names)):
+            found.append(sentence.format(*(values[name] for name in names)))
+    return found
 
 
 def _shown(value) -> str:

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from helpers import hub, prompts
 from helpers.config import Config
 from helpers.contamination import problem_index
+from helpers.integrity import check_dataset, seal
 from helpers.markdown import code_kind, fenced_blocks, html_to_markdown
 from helpers.similarity import (
     PERMUTATIONS,
@@ -183,9 +184,6 @@ def curate(config: Config, workers: int | None = None, progress: bool = False) -
             _write_dataset(config, report, partitions, pool)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    if report.quarantined:
-        listed = config.dataset_dir / QUARANTINE
-        warnings.warn(f"{report.quarantined} lines are no rows: see {listed}", stacklevel=2)
     return report
 
 
@@ -200,6 +198,9 @@ def select_pairs(config: Config, work: Path, workers: Workers) -> tuple[Report, 
         partitions = open_source(config.data_source, work, config.seed, shown.move_to)
     read = time.perf_counter()
     report = Report(partitions.questions, partitions.answers, partitions.quarantined)
+    if report.quarantined:
+        listed = config.dataset_dir / QUARANTINE
+        warnings.warn(f"{report.quarantined} lines are no rows: see {listed}", stacklevel=3)
     problem_index(config.benchmarks)  # one that cannot be read should fail here, not in a worker
     clean = partial(clean_partition, config, partitions)
     kept = []
@@ -672,10 +673,11 @@ def _write_dataset(
     draft = config.run_dir / ".dataset.partial"
     shutil.rmtree(draft, ignore_errors=True)
     splits.save_to_disk(str(draft))
-    report.seconds["write"] = time.perf_counter() - started
-    (draft / "README.md").write_text(dataset_card(config, report, partitions))
     if report.quarantined:
         shutil.copy(folder / QUARANTINE, draft)
+    seal(draft)
+    report.seconds["write"] = time.perf_counter() - started
+    (draft / "README.md").write_text(dataset_card(config, report, partitions))
     shutil.rmtree(config.dataset_dir, ignore_errors=True)
     draft.rename(config.dataset_dir)
 
@@ -755,7 +757,7 @@ def push_dataset(config: Config) -> list[str]:
     import datasets
     import huggingface_hub
 
-    path = config.require(config.dataset_dir, "02")
+    path = check_dataset(config)
     dataset = datasets.load_from_disk(str(path))
     sizes = {config.new_dataset_name: min(len(dataset["train"]), SMALL_SET_ROWS)}
     if len(dataset["train"]) > SMALL_SET_ROWS:
