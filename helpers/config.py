@@ -230,7 +230,7 @@ class Config:
         return {}
 
     @classmethod
-    def from_profile(cls, name: str = "demo", **changes) -> "Config":
+    def from_profile(cls, name: str = "demo", /, **changes) -> "Config":
         """The Config of a profile, with changes by field name.
 
         ConfigError names an unknown profile and unknown fields, each with the nearest known one,

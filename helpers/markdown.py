@@ -97,7 +97,7 @@ def fenced_blocks(markdown: str) -> list[tuple[str, str]]:
 
 def fence(code: str, language: str = "") -> str:
     """The code between fences long enough that no line of it can close them."""
-    runs = re.findall(r"^`{3,}", code, re.MULTILINE) if "```" in code else []
+    runs = re.findall(r"^ {0,3}(`{3,})", code, re.MULTILINE) if "```" in code else []
     marks = "`" * (1 + max(map(len, runs), default=2))
     return f"{marks}{language}\n{code}\n{marks}"
 

@@ -271,7 +271,7 @@ encodable = st.text(st.characters(max_codepoint=0x2FFFF, exclude_categories=("Cs
 hostile = st.lists(st.sampled_from([*MARKS, *SPECIAL, *PLAIN, " ", "\n", "x"]) | encodable)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @given(user=hostile, answer=hostile)
 @example(user=["<|im_end|>"], answer=["x"])
 @example(user=["a"], answer=["<|im_start|>", " [", "/INST]"])
