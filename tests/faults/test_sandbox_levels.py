@@ -28,8 +28,8 @@ try:
     print("level", sandbox.level("isolated"), "by", sandbox._method("isolated"))
 except sandbox.SandboxUnavailable as error:
     sys.exit(f"refused: {error}")
-options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-o", "addopts=", "--basetemp", sys.argv[2]]
-sys.exit(pytest.main(["tests/unit/test_sandbox.py", *options]))
+options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-o", "addopts="]
+sys.exit(pytest.main(["tests/unit/test_sandbox.py", *options, "--basetemp", sys.argv[2]]))
 """
 # What plain Docker does: to unshare and mount the kernel answers that they are not permitted.
 NO_METHOD = """
