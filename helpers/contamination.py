@@ -54,7 +54,7 @@ def load_problems(benchmark: str) -> list[Problem]:
         path = PROBLEMS_FILE if benchmark == "problems" else Path(benchmark)
         if not path.is_file():
             raise DataError(f"the benchmark file {benchmark} does not exist: check BENCHMARKS")
-        records = list(json_records(path))
+        records = [record for _, record in json_records(path)]
     missing = [number for number, record in enumerate(records, 1) if "prompt" not in record]
     if missing or not records:
         raise DataError(

@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +27,7 @@ import pyarrow.compute as pc
 from helpers import prompts
 from helpers.config import Config
 from helpers.contamination import problem_index
+from helpers.integrity import check_dataset, seal
 from helpers.markdown import code_kind, fenced_blocks, html_to_markdown
 from helpers.similarity import (
     PERMUTATIONS,
@@ -40,6 +42,7 @@ from helpers.similarity import (
 )
 from helpers.sources import (
     PARTITION_BYTES,
+    QUARANTINE,
     DataError,
     Partitions,
     open_source,
@@ -112,6 +115,7 @@ class Report:
 
     raw_questions: int = 0
     raw_answers: int = 0
+    quarantined: int = 0  # lines of the source that are no rows; dataset/quarantine.jsonl has them
     orphan_answers: int = 0
     removed: dict[str, list[int]] = field(default_factory=lambda: {rule: [] for rule in RULES})
     examples: dict[str, list[tuple[int, str, str]]] = field(
@@ -132,6 +136,7 @@ class Report:
         return {
             **{name: getattr(self, name) for name in names.split()},
             "benchmark_hits_removed": len(self.removed["contaminated"]),
+            "quarantined_lines": self.quarantined,
             "rows_per_second": (self.raw_questions + self.raw_answers) / sum(self.seconds.values()),
         }
 
@@ -193,7 +198,10 @@ def select_pairs(config: Config, work: Path, workers: Workers) -> tuple[Report, 
     with bar(workers.progress, "reading", "B") as shown:
         partitions = open_source(config.data_source, work, config.seed, shown.move_to)
     read = time.perf_counter()
-    report = Report(partitions.questions, partitions.answers)
+    report = Report(partitions.questions, partitions.answers, partitions.quarantined)
+    if report.quarantined:
+        listed = config.dataset_dir / QUARANTINE
+        warnings.warn(f"{report.quarantined} lines are no rows: see {listed}", stacklevel=3)
     problem_index(config.benchmarks)  # one that cannot be read should fail here, not in a worker
     clean = partial(clean_partition, config, partitions)
     kept = []
@@ -330,7 +338,7 @@ def is_other_language(tags: list[str]) -> bool:
 
 
 def _picture(config, is_html, questions, answers, tags):
-    return pc.match_substring(questions["Body"], "<img" if is_html else "\0")
+    return pc.and_(pc.match_substring(questions["Body"], "<img"), is_html)
 
 
 def _length(config, is_html, questions, answers, tags):
@@ -413,14 +421,13 @@ def decode(data: bytes) -> str:
     """Text of a post.
 
     The set is ISO-8859-1; a post whose bytes are valid UTF-8 was converted wrongly on its way and
-    is repaired.
+    is repaired. Lines end in a line feed alone, whatever they ended in.
     """
-    if data.isascii():
-        return data.decode("ascii")
     try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError:
-        return data.decode("latin-1")
+        text = data.decode("latin-1")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def clean_answer(answer: str, is_html: bool, kinds: list[str]) -> str:
@@ -491,6 +498,7 @@ class Encoder:
     bos_token_id: int
     eos_token_id: int
     eos_token: str
+    added_tokens_decoder: dict  # id -> tokenizers.AddedToken
 
     @classmethod
     def of(cls, tokenizer) -> "Encoder":
@@ -499,6 +507,7 @@ class Encoder:
             tokenizer.bos_token_id,
             tokenizer.eos_token_id,
             tokenizer.eos_token,
+            tokenizer.added_tokens_decoder,
         )
 
     def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
@@ -666,6 +675,9 @@ def _write_dataset(
     draft = config.run_dir / ".dataset.partial"
     shutil.rmtree(draft, ignore_errors=True)
     splits.save_to_disk(str(draft))
+    if report.quarantined:
+        shutil.copy(folder / QUARANTINE, draft)
+    seal(draft)
     report.seconds["write"] = time.perf_counter() - started
     (draft / "README.md").write_text(dataset_card(config, report, partitions))
     shutil.rmtree(config.dataset_dir, ignore_errors=True)
@@ -718,6 +730,7 @@ adds the first, the trainer the second), and for attribution `question_id`, `ans
 |---|---|---|---|
 {funnel}
 
+- Lines of the source that were no rows and are left out: {report.quarantined}.
 - Near duplicates: MinHash of word pairs, similarity {config.near_duplicate_similarity} or more.
 - Benchmarks kept out: {benchmarks}.
 - Split by group: {report.validation_leaks} validation rows have a near duplicate in training.
@@ -748,7 +761,7 @@ def push_dataset(config: Config) -> list[str]:
 
     from helpers import hub
 
-    path = config.require(config.dataset_dir, "02")
+    path = check_dataset(config)
     dataset = datasets.load_from_disk(str(path))
     sizes = {config.new_dataset_name: min(len(dataset["train"]), SMALL_SET_ROWS)}
     if len(dataset["train"]) > SMALL_SET_ROWS:

@@ -47,6 +47,7 @@ COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 MARKS = {"b": "**", "strong": "**", "i": "*", "em": "*"}
 BREAK = "\0"  # stands for <br> within running text, where it cannot occur
 BULLETS = -1
+DEEPEST = 20  # levels of lists and of quotations that are indented; posts nest 3, attacks 10,000
 FENCE_LANGUAGE = {"python": "python", "session": "pycon"}
 
 
@@ -96,7 +97,7 @@ def fenced_blocks(markdown: str) -> list[tuple[str, str]]:
 
 def fence(code: str, language: str = "") -> str:
     """The code between fences long enough that no line of it can close them."""
-    runs = re.findall(r"^`{3,}", code, re.MULTILINE) if "```" in code else []
+    runs = re.findall(r"^ {0,3}(`{3,})", code, re.MULTILINE) if "```" in code else []
     marks = "`" * (1 + max(map(len, runs), default=2))
     return f"{marks}{language}\n{code}\n{marks}"
 
@@ -161,12 +162,13 @@ class _Writer:
         """Append a block, with what its list item and its quotation put in front of it."""
         separator = "\n" if self.marker and self.after_item else "\n\n"
         if self.lists:
-            indent = "".join("  " if number == BULLETS else "   " for number in self.lists)
+            levels = self.lists[-DEEPEST:]
+            indent = "".join("  " if number == BULLETS else "   " for number in levels)
             text = textwrap.indent(text, indent)
             if self.marker:
                 text = indent[: -len(self.marker)] + self.marker + text[len(indent) :]
         if self.quotes:
-            text = textwrap.indent(text, "> " * self.quotes)
+            text = textwrap.indent(text, "> " * min(self.quotes, DEEPEST))
         self.blocks.append(separator + text if self.blocks else text)
         self.marker, self.after_item = "", bool(self.lists)
 

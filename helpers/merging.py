@@ -7,7 +7,6 @@
 The adapter was trained on the 4-bit base, so only the last two start from the weights it knows.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from peft import PeftModel
 
 from helpers import hub, models, prompts
 from helpers.config import Config
+from helpers.integrity import check_adapter, read_metrics
 
 MERGES = ("16bit", "dequantized", "4bit")
 
@@ -26,7 +26,7 @@ def load_tuned(config: Config, base=None) -> PeftModel:
 
     The adapter keeps the dtype it was saved in: cast to float32, it would slow every layer down.
     """
-    adapter = config.require(config.adapter_dir, "04")
+    adapter = check_adapter(config)
     base = base if base is not None else models.load_model(config)
     return PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).eval()
 
@@ -113,8 +113,9 @@ def model_card(config: Config) -> str:
     """The README.md of the merged model, filled in from the metrics of the run."""
     numbers = {
         name: value
-        for path in sorted(config.metrics_dir.glob("0[4-6].json"))
-        for name, value in json.loads(path.read_text()).items()
+        for lesson, metrics in read_metrics(config).items()
+        for name, value in metrics.items()
+        if lesson >= "04"
     }
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in numbers.items())
     return f"""---

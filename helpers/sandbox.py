@@ -24,7 +24,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,19 +106,6 @@ def run_tests(
         raise ValueError(f"the tests hold no assert statement, so nothing can fail: {tests[:80]!r}")
     limits = _limits(timeout_seconds, memory_bytes, output_bytes)
     return _execute(solution, tests, wanted, _method(wanted), limits)
-
-
-def run_many(programs: list, wanted: str = "isolated", workers: int = 2, **limits) -> list[Outcome]:
-    """Outcomes in the order of `programs`: texts for `run`, or pairs (solution, tests)."""
-    level(wanted)
-
-    def one(item: str | tuple[str, str]) -> Outcome:
-        if isinstance(item, str):
-            return run(item, wanted, **limits)
-        return run_tests(*item, wanted, **limits)
-
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(one, programs))
 
 
 def _limits(timeout_seconds: float, memory_bytes: int, output_bytes: int) -> dict:

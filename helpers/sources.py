@@ -6,6 +6,7 @@ partition, so partitions can be worked on one by one, in any number of processes
 a stream, and text stays bytes until a row is wanted.
 """
 
+import codecs
 import csv
 import itertools
 import json
@@ -47,10 +48,13 @@ KEYS = {"Questions": "Id", "Answers": "ParentId", "Tags": "Id"}  # the column wi
 PROMPT_NAMES = ("prompt", "question", "instruction", "input", "user")
 ANSWER_NAMES = ("answer", "completion", "response", "output", "assistant")
 ARTICLE_TEXT = re.compile(
-    r"\s*(?:<s>)?\s*\[INST\]\s*(?:<</?SYS>>.*?<</SYS>>)?(?P<prompt>.*?)\[/INST\]"
-    r"(?P<answer>.*?)(?:</s>)?\s*",
+    r"(?:<s>)?\s*\[INST\]\s*(?:<</?SYS>>.*?<</SYS>>)?(?P<prompt>.*?)\[/INST\]"
+    r"(?P<answer>.*?)(?:</s>)?",
     re.DOTALL,
 )
+# Half of a character (a lone surrogate, which JSON can hold and UTF-8 cannot), and NUL.
+UNUSABLE = re.compile("[\0\ud800-\udfff]")
+QUARANTINE = "quarantine.jsonl"
 
 
 class DataError(ValueError):
@@ -68,6 +72,30 @@ class Partitions:
     is_html: bool
     licence: str
     url: str  # a pattern with {question_id} and {answer_id}, "" where posts have no address
+    quarantined: int = 0  # lines that are no rows; `folder/quarantine.jsonl` lists them
+
+
+class Quarantine:
+    """Lines of a source that are no rows: written to a file with number and reason, and counted."""
+
+    def __init__(self, source: str, path: Path):
+        self.source, self.path, self.count, self.first = source, path, 0, ""
+
+    def add(self, number: int, reason: str, content: bytes | dict) -> None:
+        text = content.decode("utf-8", "replace") if isinstance(content, bytes) else str(content)
+        line = {"line": number, "reason": reason, "content": text[:200]}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.first = self.first or f"{self.source}, line {number}, {reason}"
+        self.count += 1
+
+    def check(self, good: int) -> None:
+        """DataError when the lines that are no rows outnumber the `good` ones."""
+        if self.count > good:
+            raise DataError(
+                f"{self.first}; {self.count} of {self.count + good} lines cannot be used: "
+                "repair or remove them"
+            )
 
 
 def open_source(
@@ -83,15 +111,18 @@ def open_source(
         path = _download_from_kaggle()
     if path.is_dir():
         return _partition_posts(path, folder, seed, progress)
+    quarantine = Quarantine(path.name, folder / QUARANTINE)
     if path.is_file():
-        return _partition_pairs(_pairs_of_file(path), folder, seed, f"as in {path.name}")
+        pairs = _pairs_of_file(path, quarantine)
+        return _partition_pairs(pairs, folder, seed, f"as in {path.name}", quarantine)
     if path.suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise DataError(
             f"DATA_SOURCE is {source!r}, and there is no such file or folder: give a folder with "
             f"Questions.csv and Answers.csv, "
             "a .jsonl, .csv or .parquet file, the id of a Hub dataset, 'kagglehub' or 'sample'"
         )
-    return _partition_pairs(_pairs_of_hub(source), folder, seed, f"as stated on the Hub: {source}")
+    pairs = _pairs_of_hub(source, quarantine)
+    return _partition_pairs(pairs, folder, seed, f"as stated on the Hub: {source}", quarantine)
 
 
 def question_hash(ids: np.ndarray, seed: int) -> np.ndarray:
@@ -343,7 +374,9 @@ def _check_unique(path: Path, ids: np.ndarray) -> None:
         )
 
 
-def _partition_pairs(pairs: Iterator[tuple[str, str]], folder, seed, licence: str) -> Partitions:
+def _partition_pairs(
+    pairs: Iterator[tuple[str, str]], folder, seed, licence: str, quarantine: Quarantine
+) -> Partitions:
     """Prompts and answers as posts without scores, authors or markup; ids are row numbers."""
     writers, rows = {table: _Writers(folder, 1, seed) for table in ("Questions", "Answers")}, 0
     while batch := list(itertools.islice(pairs, 1000)):
@@ -351,9 +384,10 @@ def _partition_pairs(pairs: Iterator[tuple[str, str]], folder, seed, licence: st
         rows += len(batch)
     for table, writer in writers.items():
         writer.finish(table)
+    quarantine.check(rows)
     if rows == 0:
         raise DataError("the data source holds no row: check DATA_SOURCE")
-    return Partitions(folder, 1, rows, rows, is_html=False, licence=licence, url="")
+    return Partitions(folder, 1, rows, rows, False, licence, url="", quarantined=quarantine.count)
 
 
 def _write_pairs(writers: dict[str, _Writers], pairs, first: int) -> None:
@@ -368,9 +402,9 @@ def _write_pairs(writers: dict[str, _Writers], pairs, first: int) -> None:
         writers[table].write(table, pa.RecordBatch.from_arrays(columns, schema=SCHEMAS[table]))
 
 
-def _pairs_of_file(path: Path) -> Iterator[tuple[str, str]]:
+def _pairs_of_file(path: Path, quarantine: Quarantine) -> Iterator[tuple[str, str]]:
     try:
-        yield from _pairs(_records(path), path.name)
+        yield from _pairs(_records(path, quarantine), path.name, quarantine)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path.name} is not UTF-8 text ({error.reason} at position {error.start}): save it as "
@@ -378,10 +412,12 @@ def _pairs_of_file(path: Path) -> Iterator[tuple[str, str]]:
         ) from error
 
 
-def _records(path: Path) -> Iterator[dict]:
+def _records(path: Path, quarantine: Quarantine) -> Iterator[tuple[int, dict]]:
     if path.stat().st_size == 0:
         raise DataError(f"{path.name} is empty (0 bytes): get the file again")
-    readers = {".jsonl": json_records, ".csv": _csv_records, ".parquet": _parquet_records}
+    if path.suffix == ".jsonl":
+        return json_records(path, quarantine)
+    readers = {".csv": _csv_records, ".parquet": _parquet_records}
     if path.suffix not in readers:
         raise DataError(
             f"{path.name} ends in {path.suffix or 'nothing'!r}: give a .jsonl, .csv or .parquet "
@@ -390,7 +426,7 @@ def _records(path: Path) -> Iterator[dict]:
     return readers[path.suffix](path)
 
 
-def _pairs_of_hub(name: str) -> Iterator[tuple[str, str]]:
+def _pairs_of_hub(name: str, quarantine: Quarantine) -> Iterator[tuple[str, str]]:
     import datasets
 
     try:
@@ -402,27 +438,38 @@ def _pairs_of_hub(name: str) -> Iterator[tuple[str, str]]:
             f"network, "
             "or set DATA_SOURCE to 'sample', which needs neither"
         ) from error
-    return _pairs((row for split in splits.values() for row in split), name)
+    rows = enumerate((row for split in splits.values() for row in split), 1)
+    return _pairs(rows, name, quarantine)
 
 
-def _pairs(records: Iterator[dict], name: str) -> Iterator[tuple[str, str]]:
+def _pairs(
+    records: Iterator[tuple[int, dict]], name: str, quarantine: Quarantine
+) -> Iterator[tuple[str, str]]:
     """(prompt, answer) of each record: two columns, or one `text` in Llama 2's template.
 
     The second is how the article stored its dataset, with its own spelling of the opening tag.
     """
     columns = None
-    for number, record in enumerate(records, 1):
+    for number, record in records:
         columns = columns or _pair_columns(record, name)
         values = [record.get(column) for column in columns]
-        if not all(isinstance(value, str) for value in values):
-            raise DataError(
-                f"{name}, row {number}: {columns} must be text, and are "
-                f"{[type(v).__name__ for v in values]}: repair or remove that row"
-            )
+        if reason := _not_text(columns, values):
+            quarantine.add(number, reason, record)
+            continue
         if len(columns) == 1:
-            found = ARTICLE_TEXT.fullmatch(values[0])
+            found = ARTICLE_TEXT.fullmatch(values[0].strip())
             values = [found["prompt"].strip(), found["answer"].strip()] if found else ["", ""]
         yield tuple(values)
+
+
+def _not_text(columns: tuple[str, ...], values: list) -> str:
+    """Why the values cannot be used, or ""."""
+    kinds = [type(value).__name__ for value in values]
+    if set(kinds) != {"str"}:
+        return f"has {kinds} in {columns}, where text must stand"
+    if any(UNUSABLE.search(value) for value in values):
+        return "holds NUL or half of a character (a lone surrogate)"
+    return ""
 
 
 def _pair_columns(record: dict, name: str) -> tuple[str, ...]:
@@ -439,39 +486,71 @@ def _pair_columns(record: dict, name: str) -> tuple[str, ...]:
     )
 
 
-def json_records(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8", errors="strict") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line) if line.strip() else None
-            except ValueError as error:
-                raise DataError(
-                    f"{path.name}, line {number}, is no JSON ({error}): repair or remove it"
-                ) from error
-            if record is not None and not isinstance(record, dict):
-                raise DataError(
-                    f"{path.name}, line {number}, is {type(record).__name__}, not an object: "
-                    f"repair it"
-                )
-            if record:
-                yield record
+def json_records(path: Path, quarantine: Quarantine | None = None) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of each line of a JSONL file that is not blank.
+
+    Lines that hold none go to `quarantine`; without one the first of them raises DataError.
+    """
+    for number, line in _lines(path):
+        record, reason = _parse(line)
+        if reason and quarantine is None:
+            raise DataError(f"{path.name}, line {number}, {reason}: repair or remove it")
+        if reason:
+            quarantine.add(number, reason, line)
+        elif record is not None:
+            yield number, record
 
 
-def _csv_records(path: Path) -> Iterator[dict]:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes) of each line; one of more than a block is cut off there."""
+    with path.open("rb") as file:
+        if file.read(3) != codecs.BOM_UTF8:
+            file.seek(0)
+        for number in itertools.count(1):
+            if not (line := file.readline(BLOCK_BYTES)):
+                return
+            yield number, line
+            while len(line) == BLOCK_BYTES and not line.endswith(b"\n"):
+                line = file.readline(BLOCK_BYTES)
+
+
+def _parse(line: bytes) -> tuple[dict | None, str]:
+    """The object of a line of JSON (None for a blank one), or why it holds none."""
+    if len(line) == BLOCK_BYTES:
+        return None, f"is longer than {BLOCK_BYTES >> 20} MB"
+    try:
+        text = line.decode("utf-8")
+        record = json.loads(text) if text.strip() else None
+    except UnicodeDecodeError as error:
+        return None, f"is not UTF-8 text ({error.reason} at byte {error.start})"
+    except (ValueError, RecursionError) as error:
+        return None, f"is no JSON ({error})"
+    if record is not None and not isinstance(record, dict):
+        return None, f"is {type(record).__name__}, not an object"
+    return record, "is an empty object" if record == {} else ""
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, dict]]:
     csv.field_size_limit(BLOCK_BYTES)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
+        rows = csv.DictReader(file)
+        try:
+            for row in rows:
+                yield rows.line_num, row
+        except csv.Error as error:
+            raise DataError(
+                f"{path.name}, line {rows.line_num}, cannot be read ({error}): repair or remove it"
+            ) from error
 
 
-def _parquet_records(path: Path) -> Iterator[dict]:
+def _parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
     from pyarrow import parquet
 
     try:
         batches = parquet.ParquetFile(path).iter_batches(1000)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path.name} is no Parquet file ({error}): get it again") from error
-    for batch in batches:
-        yield from batch.to_pylist()
+    yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
 def _download_from_kaggle() -> Path:

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from helpers import fast_path, memory
+from helpers import fast_path, integrity, memory
 from helpers.config import Config
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -119,7 +119,7 @@ def sft_config(config: Config) -> SFTConfig:
 
 def load_dataset(config: Config) -> DatasetDict:
     """The train and validation rows that notebook 02 wrote, with only the columns that train."""
-    dataset = load_from_disk(str(config.require(config.dataset_dir, "02")))
+    dataset = load_from_disk(str(integrity.check_dataset(config)))
     return dataset.select_columns(["prompt", "completion"])
 
 
@@ -270,7 +270,9 @@ def save_adapter(trainer: SFTTrainer, tokenizer, config: Config) -> Path:
     trainer.model.save_pretrained(draft)
     tokenizer.save_pretrained(draft)
     log = {"history": trainer.state.log_history, "steps": step_log(trainer)}
-    (draft / "training_log.json").write_text(json.dumps(log, indent=1, default=float))
+    log["dataset"] = integrity.dataset_fingerprint(config)
+    (draft / integrity.TRAINING_LOG).write_text(json.dumps(log, indent=1, default=float))
+    integrity.seal(draft)
     shutil.rmtree(config.adapter_dir, ignore_errors=True)
     draft.rename(config.adapter_dir)
     shutil.rmtree(config.checkpoints_dir, ignore_errors=True)

@@ -16,6 +16,7 @@ from IPython.display import display
 from matplotlib.figure import Figure
 
 from helpers import memory, plots, prompts
+from helpers.untrusted import visible
 
 
 def figure_png(figure: Figure) -> bytes:
@@ -136,15 +137,13 @@ def will_it_fit(models: dict, cards: dict[str, int], run: memory.Run) -> ipywidg
 
 def show_side_by_side(question: str, base: str, tuned: str) -> None:
     """Display two answers in two columns, as text: generated HTML or script is shown, never run."""
-    cells = "".join(
-        f"<td valign='top'><pre>{html.escape(text)}</pre></td>" for text in (base, tuned)
-    )
+    cells = "".join(f"<td valign='top'>{_escaped(text)}</td>" for text in (base, tuned))
     table = (
-        f"<p><b>{html.escape(question)}</b></p>"
+        f"{_escaped(question)}"  # in <pre>, or its dollars would be read as formulas
         "<table><tr><th scope='col'>base</th><th scope='col'>tuned</th></tr>"
         f"<tr>{cells}</tr></table>"
     )
-    plain = f"{question}\n\n-- base\n{base}\n\n-- tuned\n{tuned}"
+    plain = visible(f"{question}\n\n-- base\n{base}\n\n-- tuned\n{tuned}")
     display({"text/html": table, "text/plain": plain}, raw=True)
 
 
@@ -157,7 +156,7 @@ def tokens_html(pieces: Sequence[str], learned: Sequence[bool]) -> str:
     for piece, counts in zip(pieces, learned, strict=True):
         tag, background = ("b", "#CFE8FA") if counts else ("span", "#E4E4E4")
         style = f"background:{background};color:#000;font-weight:normal;margin-right:1px"
-        text = html.escape(piece).replace("\n", "&#8629;\n")
+        text = html.escape(visible(piece)).replace("\n", "&#8629;\n")
         spans.append(f'<{tag} style="{style}">{text}</{tag}>')
     return f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre>'
 
@@ -179,7 +178,7 @@ def dataset_page(row: dict, source: str, tokenizer) -> str:
 
 
 def _escaped(text: str) -> str:
-    return f'<pre style="white-space:pre-wrap">{html.escape(text)}</pre>'
+    return f'<pre style="white-space:pre-wrap">{html.escape(visible(text))}</pre>'
 
 
 def dataset_browser(rows, sources: Sequence[str], tokenizer) -> ipywidgets.VBox:

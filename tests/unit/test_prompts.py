@@ -91,7 +91,7 @@ def test_a_tokenizer_that_adds_no_bos_fails(tokenizer):
 
     class WithoutBos:
         bos_token_id, eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        eos_token = tokenizer.eos_token
+        eos_token, added_tokens_decoder = tokenizer.eos_token, tokenizer.added_tokens_decoder
 
         def __call__(self, texts):
             return {"input_ids": tokenizer(texts, add_special_tokens=False)["input_ids"]}

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from helpers import sandbox
-from helpers.sandbox import SandboxUnavailable, run, run_many, run_tests
+from helpers.sandbox import SandboxUnavailable, run, run_tests
 
 CANARY = "canary-" + secrets.token_hex(8)
 MIB = 2**20
@@ -105,12 +105,6 @@ def test_exit_codes_and_output_are_reported(level):
 
 def test_a_passing_run_takes_well_under_half_a_second(level):
     assert statistics.median(run("print(1)", level).seconds for _ in range(5)) < 0.4
-
-
-def test_run_many_keeps_the_order_and_takes_programs_and_pairs(level):
-    pairs = [("def f(): return 1", f"assert f() == {n}") for n in (1, 2)]
-    outcomes = run_many(["print('a')", *pairs, "1 / 0"], level, timeout_seconds=5)
-    assert [o.passed for o in outcomes] == [True, True, False, False]
 
 
 # -- Hostile: the outside world. Only isolation holds these.
@@ -578,7 +572,6 @@ def test_it_fails_closed_when_no_level_can_be_had(monkeypatch, nothing_runs):
             lambda wanted=wanted: sandbox.level(wanted),
             lambda wanted=wanted: run("print(1)", wanted),
             lambda wanted=wanted: run_tests("x = 1", "assert x", wanted),
-            lambda wanted=wanted: run_many(["print(1)"], wanted),
         ):
             with pytest.raises(SandboxUnavailable, match=f"SANDBOX is '{wanted}'"):
                 call()

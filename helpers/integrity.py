@@ -1,0 +1,212 @@
+"""Are results on the disk what was written, and do they belong together?
+
+A folder is sealed when it is complete: SHA256SUMS lists its files, in the form that `sha256sum
+--check` reads. A folder without a seal came from elsewhere; of it only what it says itself is
+checked.
+"""
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from helpers.config import Config
+
+SEAL = "SHA256SUMS"
+ADAPTER_WEIGHTS, ADAPTER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+TRAINING_LOG, TOKENIZER = "training_log.json", "tokenizer.json"
+POINTER = b"version https://git-lfs"
+
+
+class ArtefactError(ValueError):
+    """A result cannot be used. The message names the file and the notebook that writes it again."""
+
+
+class ArtefactWarning(UserWarning):
+    """A result can be used, but it was not made from what lies beside it."""
+
+
+def seal(folder: Path) -> None:
+    """Write SHA256SUMS over the files of a folder, but for hidden ones and cards."""
+    lines = []
+    for path in sorted(item for item in folder.rglob("*") if item.is_file()):
+        name = path.relative_to(folder)
+        if path.suffix != ".md" and not any(part.startswith(".") for part in name.parts):
+            lines.append(f"{_sha256(path)}  {name.as_posix()}\n")
+    (folder / SEAL).write_text("".join(lines), encoding="utf-8")
+
+
+def check_seal(folder: Path, notebook: str) -> None:
+    """Raise ArtefactError for a file that is gone or is not the one that was sealed."""
+    for line in _sealed(folder):
+        wanted, _, name = line.partition("  ")
+        path = folder / name
+        if not path.is_file() or _sha256(path) != wanted:
+            state = "damaged or changed" if path.is_file() else "gone"
+            raise ArtefactError(f"{path} is {state} since it was written: {_again(notebook)}")
+
+
+def check_weights(path: Path, advice: str) -> None:
+    """Raise ArtefactError for a file that is no whole safetensors file. Reads its header alone."""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ArtefactError(
+                f"{path} is a Git-LFS pointer and not the weights: run `git lfs pull` there, or "
+                f"{advice}"
+            )
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except SafetensorError as error:
+        raise ArtefactError(f"{path} is cut off or damaged ({error}): {advice}") from error
+
+
+def check_code(model: str) -> str:
+    """The name of a model, unless it is a folder that brings code of its own: ArtefactError."""
+    for name in ("config.json", "tokenizer_config.json"):
+        path = Path(model) / name
+        if path.is_file() and "auto_map" in _read(path, "get the model again"):
+            raise ArtefactError(
+                f"{path} names code to be run (auto_map), and code of a model is never run here: "
+                "remove that entry, or choose a model that transformers knows by itself"
+            )
+    return model
+
+
+def check_model(model: str) -> str:
+    """The name of a model, unless it is a folder without whole safetensors, or with code."""
+    check_code(model)
+    weights = sorted(Path(model).glob("*.safetensors"))
+    if Path(model).is_dir() and not weights:
+        raise ArtefactError(
+            f"{model} holds no .safetensors file, and no other form of weights is read: convert "
+            "the model, or choose one that has them"
+        )
+    for path in weights:
+        check_weights(path, "get the model again")
+    return model
+
+
+def check_dataset(config: Config) -> Path:
+    """The dataset's folder. Raises FileNotFoundError, and ArtefactError when it is damaged."""
+    folder = config.require(config.dataset_dir, "02")
+    check_seal(folder, "02")
+    return folder
+
+
+def dataset_fingerprint(config: Config) -> str:
+    """SHA-256 over the checksums of the dataset's rows; "" for one without a seal."""
+    rows = [line for line in _sealed(config.dataset_dir) if line.endswith(".arrow")]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest() if rows else ""
+
+
+def check_adapter(config: Config) -> Path:
+    """The adapter's folder, when it is whole and made for this base model and tokenizer.
+
+    Raises FileNotFoundError and ArtefactError. Warns, ArtefactWarning, when it has other settings
+    than the Config, or was trained on another dataset than the one that lies there now.
+    """
+    folder = config.require(config.adapter_dir, "04")
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise ArtefactError(f"{weights} is missing, and no other form is read: {_again('04')}")
+    check_weights(weights, _again("04"))
+    check_seal(folder, "04")
+    settings = _read(folder / ADAPTER_SETTINGS, _again("04"))
+    _check_base(config, folder, settings.get("base_model_name_or_path"))
+    for complaint in (*_other_settings(config, settings), *_other_dataset(config, folder)):
+        warnings.warn(f"{complaint}, or {_again('04')}", ArtefactWarning, stacklevel=3)
+    return folder
+
+
+def _check_base(config: Config, folder: Path, trained_on: str | None) -> None:
+    """Names are compared by their last part: folders are moved, and users have mirrors."""
+    if trained_on and Path(trained_on).name != Path(config.model_name).name:
+        raise ArtefactError(
+            f"the adapter in {folder} was trained on {trained_on} and MODEL_NAME is "
+            f"{config.model_name}: set MODEL_NAME to the former, or {_again('04')}"
+        )
+    if (folder / TOKENIZER).is_file():
+        from helpers.models import load_tokenizer
+
+        tokenizer = load_tokenizer(config.model_name).backend_tokenizer
+        if _rules(json.loads(tokenizer.to_str())) != _rules(
+            _read(folder / TOKENIZER, _again("04"))
+        ):
+            raise ArtefactError(
+                f"the adapter in {folder} was trained with another tokenizer than that of "
+                f"{config.model_name}: {_again('04')}"
+            )
+
+
+def _rules(tokenizer: dict) -> dict:
+    """What turns text into tokens, without what a library sets for one batch."""
+    return {key: value for key, value in tokenizer.items() if key not in ("padding", "truncation")}
+
+
+def _other_settings(config: Config, settings: dict) -> list[str]:
+    pairs = {
+        "LORA_R": (config.lora_r, settings.get("r")),
+        "LORA_ALPHA": (config.lora_alpha, settings.get("lora_alpha")),
+        "TARGET_MODULES": (
+            sorted(config.target_modules),
+            sorted(settings.get("target_modules") or ()),
+        ),
+    }
+    return [
+        f"{name} is {wanted}, the adapter was trained with {found}: set {name} = {found}"
+        for name, (wanted, found) in pairs.items()
+        if wanted != found
+    ]
+
+
+def _other_dataset(config: Config, folder: Path) -> list[str]:
+    log, now = folder / TRAINING_LOG, dataset_fingerprint(config)
+    before = _read(log, _again("04")).get("dataset") if log.is_file() else None
+    if not before or not now or before == now:
+        return []
+    return [
+        "the adapter was trained on another dataset than notebook 02 has written since, so rows "
+        "held out now may be rows that it has seen: run notebook 02 with its old settings"
+    ]
+
+
+def read_metrics(config: Config) -> dict[str, dict]:
+    """The named numbers of every lesson that has recorded some, by lesson number.
+
+    Raises ArtefactError for a file that does not hold numbers.
+    """
+    metrics = {}
+    for path in sorted(config.metrics_dir.glob("[0-9][0-9].json")):
+        metrics[path.stem] = _read(path, _again(path.stem))
+        for name, value in metrics[path.stem].items():
+            if not isinstance(value, int | float):
+                raise ArtefactError(f"{path} says {name} is {value!r}: {_again(path.stem)}")
+    return metrics
+
+
+def _read(path: Path, advice: str) -> dict:
+    """The object of a JSON file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path} cannot be read ({error}): {advice}") from error
+    if not isinstance(found, dict):
+        raise ArtefactError(f"{path} holds no JSON object: {advice}")
+    return found
+
+
+def _sealed(folder: Path) -> list[str]:
+    path = folder / SEAL
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _again(notebook: str) -> str:
+    return f"run notebook {notebook} again"
