@@ -7,23 +7,23 @@ here; the lesson that reads them is notebook 04.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
+import math
 import shutil
 import time
 from pathlib import Path
 
+import torch
 from datasets import DatasetDict, load_from_disk
 from peft import LoraConfig
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
-from helpers import fast_path, integrity, memory
+from helpers import checkpoints, fast_path, integrity, memory
 from helpers.config import Config
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# What a checkpoint must hold before a run goes on from it.
-CHECKPOINT_FILES = (ADAPTER_WEIGHTS, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+EXPLOSION = 3.0  # nats above the first loss, twenty times less likely words: it will not return
 
 
 def time_decorator(function):
@@ -78,7 +78,7 @@ def sft_config(config: Config) -> SFTConfig:
     rows, eval_rows = config.per_device_train_batch_size, config.per_device_eval_batch_size
     fast = uses_fast_path(config)
     return SFTConfig(
-        output_dir=str(checkpoints_dir(config)),
+        output_dir=str(checkpoints.folder_of(config)),
         use_cpu=config.device == "cpu",
         fp16=config.fp16,
         bf16=config.bf16 and not fast,  # the fast path computes in the model's own bfloat16
@@ -109,6 +109,7 @@ def sft_config(config: Config) -> SFTConfig:
         eval_steps=config.eval_steps,
         save_steps=config.save_steps,
         save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         seed=config.seed,
@@ -141,6 +142,9 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
         callbacks=[
             StepLog(),
             LogLines(),
+            StopOnDivergence(),
+            checkpoints.SealCheckpoints(),
+            checkpoints.StopAtStepEdge(),
             EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience),
         ],
     )
@@ -167,6 +171,47 @@ def keep_adapter_in_float32(model) -> None:
             parameter.data = parameter.data.float()
 
 
+class OutOfMemory(RuntimeError):
+    """The GPU is too small for a step. The message names the next thing to change."""
+
+
+@contextlib.contextmanager
+def out_of_memory_advice(trainer: SFTTrainer):
+    """Turn torch's error into the next rung of the ladder, with the memory that it saves."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(next_rung(trainer.args, trainer.model.config)) from error
+
+
+def next_rung(args: SFTConfig, model_config) -> str:
+    """What to change first when a step does not fit: what costs least speed, and what it saves."""
+    run = memory.Run(
+        rank=1,
+        batch=args.per_device_train_batch_size,
+        length=args.max_length,
+        checkpointing=args.activation_checkpointing,
+    )
+    halved = {"length": run.length // 2} if args.packing else {"batch": run.batch // 2}
+    rungs = [
+        (not run.checkpointing, {"checkpointing": True}, "ACTIVATION_CHECKPOINTING = True"),
+        (
+            args.packing or run.batch > 1,
+            halved,
+            "half the PER_DEVICE_TRAIN_BATCH_SIZE and GRAD_ACC_STEPS = "
+            f"{2 * args.gradient_accumulation_steps}, the same rows a step",
+        ),
+        (True, {"length": run.length // 2}, f"MAX_LENGTH = {run.length // 2}"),
+    ]
+    changes, advice = next(rung[1:] for rung in rungs if rung[0])
+    before = memory.estimate(model_config, run).total
+    saved = before - memory.estimate(model_config, dataclasses.replace(run, **changes)).total
+    return (
+        f"the GPU's memory is full: set {advice}, which saves about {saved / memory.GIB:.1f} GiB; "
+        "training goes on from the last checkpoint of the new settings"
+    )
+
+
 def kernels(trainer: SFTTrainer):
     """The context to train and evaluate in: fused kernels for the fast path, else nothing."""
     if isinstance(trainer, fast_path.FastTrainer):
@@ -182,10 +227,16 @@ def fine_tune(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
     Returns the trainer and its metrics: eval_loss_before, eval_loss_after (nats per token of the
     answers), train_tokens_per_second (padding not counted), and what the decorators add.
     """
-    with kernels(trainer):
+    checkpoint = checkpoints.latest(Path(trainer.args.output_dir))
+    stoppable = callback_of(trainer, checkpoints.StopAtStepEdge)
+    with kernels(trainer), out_of_memory_advice(trainer), stoppable:
         before = trainer.evaluate()["eval_loss"]
-        trainer.train(resume_from_checkpoint=latest_checkpoint(Path(trainer.args.output_dir)))
-        after = trainer.evaluate()["eval_loss"]
+        if checkpoint and checkpoints.is_finished(checkpoint):
+            checkpoints.restore_finished(trainer, checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # The best checkpoint is loaded; a run too short for an evaluation has none.
+        after = trainer.state.best_metric or trainer.evaluate()["eval_loss"]
     # Ready to answer: trl turns the cache off, and without it writing is three times slower.
     trainer.model.eval().config.use_cache = True
     return trainer, {
@@ -196,23 +247,38 @@ def fine_tune(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
 
 
 def step_log(trainer: SFTTrainer) -> list[dict]:
-    """What StepLog measured: one dictionary for each optimizer step that this process ran."""
-    (log,) = [item for item in trainer.callback_handler.callbacks if isinstance(item, StepLog)]
-    return log.steps
+    """What StepLog measured: one dictionary for each optimizer step, resumed from or run here."""
+    return callback_of(trainer, StepLog).steps
+
+
+def callback_of(trainer: SFTTrainer, kind: type) -> TrainerCallback:
+    """The trainer's one callback of a kind."""
+    (found,) = [item for item in trainer.callback_handler.callbacks if isinstance(item, kind)]
+    return found
 
 
 def tokens_per_second(trainer: SFTTrainer) -> float:
     """Tokens that trl counted up to its last log line, over the seconds of those steps."""
-    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
-    seconds = sum(item["seconds"] for item in step_log(trainer) if item["step"] <= last["step"])
-    return float(last["num_tokens"]) / seconds
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    counts = [float(entry["num_tokens"]) for entry in entries]
+    # After a resume trl counts from zero again.
+    pairs = zip([0.0, *counts], counts, strict=False)
+    tokens = sum(now - before if now > before else now for before, now in pairs)
+    last = entries[-1]["step"]
+    return tokens / sum(item["seconds"] for item in step_log(trainer) if item["step"] <= last)
 
 
-class StepLog(TrainerCallback):
-    """Measures every optimizer step: its seconds, and the memory in use after it."""
+class StepLog(TrainerCallback, ExportableState):
+    """Measures every optimizer step: its seconds, and the memory in use after it.
+
+    The trainer stores it in each checkpoint, so a resumed run has the steps before it too.
+    """
 
     def __init__(self):
         self.steps = []
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"steps": self.steps}}
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter()
@@ -225,6 +291,27 @@ class StepLog(TrainerCallback):
                 "memory_bytes": memory.current_memory_bytes(),
                 "peak_memory_bytes": memory.peak_memory_bytes(),
             }
+        )
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no number any more, or far above where it began. The message says the cause."""
+
+
+class StopOnDivergence(TrainerCallback):
+    """Ends a run whose loss cannot recover, before it spends hours on it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        first = next(entry["loss"] for entry in state.log_history if "loss" in entry)
+        if math.isfinite(logs["loss"]) and logs["loss"] < first + EXPLOSION:
+            return
+        overflow = ", or float16 overflowed (set BF16 where the card has it)" if args.fp16 else ""
+        raise TrainingDiverged(
+            f"step {state.global_step}: the loss is {logs['loss']:.3f} and began at {first:.3f}; "
+            f"most likely LEARNING_RATE = {args.learning_rate} is too high{overflow}: set a lower "
+            f"one. The checkpoints up to here are in {args.output_dir}"
         )
 
 
@@ -245,19 +332,6 @@ class LogLines(TrainerCallback):
                 f"validation loss {float(logs['eval_loss']):.3f}",
                 flush=True,
             )
-
-
-def checkpoints_dir(config: Config) -> Path:
-    """Where a Config's checkpoints lie: other settings, another folder; none is mixed up."""
-    settings = json.dumps({**dataclasses.asdict(config), "run_dir": None}, sort_keys=True)
-    return config.checkpoints_dir / hashlib.sha256(settings.encode()).hexdigest()[:12]
-
-
-def latest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is complete; one that was cut off while written is passed over."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    complete = [path for path in found if all((path / name).exists() for name in CHECKPOINT_FILES)]
-    return str(complete[-1]) if complete else None
 
 
 def save_adapter(trainer: SFTTrainer, tokenizer, config: Config) -> Path:

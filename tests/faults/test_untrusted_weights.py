@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import integrity, merging, models, training
+from helpers import checkpoints, integrity, merging, models, training
 from helpers.config import PROJECT_DIR
 from helpers.integrity import ArtefactError
 from tests.faults.finished_run import contents, copy_run, make_run
@@ -145,7 +145,7 @@ def checkpoint(finished, tokenizer):
         config, models.load_model(config), tokenizer, training.load_dataset(config)
     )
     trainer.train()
-    return Path(training.latest_checkpoint(training.checkpoints_dir(config)))
+    return checkpoints.latest(checkpoints.folder_of(config))
 
 
 @pytest.mark.parametrize(

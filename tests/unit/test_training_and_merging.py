@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 
-from helpers import memory, merging, models, prompts, training
+from helpers import checkpoints, memory, merging, models, prompts, training
 from helpers.config import Config
 from tests.notebook_code import definitions_from
 
@@ -100,30 +100,18 @@ def test_the_adapter_is_saved_whole_and_the_checkpoints_are_gone(trained, config
     assert len(log["steps"]) == 4 and any("eval_loss" in entry for entry in log["history"])
 
 
-def test_goes_on_from_the_last_complete_checkpoint(config, tokenizer):
-    trainer = trainer_for(config, tokenizer)
-    trainer.train()
-    folder = training.checkpoints_dir(config)
-    last = folder / "checkpoint-4"
-    assert training.latest_checkpoint(folder) == str(last)
-    (last / "optimizer.pt").unlink()  # as if killed while it was written
-    assert training.latest_checkpoint(folder) == str(folder / "checkpoint-3")
-    resumed, _ = training.fine_tune(trainer_for(config, tokenizer))
-    assert [step["step"] for step in training.step_log(resumed)] == [4]
-
-
 def test_other_settings_have_other_checkpoints(config):
     import dataclasses
 
     folders = {
-        training.checkpoints_dir(config),
-        training.checkpoints_dir(dataclasses.replace(config, lora_r=8)),
-        training.checkpoints_dir(dataclasses.replace(config, learning_rate=1e-3)),
-        training.checkpoints_dir(dataclasses.replace(config, weight_decay=0.5)),
-        training.checkpoints_dir(dataclasses.replace(config, scheduler_type="linear")),
+        checkpoints.folder_of(config),
+        checkpoints.folder_of(dataclasses.replace(config, lora_r=8)),
+        checkpoints.folder_of(dataclasses.replace(config, learning_rate=1e-3)),
+        checkpoints.folder_of(dataclasses.replace(config, weight_decay=0.5)),
+        checkpoints.folder_of(dataclasses.replace(config, scheduler_type="linear")),
     }
     assert len(folders) == 5
-    assert training.latest_checkpoint(config.checkpoints_dir / "none") is None
+    assert checkpoints.latest(config.checkpoints_dir / "none") is None
 
 
 def test_adapters_are_float32_where_bfloat16_is_not_to_be_had(config, tokenizer):

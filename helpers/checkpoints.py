@@ -1,0 +1,134 @@
+"""Checkpoints of a training run: sealed when complete, checked before a run goes on from one.
+
+The trainer writes a checkpoint file by file under its final name. Only the seal, which comes last,
+says that all of it is there.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+from transformers import TrainerCallback, TrainerState
+
+from helpers import integrity
+from helpers.config import Config
+
+STATE = "trainer_state.json"
+
+
+class DiskFull(OSError):
+    """There is no room for a checkpoint. The ones before it are whole; the message says more."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """A signal ended the run at a step's edge, with a checkpoint. The message says how to go on."""
+
+
+class SealCheckpoints(TrainerCallback):
+    """Seals each checkpoint once all of its files are written, and asks for room before."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if control.should_save:
+            check_room(Path(args.output_dir), checkpoint_bytes(model))
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            integrity.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class StopAtStepEdge(TrainerCallback):
+    """While `with` lasts, Ctrl-C and SIGTERM end the run after the step, with a checkpoint."""
+
+    def __init__(self):
+        self.received = None
+
+    def __enter__(self):
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._note)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.received = signal.Signals(number).name
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_save or self.received is not None
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.received is not None:
+            raise TrainingInterrupted(
+                f"{self.received} ended training after step {state.global_step}, and a checkpoint "
+                "holds it: run the same cell or command again to go on from there"
+            )
+
+
+def checkpoint_bytes(model) -> int:
+    """Upper bound of a checkpoint's size: the trained weights and two float32 moments of each."""
+    trained = (p for p in model.parameters() if p.requires_grad)
+    return sum(p.nbytes + 8 * p.numel() for p in trained)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise DiskFull when a folder's disk has less room than `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DiskFull(
+            f"a checkpoint needs {needed / 1e6:.0f} MB in {folder} and {free / 1e6:.0f} MB are "
+            f"free: make room for {(needed - free) / 1e6:.0f} MB and run the same cell again, it "
+            "goes on from the last checkpoint"
+        )
+
+
+def folder_of(config: Config) -> Path:
+    """Where a Config's checkpoints lie: other settings, another folder; none is mixed up."""
+    settings = json.dumps({**dataclasses.asdict(config), "run_dir": None}, sort_keys=True)
+    return config.checkpoints_dir / hashlib.sha256(settings.encode()).hexdigest()[:12]
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint; any newer one is passed over and named on the way."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+    for path in found:
+        problem = what_is_wrong(path)
+        if problem is None:
+            return path
+        print(f"{path.name} is passed over: {problem}", flush=True)
+    return None
+
+
+def what_is_wrong(checkpoint: Path) -> str | None:
+    """Why a run cannot go on from a checkpoint, or None when it can."""
+    if not (checkpoint / integrity.SEAL).is_file():
+        return "it was cut off while it was written"
+    try:
+        integrity.check_seal(checkpoint, "04")
+    except integrity.ArtefactError as error:
+        return str(error)
+    return None
+
+
+def is_finished(checkpoint: Path) -> bool:
+    """Whether the run that wrote it had come to its last step, or had stopped early, by then."""
+    state = json.loads((checkpoint / STATE).read_text())
+    return state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+
+
+def restore_finished(trainer, checkpoint: Path) -> None:
+    """Put a trainer where training would have left it: its log, and the best adapter loaded.
+
+    Asked to resume from its last step, the Trainer would take one more. That it loads its best
+    model by a method without a public name is the price of not taking it.
+    """
+    trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
+    best = checkpoint.parent / Path(trainer.state.best_model_checkpoint).name
+    trainer.state.best_model_checkpoint = str(best)
+    trainer._load_callback_state()
+    trainer._load_best_model()

@@ -1,0 +1,236 @@
+"""Training that is killed, stopped, damaged, out of room or out of hand loses nothing it had."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from contextlib import nullcontext
+
+import pytest
+import torch
+from transformers import TrainerCallback, TrainerState
+
+from helpers import checkpoints, training
+from tests.faults.train_tiny import build, outcome, tiny_config
+
+KILLS = 10
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model_dir):
+    return tiny_config(tmp_path / "run", tiny_model_dir)
+
+
+def finish(config):
+    trainer, metrics = training.fine_tune(build(config))
+    return outcome(trainer), metrics
+
+
+class StopAfter(TrainerCallback):
+    """Ends the process's work in the middle of things, as a kill would, after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise InterruptedError("killed")
+
+
+def interrupt(config, after):
+    trainer = build(config)
+    trainer.add_callback(StopAfter(after))
+    with pytest.raises(InterruptedError):
+        training.fine_tune(trainer)
+
+
+@pytest.mark.parametrize("after", [1, 3, 5])
+def test_a_resumed_run_ends_as_an_uninterrupted_one_bit_for_bit(config, after):
+    whole, whole_metrics = finish(config)
+    shutil.rmtree(config.checkpoints_dir)
+    interrupt(config, after)
+    resumed, metrics = finish(config)
+    assert resumed == whole  # losses, their steps, the step log, and every bit of the adapter
+    for name in ("eval_loss_before", "eval_loss_after"):
+        assert metrics[name] == whole_metrics[name]
+
+
+def test_with_a_4bit_model_the_losses_agree_closely(config):
+    config = dataclasses.replace(config, use_4bit=True, bnb_4bit_compute_dtype="bfloat16")
+    whole, _ = finish(config)
+    shutil.rmtree(config.checkpoints_dir)
+    interrupt(config, 3)
+    resumed, _ = finish(config)
+    assert [step for step, _ in resumed["losses"]] == [step for step, _ in whole["losses"]]
+    for (_, ours), (_, theirs) in zip(resumed["losses"], whole["losses"], strict=True):
+        assert ours == pytest.approx(theirs, abs=5e-3)
+
+
+def test_a_run_that_was_killed_after_its_last_step_takes_no_step_more(config):
+    whole, whole_metrics = finish(config)
+    again, metrics = finish(config)
+    assert again == whole and again["steps"] == [1, 2, 3, 4, 5, 6]
+    assert metrics["eval_loss_after"] == whole_metrics["eval_loss_after"]
+    assert metrics["train_tokens_per_second"] == whole_metrics["train_tokens_per_second"]
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "flipped":
+        path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("adapter_model.safetensors", "cut"),
+        ("adapter_model.safetensors", "flipped"),
+        ("optimizer.pt", "flipped"),
+        ("optimizer.pt", "gone"),
+        ("SHA256SUMS", "gone"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(config, capsys, name, how):
+    build(config).train()
+    folder = checkpoints.folder_of(config)
+    assert checkpoints.latest(folder) == folder / "checkpoint-6"
+    damage(folder / "checkpoint-6" / name, how)
+    assert checkpoints.latest(folder).name in ("checkpoint-4", "checkpoint-2")
+    said = capsys.readouterr().out
+    assert "checkpoint-6 is passed over: " in said
+    assert name in said or "cut off while it was written" in said
+
+
+def test_a_disk_without_room_is_named_before_a_checkpoint_is_written(config, monkeypatch):
+    Usage = namedtuple("Usage", "total used free")
+    trainer, folder = build(config), checkpoints.folder_of(config)
+
+    def usage(path):
+        return Usage(0, 0, 10**12 if not (folder / "checkpoint-2").exists() else 1000)
+
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", usage)
+    with pytest.raises(checkpoints.DiskFull, match="needs .* MB .* are free: make room for"):
+        training.fine_tune(trainer)
+    monkeypatch.undo()
+    assert checkpoints.latest(folder) == folder / "checkpoint-2"
+    resumed, _ = finish(config)
+    assert resumed["steps"] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_at_a_step_edge_with_a_checkpoint(config, number):
+    whole, _ = finish(config)
+    shutil.rmtree(config.checkpoints_dir)
+    trainer, before = build(config), signal.getsignal(number)
+
+    class Sender(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), number)
+
+    trainer.add_callback(Sender())
+    with pytest.raises(
+        KeyboardInterrupt, match=f"{number.name} ended training after step 3.*again"
+    ):
+        training.fine_tune(trainer)
+    assert signal.getsignal(number) is before
+    assert checkpoints.latest(checkpoints.folder_of(config)).name == "checkpoint-3"
+    resumed, _ = finish(config)
+    assert resumed == whole
+
+
+@pytest.mark.parametrize(("loss", "stops"), [(1.0, False), (4.9, False), (5.1, True)])
+def test_a_loss_that_explodes_stops_the_run_and_names_the_cause(config, loss, stops):
+    arguments = training.sft_config(dataclasses.replace(config, learning_rate=0.5))
+    state = TrainerState(global_step=7, log_history=[{"loss": 2.0}, {"eval_loss": 9.0}])
+    expected = pytest.raises(
+        training.TrainingDiverged, match="step 7: the loss is 5.1.* LEARNING_RATE = 0.5 is too high"
+    )
+    with expected if stops else nullcontext():
+        training.StopOnDivergence().on_log(arguments, state, None, logs={"loss": loss})
+
+
+def test_a_loss_that_is_no_number_stops_the_run(config):
+    trainer = build(config)
+    trained = next(p for p in trainer.model.parameters() if p.requires_grad)
+    torch.nn.init.constant_(trained, float("nan"))
+    with pytest.raises(training.TrainingDiverged, match="step 1: the loss is nan"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"activation_checkpointing": False}, "ACTIVATION_CHECKPOINTING = True"),
+        ({"activation_checkpointing": True}, "half the PER_DEVICE_TRAIN_BATCH_SIZE"),
+        (
+            {"activation_checkpointing": True, "per_device_train_batch_size": 1},
+            "MAX_LENGTH = 200",
+        ),
+    ],
+)
+def test_a_full_gpu_is_answered_with_the_next_rung(config, monkeypatch, changes, advice):
+    trainer = build(dataclasses.replace(config, **changes))
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "train", full)
+    with pytest.raises(training.OutOfMemory, match=f"set {advice}.* saves about .* GiB"):
+        training.fine_tune(trainer)
+
+
+# -- A process that is killed.
+
+
+def start(run_dir, model_dir, **changes):
+    settings = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
+    command = [sys.executable, "-m", "tests.faults.train_tiny", str(run_dir), str(model_dir)]
+    return subprocess.Popen([*command, *settings], stdout=subprocess.PIPE, text=True)
+
+
+def last_step(line: str) -> int:
+    return int(line.split()[1].split("/")[0]) if line.startswith("step") else 0
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_change_nothing(tmp_path, tiny_model_dir):
+    settings = {"max_steps": 60, "save_steps": 3, "eval_steps": 3}
+    output, _ = start(tmp_path / "whole", tiny_model_dir, **settings).communicate(timeout=300)
+    whole, chance, kills = json.loads(output.splitlines()[-1]), random.Random(3), 0
+    run_dir = tmp_path / "killed"
+    folder = checkpoints.folder_of(tiny_config(run_dir, tiny_model_dir, **settings))
+    while kills < KILLS:
+        process = start(run_dir, tiny_model_dir, **settings)
+        seen = read_some(process, lines=chance.randint(1, 8))
+        time.sleep(chance.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        seen = max([seen, *map(last_step, process.communicate()[0].splitlines())])
+        kills += process.returncode == -signal.SIGKILL
+        kept = checkpoints.latest(folder)
+        reached = int(kept.name.split("-")[1]) if kept else 0
+        assert seen - reached <= 2 * settings["save_steps"]  # the newest may be the one cut off
+        if process.returncode == 0:
+            shutil.rmtree(run_dir)  # it came to its end before it was killed: from the start
+    output, _ = start(run_dir, tiny_model_dir, **settings).communicate(timeout=300)
+    assert json.loads(output.splitlines()[-1]) == whole
+
+
+def read_some(process, lines: int) -> int:
+    """The last step that a process names in its next lines of training."""
+    seen = 0
+    for line in process.stdout:
+        seen, lines = max(seen, last_step(line)), lines - line.startswith("step")
+        if lines == 0:
+            break
+    return seen

@@ -1,0 +1,75 @@
+"""Train a tiny model in a process of its own, for tests that kill it.
+
+python -m tests.faults.train_tiny RUN_DIR MODEL_DIR NAME=VALUE...
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict
+
+from helpers import models, prompts, training
+from helpers.config import Config
+
+
+def tiny_config(run_dir: Path, model_dir: Path, **changes) -> Config:
+    """A run in float32 and with dropout, so that an exact repetition is asked for."""
+    settings = {
+        "model_name": str(model_dir),
+        "use_4bit": False,
+        "bnb_4bit_compute_dtype": "float32",
+        "bf16": False,
+        "lora_r": 4,
+        "lora_dropout": 0.1,
+        "learning_rate": 1e-2,
+        "max_train_rows": None,
+        "max_steps": 6,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "early_stopping_patience": 1000,
+        **changes,
+    }
+    return Config.from_profile("smoke", run_dir=run_dir, **settings)
+
+
+def write_dataset(config: Config, rows: int = 40) -> None:
+    pairs = [
+        {
+            "prompt": prompts.render_prompt(f"What is {n} + {n}?", config.system_message),
+            "completion": prompts.render_completion(f"1. Add them.\n2. It is {2 * n}."),
+        }
+        for n in range(rows)
+    ]
+    splits = {"train": Dataset.from_list(pairs[4:]), "validation": Dataset.from_list(pairs[:4])}
+    DatasetDict(splits).save_to_disk(config.dataset_dir)
+
+
+def build(config: Config):
+    tokenizer = models.load_tokenizer(config.model_name)
+    if not config.dataset_dir.exists():
+        write_dataset(config)
+    dataset = training.load_dataset(config)
+    return training.build_trainer(config, models.load_model(config), tokenizer, dataset)
+
+
+def outcome(trainer) -> dict:
+    """What an interrupted run and an uninterrupted one must agree in."""
+    history = trainer.state.log_history
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in trained))
+    return {
+        "losses": [(entry["step"], float(entry["loss"])) for entry in history if "loss" in entry],
+        "eval": [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e and e["step"]],
+        "steps": [item["step"] for item in training.step_log(trainer)],
+        "adapter": digest.hexdigest(),
+    }
+
+
+if __name__ == "__main__":
+    run_dir, model_dir, *changes = sys.argv[1:]
+    settings = {name: json.loads(value) for name, value in (text.split("=") for text in changes)}
+    trainer = build(tiny_config(Path(run_dir), Path(model_dir), **settings))
+    training.fine_tune(trainer)
+    print(json.dumps(outcome(trainer)))
