@@ -9,6 +9,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import httpx2
+import huggingface_hub
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
@@ -117,8 +119,7 @@ def load_tokenizer(model_name: str):
     The article pads with EOS; a collator that masks padding then masks the EOS that ends the answer
     too, and the model never learns to stop. Llama 2 and SmolLM2 both have an unused id 0 for it.
     """
-    with _hub_errors(model_name):
-        tokenizer = AutoTokenizer.from_pretrained(resolve(model_name))
+    tokenizer = _from_hub(model_name, AutoTokenizer.from_pretrained)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token
@@ -152,13 +153,13 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
         if quantized and config.use_4bit
         else {}
     )
-    with _hub_errors(name):
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve(name),
-            dtype=getattr(torch, config.bnb_4bit_compute_dtype),
-            device_map=config.device_map,
-            **options,
-        )
+    model = _from_hub(
+        name,
+        AutoModelForCausalLM.from_pretrained,
+        dtype=getattr(torch, config.bnb_4bit_compute_dtype),
+        device_map=config.device_map,
+        **options,
+    )
     return guard_cpu_weights(model).eval()
 
 
@@ -182,37 +183,54 @@ def without_adapter(model):
     return model
 
 
-class _hub_errors:
-    """Turn the Hub's exceptions into ModelUnavailable: one sentence with the way out."""
+def _from_hub(name: str, load, **options):
+    """load(path, **options); where the Hub fails, from the copy that an earlier load left here.
 
-    def __init__(self, name: str):
-        self.name = name
+    Raises ModelUnavailable: one sentence with the reason and the way out.
+    """
+    path = resolve(name)
+    try:
+        return load(path, **options)
+    except (OSError, httpx2.HTTPError) as error:
+        try:
+            return load(huggingface_hub.snapshot_download(path, local_files_only=True), **options)
+        except (OSError, ValueError):  # no copy, or half of one; ValueError: no name on the Hub
+            raise ModelUnavailable(
+                f"{_reason(name, error)}. PROFILE = 'demo' needs no account and no network"
+            ) from error
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, kind, error, trace):
-        if error is None or not isinstance(error, (OSError, HfHubHTTPError)):
-            return False
-        if isinstance(error, ModelUnavailable):
-            return False
-        causes = [error, error.__cause__, error.__context__]
-        if any(isinstance(cause, GatedRepoError) for cause in causes):
-            why = (
-                f"access to {self.name} is gated: accept its licence on its Hub page, then run "
-                "`hf auth login`"
-            )
-        elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-            why = (
-                f"{self.name} is neither a local folder nor a model on the Hub that you may see: "
-                "check the name, or run `hf auth login`"
-            )
-        else:
-            first = (str(error).strip().splitlines() or [kind.__name__])[0]
-            why = (
-                f"{self.name} could not be loaded ({first}): check the network, or name a local "
-                "folder in MODEL_NAME"
-            )
-        raise ModelUnavailable(
-            f"{why}. PROFILE = 'demo' needs no account and no network"
-        ) from error
+def _reason(name: str, error: BaseException) -> str:
+    """What kept a model from being loaded, from the error and its causes."""
+    causes = list(_causes(error))
+    kinds = [kind for kind in HUB_REASONS if any(isinstance(cause, kind) for cause in causes)]
+    statuses = [cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)]
+    if kinds:
+        return HUB_REASONS[kinds[0]].format(name=name)
+    if statuses:
+        advice = STATUS_ADVICE.get(statuses[0], "try again later")
+        return f"the Hub answered {statuses[0]} when asked for {name}: {advice}"
+    first = (str(causes[-1]).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"{name} could not be loaded ({first}): check the network and try again, files that came "
+        "through whole are kept; or name a local folder in MODEL_NAME"
+    )
+
+
+def _causes(error: BaseException | None):
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+HUB_REASONS = {
+    GatedRepoError: "access to {name} is gated: accept its licence on its Hub page, then run "
+    "`hf auth login`",
+    RepositoryNotFoundError: "{name} is neither a local folder nor a model on the Hub that you may "
+    "see: check the name, or run `hf auth login`",
+}
+STATUS_ADVICE = {
+    401: "it does not accept the login, run `hf auth login` again",
+    403: "the login may not read it, ask its owner or log in as another user",
+    429: "these are too many requests, wait some minutes and try again",
+}

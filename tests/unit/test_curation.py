@@ -165,7 +165,9 @@ def test_the_card_holds_the_numbers_and_no_path(config, report):
 
 
 def test_nothing_is_left_beside_the_dataset(config, report):
-    hidden = {path.name for path in config.run_dir.iterdir() if path.name.startswith(".dataset.lock")}
+    hidden = {
+        path.name for path in config.run_dir.iterdir() if path.name.startswith(".dataset.lock")
+    }
     assert {path.name for path in config.run_dir.iterdir()} - hidden == {"dataset"}
 
 

@@ -56,20 +56,9 @@ def test_a_hub_model_that_cannot_be_reached_names_the_profile_that_needs_none():
         models.load_tokenizer("meta-llama/Llama-2-7b-hf")
 
 
-def test_a_gated_model_says_how_to_get_access():
-    from unittest.mock import Mock
-
-    from huggingface_hub.errors import GatedRepoError
-
-    with pytest.raises(models.ModelUnavailable, match="gated: accept its licence.*hf auth login"):
-        with models._hub_errors("meta-llama/Llama-2-7b-hf"):
-            raise OSError("wrapped") from GatedRepoError("gated", response=Mock())
-
-
 def test_an_error_that_is_not_the_hubs_passes_through():
     with pytest.raises(KeyError):
-        with models._hub_errors("name"):
-            raise KeyError("mine")
+        models._from_hub("name", {}.__getitem__)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
