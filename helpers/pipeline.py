@@ -112,7 +112,7 @@ def _refuse_names(parameters: dict) -> None:
                 "and reports: leave it out and run `hf auth login`"
             )
         if not re.fullmatch(r"[A-Z][A-Z0-9_]+", name):
-            raise ConfigError(f"parameter {name}: names are in capitals, write {name.upper()}")
+            raise ConfigError(f"parameter {name} is not in capitals: write {name.upper()}")
 
 
 def _run_in_order(config: Config, chosen, forced, parameters: dict, timeout: float) -> None:

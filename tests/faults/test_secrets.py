@@ -81,7 +81,7 @@ def test_a_token_under_an_innocent_name_is_refused_too(tmp_path, capsys):
 
 
 def test_a_name_in_small_letters_would_be_ignored_and_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="names are in capitals, write MAX_STEPS"):
+    with pytest.raises(ConfigError, match="max_steps is not in capitals: write MAX_STEPS"):
         pipeline.run("smoke", str(tmp_path / "run"), parameters={"max_steps": 3})
 
 
