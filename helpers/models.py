@@ -177,9 +177,16 @@ def guard_cpu_weights(model):
 
 
 def without_adapter(model):
-    """The model itself. Raises ValueError when it carries an adapter: a second one would add up."""
-    if any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("the model carries an adapter already: load it again first")
+    """The model itself, the first time that it is asked for, to carry one adapter.
+
+    Raises ValueError when it carries one, or had one merged into its weights: a second would add up.
+    """
+    has_one = any("lora_" in name for name, _ in model.named_parameters())
+    if has_one or getattr(model, "given_to_an_adapter", False):
+        raise ValueError(
+            "the model carries an adapter already, or one is merged into it: load it again first"
+        )
+    model.given_to_an_adapter = True
     return model
 
 

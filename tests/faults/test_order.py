@@ -132,7 +132,7 @@ def test_the_cell_that_wraps_the_model_cannot_run_twice(execute, straight, run_d
 
 @pytest.mark.slow
 def test_merging_twice_into_one_base_is_noticed(execute, straight, run_dir):
-    with pytest.raises(PapermillExecutionError, match="AssertionError|carries an adapter already"):
+    with pytest.raises(PapermillExecutionError, match="or one is merged into it: load it again"):
         execute("05", run_dir, each_twice)
     assert folder_hashes(run_dir / "merged") == folder_hashes(straight / "merged")
 
@@ -144,8 +144,12 @@ def test_no_adapter_is_loaded_onto_another(tiny_config, tiny_model_dir):
 
     adapted = get_peft_model(models.load_model(tiny_config), lora_config(tiny_config))
     adapted.save_pretrained(tiny_config.adapter_dir)
-    with pytest.raises(ValueError, match="the model carries an adapter already: load it again"):
+    with pytest.raises(ValueError, match="the model carries an adapter already, or one is merged"):
         merging.load_tuned(tiny_config, adapted)
+    base = models.load_model(tiny_config, quantized=False)
+    merging.load_tuned(tiny_config, base).merge_and_unload()
+    with pytest.raises(ValueError, match="or one is merged into it: load it again first"):
+        merging.load_tuned(tiny_config, base)
 
 
 # -- The kernel restarted half-way.
