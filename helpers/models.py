@@ -179,7 +179,7 @@ def guard_cpu_weights(model):
 def without_adapter(model):
     """The model itself, the first time that it is asked for, to carry one adapter.
 
-    Raises ValueError when it carries one, or had one merged into its weights: a second would add up.
+    Raises ValueError when it carries one or had one merged into it: a second would add up.
     """
     has_one = any("lora_" in name for name, _ in model.named_parameters())
     if has_one or getattr(model, "given_to_an_adapter", False):
