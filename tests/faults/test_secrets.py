@@ -27,6 +27,11 @@ def planted(monkeypatch):
     monkeypatch.setattr(pipeline, "NOTEBOOKS_DIR", pipeline.NOTEBOOKS_DIR)  # put back afterwards
 
 
+@pytest.fixture
+def nothing_starts(monkeypatch):
+    monkeypatch.setattr(pipeline, "_run_in_order", lambda *a: pytest.fail("notebooks were started"))
+
+
 def holds_canary(folder):
     return [path for path in folder.rglob("*") if path.is_file() and CANARY in _text(path)]
 
@@ -64,7 +69,7 @@ def test_the_search_finds_a_token_that_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "hf_token", "TOKEN", "API_KEY", "WANDB_API_KEY"])
-def test_a_parameter_called_like_a_token_is_refused(tmp_path, name):
+def test_a_parameter_called_like_a_token_is_refused(tmp_path, nothing_starts, name):
     message = rf"parameter {name} looks like a token.*leave it out and run `hf auth login`"
     with pytest.raises(ConfigError, match=message) as caught:
         pipeline.run("smoke", str(tmp_path / "run"), parameters={name: CANARY})
@@ -72,7 +77,7 @@ def test_a_parameter_called_like_a_token_is_refused(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_token_under_an_innocent_name_is_refused_too(tmp_path, capsys):
+def test_a_token_under_an_innocent_name_is_refused_too(tmp_path, nothing_starts, capsys):
     command = ["run", "--run-dir", str(tmp_path / "run"), "-p", "MODEL_NAME", CANARY]
     assert main(command) == 1
     err = capsys.readouterr().err
@@ -80,7 +85,7 @@ def test_a_token_under_an_innocent_name_is_refused_too(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_name_in_small_letters_would_be_ignored_and_is_refused(tmp_path):
+def test_a_name_in_small_letters_would_be_ignored_and_is_refused(tmp_path, nothing_starts):
     with pytest.raises(ConfigError, match="max_steps is not in capitals: write MAX_STEPS"):
         pipeline.run("smoke", str(tmp_path / "run"), parameters={"max_steps": 3})
 
