@@ -6,11 +6,11 @@ HELPERS := $(VENV_PYTHON) -m helpers
 RUN := $(HELPERS) run --profile $(PROFILE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup run test record lab generate_dataset push_dataset fine_tune merge_models \
-	push_model new_model_inference llama2_inference all
+.PHONY: help install setup run test test-faults record lab generate_dataset push_dataset \
+	fine_tune merge_models push_model new_model_inference llama2_inference all
 
 help:     ## list the targets
-	@sed -n 's/^\([a-z_0-9]*\): .*##/\1:/p' Makefile
+	@sed -n 's/^\([a-z_0-9-]*\): .*##/\1:/p' Makefile
 
 install:  ## .venv, pinned requirements, embedded model; a second call does nothing
 	@$(PYTHON) helpers/install.py
@@ -18,8 +18,11 @@ install:  ## .venv, pinned requirements, embedded model; a second call does noth
 run: install  ## execute the six notebooks with PROFILE and write the report
 	@$(RUN)
 
-test: install  ## everything that CI checks
-	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check . && $(VENV_PYTHON) -m pytest
+test: install  ## style, units, notebooks, and the fast half of the faults
+	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check . && $(VENV_PYTHON) -m pytest -m "not slow"
+
+test-faults: install  ## kills, interrupts, full disks, bad networks: all of them
+	@$(VENV_PYTHON) -m pytest tests/faults
 
 record: run  ## put the outputs of a demo run into the committed notebooks
 	@$(RUN) --only 01 && $(HELPERS) record  # 01 once more, now that it can look into the adapter

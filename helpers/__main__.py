@@ -1,4 +1,4 @@
-"""The command line: `python -m helpers run`, `ask`, `record`, `fetch-model`, uploads.
+"""The command line: `python -m helpers run`, `verify`, `ask`, `record`, `fetch-model`, uploads.
 
 Each command is one call of a helper; modules are imported when their command is chosen, so that
 `--help` answers at once.
@@ -6,20 +6,32 @@ Each command is one call of a helper; modules are imported when their command is
 
 import argparse
 import ast
+import signal
 import sys
+from pathlib import Path
 
 from helpers.config import LINKED_LIST_PROMPT, PROFILES, Config, ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 on success, 1 with a sentence on stderr when it cannot be done."""
+    """Run one command; 0 on success, else with a sentence on stderr: 1, or 128 + a signal."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         options.command(options)
     except (ConfigError, OSError, RuntimeError, ValueError) as error:
         print(f"stopped: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+        return 128 + number
     return 0
+
+
+def _interrupt(number, frame) -> None:
+    """Let SIGTERM end a command as Ctrl-C does: kernels and drafts are put away."""
+    raise KeyboardInterrupt(number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--run-dir", help="where artefacts go (default: runs/<profile>)")
     run.add_argument("--timeout", type=float, metavar="SECONDS", help="the longest a cell may run")
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+
+    verify = commands.add_parser("verify", help="compare a run folder with its manifest")
+    verify.add_argument("run_dir", metavar="RUN_DIR")
+    verify.set_defaults(command=_verify)
 
     ask = _command(commands, "ask", _ask, "stream an answer of the base or the tuned model")
     ask.add_argument("model", help="base (or llama2), tuned (or new_model)")
@@ -61,6 +77,12 @@ def _run(options) -> None:
     for lesson, label, value in pipeline.headline_rows(config):
         print(f"{lesson}  {label:<44} {value:>10}")
     print(f"report: {config.run_dir / 'report.html'}")
+
+
+def _verify(options) -> None:
+    from helpers import manifest
+
+    print(f"{manifest.verify(Path(options.run_dir))} files as the manifest records them")
 
 
 def _value(text: str):

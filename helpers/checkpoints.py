@@ -7,21 +7,16 @@ says that all of it is there.
 import dataclasses
 import hashlib
 import json
-import shutil
 import signal
 import threading
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerState
 
-from helpers import integrity
+from helpers import artefacts, integrity
 from helpers.config import Config
 
 STATE = "trainer_state.json"
-
-
-class DiskFull(OSError):
-    """There is no room for a checkpoint. The ones before it are whole; the message says more."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -33,7 +28,8 @@ class SealCheckpoints(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if control.should_save:
-            check_room(Path(args.output_dir), checkpoint_bytes(model))
+            needed = checkpoint_bytes(model)
+            artefacts.need_space(Path(args.output_dir), needed, "the next checkpoint")
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -74,17 +70,6 @@ def checkpoint_bytes(model) -> int:
     """Upper bound of a checkpoint's size: the trained weights and two float32 moments of each."""
     trained = (p for p in model.parameters() if p.requires_grad)
     return sum(p.nbytes + 8 * p.numel() for p in trained)
-
-
-def check_room(folder: Path, needed: int) -> None:
-    """Raise DiskFull when a folder's disk has less room than `needed` bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise DiskFull(
-            f"a checkpoint needs {needed / 1e6:.0f} MB in {folder} and {free / 1e6:.0f} MB are "
-            f"free: make room for {(needed - free) / 1e6:.0f} MB and run the same cell again, it "
-            "goes on from the last checkpoint"
-        )
 
 
 def folder_of(config: Config) -> Path:

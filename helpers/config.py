@@ -17,6 +17,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from helpers import artefacts
 from helpers.prompts import MARKERS
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
@@ -319,13 +320,8 @@ class Config:
         }
         if bad:
             raise ConfigError(f"metrics of notebook {lesson} must be finite numbers: {bad}")
-        self.metrics_dir.mkdir(parents=True, exist_ok=True)
-        path, draft = (
-            self.metrics_dir / f"{lesson}.json",
-            self.metrics_dir / f".{lesson}.json.partial",
-        )
-        draft.write_text(json.dumps(metrics, indent=1) + "\n")
-        return draft.replace(path)
+        path = artefacts.writable(self.metrics_dir) / f"{lesson}.json"
+        return artefacts.write_text(path, json.dumps(metrics, indent=1) + "\n")
 
 
 def _build(problems: list[str], make) -> Config:

@@ -12,7 +12,6 @@ import html
 import os
 import re
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from helpers import prompts
+from helpers import artefacts, prompts
 from helpers.config import Config
 from helpers.contamination import problem_index
 from helpers.integrity import check_dataset, seal
@@ -170,21 +169,21 @@ def curate(config: Config, workers: int | None = None, progress: bool = False) -
     """Write the `datasets.DatasetDict` of a Config and its card to `config.dataset_dir`.
 
     `workers` is the number of processes (default: all cores, one for a small source); the result
-    does not depend on it. Raises DataError for a source that cannot be read, a folder that cannot
-    be written, and when no row survives.
+    does not depend on it. Raises DataError for a source that cannot be read and when no row
+    survives, and what `artefacts.whole_folder` raises.
     """
     from helpers.models import load_tokenizer
 
-    work = _work_folder(config)
-    try:
+    with artefacts.whole_folder(config.dataset_dir) as draft:
+        work = draft / ".work"  # inside the draft: a killed run leaves one thing to remove, not two
+        work.mkdir()
         count = workers or default_workers(config.data_source)
         with Workers(count, progress, partial(prepare_worker, config.benchmarks)) as pool:
             report, partitions = select_pairs(config, work, pool)
             encoder = Encoder.of(load_tokenizer(config.model_name))
             render_rows(config, report, partitions, encoder, pool)
-            _write_dataset(config, report, partitions, pool)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            _write_dataset(config, report, partitions, pool, draft)
+        shutil.rmtree(work)
     return report
 
 
@@ -649,9 +648,9 @@ def row_pairs(row: dict) -> set[str]:
 
 
 def _write_dataset(
-    config: Config, report: Report, partitions: Partitions, workers: Workers
+    config: Config, report: Report, partitions: Partitions, workers: Workers, draft: Path
 ) -> None:
-    """Split, check and save; the folder appears under its name only when it is complete."""
+    """Split, check, and save to the folder `draft`."""
     import datasets
 
     started, folder = time.perf_counter(), partitions.folder
@@ -672,16 +671,14 @@ def _write_dataset(
     _write_rows(folder / "held.arrow", splits["validation"].to_list(), SCHEMA)
     leaks = partial(_leaks_of_partition, folder, config.near_duplicate_similarity)
     report.validation_leaks = len(set().union(*workers.run(leaks, partitions, "checking")))
-    draft = config.run_dir / ".dataset.partial"
-    shutil.rmtree(draft, ignore_errors=True)
+    size = sum(os.path.getsize(file) for file in files)
+    artefacts.need_space(config.run_dir, size, "saving the dataset")
     splits.save_to_disk(str(draft))
     if report.quarantined:
         shutil.copy(folder / QUARANTINE, draft)
     seal(draft)
     report.seconds["write"] = time.perf_counter() - started
     (draft / "README.md").write_text(dataset_card(config, report, partitions))
-    shutil.rmtree(config.dataset_dir, ignore_errors=True)
-    draft.rename(config.dataset_dir)
 
 
 def verify_dataset(dataset, tokenizer) -> list[tuple[int, list[str]]]:
@@ -782,17 +779,6 @@ def push_dataset(config: Config) -> list[str]:
 
 
 # -- Plumbing.
-
-
-def _work_folder(config: Config) -> Path:
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=".curation-", dir=config.run_dir))
-    except OSError as error:
-        raise DataError(
-            f"the run folder {config.run_dir} cannot be written ({error.strerror}): set RUN_DIR to "
-            f"a folder of your own"
-        ) from error
 
 
 def _fail_if_empty(report: Report, left: int) -> None:

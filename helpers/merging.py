@@ -7,14 +7,13 @@
 The adapter was trained on the 4-bit base, so only the last two start from the weights it knows.
 """
 
-import shutil
 from pathlib import Path
 
 import huggingface_hub
 import torch
 from peft import PeftModel
 
-from helpers import hub, models, prompts
+from helpers import artefacts, hub, models, prompts
 from helpers.config import Config
 from helpers.integrity import check_adapter, read_metrics
 
@@ -25,9 +24,10 @@ def load_tuned(config: Config, base=None) -> PeftModel:
     """The 4-bit base (or the given one) with the trained adapter on top, in eval mode.
 
     The adapter keeps the dtype it was saved in: cast to float32, it would slow every layer down.
+    Raises ValueError for a base that carries an adapter already.
     """
     adapter = check_adapter(config)
-    base = base if base is not None else models.load_model(config)
+    base = models.without_adapter(base if base is not None else models.load_model(config))
     return PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).eval()
 
 
@@ -45,13 +45,13 @@ def save_merged(model, tokenizer, config: Config) -> Path:
     """Write a merged 16-bit model to run_dir/merged as safetensors, whole or not at all.
 
     Never over the adapter, as the article does: the adapter is what a later merge starts from.
+    Raises DiskFull and InUse.
     """
-    draft = config.run_dir / ".merged.partial"
-    shutil.rmtree(draft, ignore_errors=True)
-    model.save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
-    shutil.rmtree(config.merged_dir, ignore_errors=True)
-    return draft.rename(config.merged_dir)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    with artefacts.whole_folder(config.merged_dir, size) as draft:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+    return config.merged_dir
 
 
 @torch.no_grad()

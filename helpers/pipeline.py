@@ -1,7 +1,8 @@
 """Runs the notebooks in order through papermill, and makes the report and the committed outputs.
 
-A notebook is finished when `executed/<name>.ipynb` carries the fingerprint of what would run now:
-its code, its parameters, and the fingerprint of the one before. A run goes on from the first other.
+A notebook is finished when `executed/<name>.ipynb` carries the fingerprint of what would run now
+(its code, its parameters, and the fingerprint of the one before) and no later attempt at it stopped
+half-way. A run goes on from the first other.
 """
 
 import datetime
@@ -10,6 +11,8 @@ import html
 import json
 import os
 import platform
+import re
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,11 +22,19 @@ import psutil
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config as Traits
 
+from helpers import artefacts, manifest
 from helpers.config import PROJECT_DIR, Config, ConfigError
+from helpers.manifest import code_hash
 
 NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
 CELL_TIMEOUT_SECONDS = 6 * 60 * 60
+# How long a kernel that is told to stop may take, to write a checkpoint for example.
+SHUTDOWN_SECONDS = 60
+# What a run of `demo` leaves (600 MB, measured) and its drafts. A large model's weights are counted
+# when they are saved.
+RUN_BYTES = 1_000_000_000
 RECORDED_VERSIONS = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
 
 # Lesson, metric, what a reader calls it: the headline numbers of a run, in order.
@@ -48,7 +59,14 @@ HEADLINES = (
 
 
 class RunStopped(RuntimeError):
-    """A notebook failed. The message names the notebook, the cell and the error."""
+    """A notebook did not end. The message names it, the cell and the error.
+
+    `exit_code` is 1, and for a signal 128 and its number, as shells have it.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def notebooks(only: str | None = None) -> list[Path]:
@@ -61,28 +79,57 @@ def notebooks(only: str | None = None) -> list[Path]:
 
 
 def run(profile, run_dir=None, only=None, first=None, parameters=None, timeout=None) -> Config:
-    """Execute the notebooks that are not finished, write the report, return the run's Config.
+    """Execute the notebooks that are not finished, write report and manifest, return the Config.
 
-    `only` runs one notebook, `first` runs it and all after it, whether finished or not.
-    Raises ConfigError before anything starts when a parameter is wrong, RunStopped at a failure.
+    `only` runs one notebook, `first` runs it and all after it, whether finished or not. Raises
+    ConfigError, DiskFull or InUse before anything starts, RunStopped when a notebook does not end.
     """
     parameters = {"PROFILE": profile, "RUN_DIR": run_dir, **(parameters or {})}
+    _refuse_names(parameters)
     config = Config.from_notebook(parameters)
     given = {name: value for name, value in parameters.items() if value is not None}
-    if first is not None:
-        notebooks(first)
-    forced, previous = only is not None, ""
+    chosen = notebooks(only)
+    forced = [path for path in notebooks() if only or (first and path >= notebooks(first)[0])]
+    artefacts.need_space(config.run_dir, RUN_BYTES, "a run")
+    with artefacts.alone(config.run_dir, "run"):
+        try:
+            _run_in_order(config, chosen, forced, given, timeout or CELL_TIMEOUT_SECONDS)
+        except RunStopped as stop:
+            _sum_up(config, given, str(stop))
+            raise
+        _sum_up(config, given)
+    return config
+
+
+def _refuse_names(parameters: dict) -> None:
+    """Raise ConfigError for a name in small letters, and for anything that looks like a token."""
+    for name, value in parameters.items():
+        secret = re.search(r"(?i)(token|password|secret|key)s?$", name)
+        known = name.lower() in Config.__dataclass_fields__  # MAX_NEW_TOKENS is one
+        if (secret and not known) or re.match(r"hf_\w{16}", str(value)):
+            raise ConfigError(
+                f"parameter {name} looks like a token, and parameters are written into notebooks "
+                "and reports: leave it out and run `hf auth login`"
+            )
+        if not re.fullmatch(r"[A-Z][A-Z0-9_]+", name):
+            raise ConfigError(f"parameter {name} is not in capitals: write {name.upper()}")
+
+
+def _run_in_order(config: Config, chosen, forced, parameters: dict, timeout: float) -> None:
+    previous = ""
     for source in notebooks():
-        previous = _fingerprint(source, given, previous)
-        forced = forced or (first is not None and source.name.startswith(f"{first}_"))
-        if only is not None and source not in notebooks(only):
+        previous = _fingerprint(source, parameters, previous)
+        if source not in chosen:
             continue
-        if forced or not _is_finished(config, source, previous):
-            _execute(config, source, given, previous, timeout or CELL_TIMEOUT_SECONDS)
+        if source in forced or not _is_finished(config, source, previous):
+            _execute(config, source, parameters, previous, timeout)
         else:
             print(f"{source.stem}: finished already")
-    write_report(config)
-    return config
+
+
+def _sum_up(config: Config, parameters: dict, stopped: str = "") -> None:
+    write_report(config, stopped)
+    manifest.write(config, parameters, environment())
 
 
 def _fingerprint(source: Path, parameters: dict, previous: str) -> str:
@@ -90,73 +137,102 @@ def _fingerprint(source: Path, parameters: dict, previous: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def code_hash(path: Path) -> str:
-    """SHA-256 over the sources of a notebook's code cells, in order."""
-    cells = nbformat.read(path, as_version=4).cells
-    code = "\0".join(cell.source for cell in cells if cell.cell_type == "code")
-    return hashlib.sha256(code.encode()).hexdigest()
+def _paths(config: Config, source: Path) -> tuple[Path, Path, Path]:
+    """Where the executed notebook lies: finished, while it runs, and after it failed."""
+    final = config.executed_dir / source.name
+    draft = final.with_name(f".{source.stem}.partial.ipynb")
+    return final, draft, final.with_name(f"{source.stem}.failed.ipynb")
 
 
 def _is_finished(config: Config, source: Path, fingerprint: str) -> bool:
-    executed = config.executed_dir / source.name
-    if not executed.exists():
+    executed, *unfinished = _paths(config, source)
+    if not executed.exists() or any(path.exists() for path in unfinished):
         return False
     return nbformat.read(executed, as_version=4).metadata.get("run_fingerprint") == fingerprint
 
 
 def _execute(config: Config, source: Path, parameters: dict, fingerprint: str, timeout: float):
     """Run one notebook into executed/: under its own name if it succeeds, else as <name>.failed."""
-    config.executed_dir.mkdir(parents=True, exist_ok=True)
-    final = config.executed_dir / source.name
-    draft = final.with_name(f".{source.stem}.partial.ipynb")
-    failed = final.with_name(f"{source.stem}.failed.ipynb")
-    for stale in (final, failed):
+    final, draft, failed = _paths(config, source)
+    artefacts.writable(config.executed_dir)
+    for stale in (failed, failed.with_suffix(".html")):
         stale.unlink(missing_ok=True)
     bar = {"desc": source.stem, "bar_format": "{desc:34} {percentage:3.0f}% |{bar:24}| {elapsed}"}
     try:
-        papermill.execute_notebook(
-            source,
-            draft,
-            parameters=parameters,
-            progress_bar=bar,
-            execution_timeout=timeout,
-            # Without this each kernel warns that its connection, on this machine, is not encrypted.
-            extra_arguments=["--IPKernelApp.log_level=40"],
-        )
-    except (PapermillExecutionError, DeadKernelError, CellTimeoutError) as error:
+        with artefacts.full_disk_said(final):
+            papermill.execute_notebook(
+                source,
+                draft,
+                parameters=parameters,
+                progress_bar=bar,
+                execution_timeout=timeout,
+                config=Traits(KernelManager={"shutdown_wait_time": SHUTDOWN_SECONDS}),
+                # Else each kernel warns that its connection here is not encrypted, and prints a
+                # traceback when it is told to leave a cell.
+                extra_arguments=["--IPKernelApp.log_level=50"],
+            )
+            notebook = nbformat.read(draft, as_version=4)
+            _check_reached_the_end(notebook, source)
+            notebook.metadata["run_fingerprint"] = fingerprint
+            nbformat.write(notebook, draft)
+    except (PapermillExecutionError, DeadKernelError, CellTimeoutError, KeyboardInterrupt) as error:
+        if not draft.exists():
+            raise
+        _settle(draft)
         draft.replace(failed)
-        raise RunStopped(_what_failed(failed, error, timeout)) from error
-    _check_reached_the_end(draft, source)
-    notebook = nbformat.read(draft, as_version=4)
-    notebook.metadata["run_fingerprint"] = fingerprint
-    nbformat.write(notebook, draft)
+        raise _stop(source, failed, error, timeout) from error
     draft.replace(final)
 
 
-def _what_failed(path: Path, error: Exception, timeout: float) -> str:
-    """One sentence: the notebook, the cell that was running, and what happened to it."""
-    # After a dead kernel papermill marks every later cell as completed; only those that ran have
-    # a start time.
-    cells = nbformat.read(path, as_version=4).cells
-    started = [
-        (number, cell)
-        for number, cell in enumerate(cells)
-        if cell.cell_type == "code" and cell.metadata.get("papermill", {}).get("start_time")
-    ]
-    number, cell = started[-1]
+def _started(cells) -> list:
+    """The code cells that ran, in order; papermill gives those a start time, and no others."""
+    return [c for c in cells if c.metadata.get("papermill", {}).get("start_time")]
+
+
+def _settle(path: Path) -> None:
+    """Correct what papermill wrote of an ended run: it marks cells that never ran as completed."""
+    notebook = nbformat.read(path, as_version=4)
+    started = _started(notebook.cells)
+    for cell in notebook.cells:
+        if "papermill" in cell.metadata and cell not in started:
+            cell.metadata.papermill["status"] = "pending"
+    if started:
+        started[-1].metadata.papermill["status"] = "failed"
+    nbformat.write(notebook, path)
+
+
+def _stop(source: Path, path: Path, error: BaseException, timeout: float) -> RunStopped:
+    """RunStopped with the notebook, the cell that was running, and what happened to it."""
+    exit_code = 1
     if isinstance(error, PapermillExecutionError):
         reason = f"{error.ename}: {error.evalue}"
     elif isinstance(error, CellTimeoutError):
         reason = f"it ran longer than the limit of {timeout:.0f} seconds"
+    elif isinstance(error, KeyboardInterrupt):
+        number = error.args[0] if error.args else signal.SIGINT
+        exit_code = 128 + number
+        reason = (
+            f"stopped by {signal.Signals(number).name}; the same command goes on from this notebook"
+        )
     else:
         reason = "its kernel died, most likely for want of memory"
-    first_line = cell.source.strip().splitlines()[0]
-    return f"{path.name.removesuffix('.failed.ipynb')}, cell {number} ({first_line}): {reason}"
+    return RunStopped(f"{source.stem}, {_last_cell(source, path)}: {reason}", exit_code)
 
 
-def _check_reached_the_end(path: Path, source: Path) -> None:
+def _last_cell(source: Path, path: Path) -> str:
+    """Number (in the source notebook) and first line of the cell that was running."""
+    started = _started(nbformat.read(path, as_version=4).cells)
+    if not started:
+        return "before its first cell"
+    identifiers = [cell.id for cell in nbformat.read(source, as_version=4).cells]
+    # The cell that papermill injects is in no source; it follows the one tagged "parameters".
+    place = identifiers.index(started[-1].id) if started[-1].id in identifiers else "of parameters"
+    return f"cell {place} ({started[-1].source.strip().splitlines()[0]})"
+
+
+def _check_reached_the_end(notebook, source: Path) -> None:
     """Raise RunStopped if a cell called sys.exit(0), which papermill takes for success."""
-    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     missing = [cell for cell in cells if cell.execution_count is None]
     if missing:
         first_line = missing[0].source.strip().splitlines()[0]
@@ -183,15 +259,18 @@ def _as_text(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def write_report(config: Config) -> Path:
-    """report.html in the run folder: the headline numbers, and each executed notebook as a page."""
+def write_report(config: Config, stopped: str = "") -> Path:
+    """report.html in the run folder: the headline numbers, and each executed notebook as a page.
+
+    `stopped` says why the run did not end, if it did not.
+    """
     pages = []
     exporter = HTMLExporter(template_name="lab", embed_images=True)
     for path in sorted(config.executed_dir.glob("[0-9][0-9]_*.ipynb")):
         page = path.with_suffix(".html")
         if not page.exists() or page.stat().st_mtime < path.stat().st_mtime:
             body, _ = exporter.from_notebook_node(nbformat.read(path, as_version=4))
-            page.write_text(body, encoding="utf-8")
+            artefacts.write_text(page, body)
         pages.append(page)
     links = "".join(
         f'<li><a href="executed/{p.name}">{html.escape(p.stem)}</a></li>' for p in pages
@@ -200,24 +279,21 @@ def write_report(config: Config) -> Path:
         f"<tr><td>{lesson}</td><td>{html.escape(label)}</td><td>{value}</td></tr>"
         for lesson, label, value in headline_rows(config)
     )
-    report = config.run_dir / "report.html"
-    report.write_text(
-        REPORT.format(
-            profile=html.escape(config.profile),
-            links=links,
-            rows=rows,
-            facts="".join(f"<li>{html.escape(f'{k}: {v}')}</li>" for k, v in environment().items()),
-        ),
-        encoding="utf-8",
+    text = REPORT.format(
+        profile=html.escape(config.profile),
+        stopped=f"<p><strong>The run stopped:</strong> {html.escape(stopped)}</p>" * bool(stopped),
+        links=links,
+        rows=rows,
+        facts="".join(f"<li>{html.escape(f'{k}: {v}')}</li>" for k, v in environment().items()),
     )
-    return report
+    return artefacts.write_text(config.run_dir / "report.html", text)
 
 
 REPORT = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Run report: {profile}</title>
 <style>body{{font:16px/1.5 sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem}}
 td{{padding:.1rem .8rem;border-bottom:1px solid #ddd}}td:last-child{{text-align:right}}</style>
-</head><body><h1>Run report: profile {profile}</h1>
+</head><body><h1>Run report: profile {profile}</h1>{stopped}
 <h2>Headline numbers</h2><table>{rows}</table>
 <h2>Executed notebooks</h2><ol>{links}</ol>
 <h2>Environment</h2><ul>{facts}</ul></body></html>
@@ -262,7 +338,7 @@ def record(config: Config) -> None:
             **environment(),
         }
         nbformat.validate(notebook)
-        nbformat.write(notebook, source)
+        artefacts.write_text(source, nbformat.writes(notebook) + "\n")
 
 
 def _cleaned(output, count: int):

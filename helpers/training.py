@@ -20,7 +20,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
-from helpers import checkpoints, fast_path, integrity, memory
+from helpers import artefacts, checkpoints, fast_path, integrity, memory, models
 from helpers.config import Config
 
 EXPLOSION = 3.0  # nats above the first loss, twenty times less likely words: it will not return
@@ -129,11 +129,9 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
 
     Raises ValueError for a model that carries an adapter already.
     """
-    if any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("the model carries an adapter already: load it again before building")
     fast = uses_fast_path(config)
     trainer = (fast_path.FastTrainer if fast else SFTTrainer)(
-        model=model,
+        model=models.without_adapter(model),
         args=sft_config(config),
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
@@ -339,15 +337,12 @@ def save_adapter(trainer: SFTTrainer, tokenizer, config: Config) -> Path:
 
     The checkpoints have done their duty then and are removed.
     """
-    draft = config.run_dir / ".adapter.partial"
-    shutil.rmtree(draft, ignore_errors=True)
-    trainer.model.save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
-    log = {"history": trainer.state.log_history, "steps": step_log(trainer)}
-    log["dataset"] = integrity.dataset_fingerprint(config)
-    (draft / integrity.TRAINING_LOG).write_text(json.dumps(log, indent=1, default=float))
-    integrity.seal(draft)
-    shutil.rmtree(config.adapter_dir, ignore_errors=True)
-    draft.rename(config.adapter_dir)
+    with artefacts.whole_folder(config.adapter_dir) as draft:
+        trainer.model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        log = {"history": trainer.state.log_history, "steps": step_log(trainer)}
+        log["dataset"] = integrity.dataset_fingerprint(config)
+        (draft / integrity.TRAINING_LOG).write_text(json.dumps(log, indent=1, default=float))
+        integrity.seal(draft)
     shutil.rmtree(config.checkpoints_dir, ignore_errors=True)
     return config.adapter_dir

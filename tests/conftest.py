@@ -1,5 +1,6 @@
 """What several test files need: a tiny Llama, and no way to the network."""
 
+import contextlib
 import os
 
 # Nothing in the tests may reach for the network; a library that tries fails at once.
@@ -12,7 +13,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import models
-from helpers.config import Config
+from helpers.config import PROJECT_DIR, Config
+
+WATCH_DIR = PROJECT_DIR / "tests" / "faults" / "watch"
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +49,25 @@ def tiny_model_dir(tmp_path_factory, tokenizer):
 def tiny_config(tiny_model_dir, tmp_path):
     """Profile smoke on the tiny model, in a run folder of its own."""
     return Config.from_profile("smoke", model_name=str(tiny_model_dir), run_dir=tmp_path / "run")
+
+
+@contextlib.contextmanager
+def watch_the_network(folder):
+    """Processes that start in this with-statement fail at any call beyond this machine.
+
+    Gives a function that returns the hosts that were asked for.
+    """
+    log = folder / "outside-calls"
+    paths = [str(WATCH_DIR), str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("OUTSIDE_CALLS", str(log))
+        # Offline mode would hide a call that a reader's run makes.
+        patch.delenv("HF_HUB_OFFLINE")
+        yield lambda: log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.fixture
+def outside_calls(tmp_path):
+    with watch_the_network(tmp_path) as calls:
+        yield calls

@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from helpers import checkpoints, training
+from helpers.artefacts import DiskFull
 from tests.faults.train_tiny import build, outcome, tiny_config
 
 KILLS = 10
@@ -118,8 +119,8 @@ def test_a_disk_without_room_is_named_before_a_checkpoint_is_written(config, mon
     def usage(path):
         return Usage(0, 0, 10**12 if not (folder / "checkpoint-2").exists() else 1000)
 
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", usage)
-    with pytest.raises(checkpoints.DiskFull, match="needs .* MB .* are free: make room for"):
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(DiskFull, match="the next checkpoint needs .* MB .* are free: make room"):
         training.fine_tune(trainer)
     monkeypatch.undo()
     assert checkpoints.latest(folder) == folder / "checkpoint-2"

@@ -8,8 +8,9 @@ import nbformat
 import pytest
 from datasets import load_from_disk
 
-from helpers import pipeline
+from helpers import manifest, pipeline
 from helpers.evaluation import PROBLEMS_FILE
+from tests.conftest import watch_the_network
 
 # Names that must be there, notebook by notebook.
 NAMES = {
@@ -29,12 +30,24 @@ NAMES = {
 }
 
 
+CANARY = "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"
+
+
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """One run of profile smoke: its Config, with everything in a fresh run folder."""
+def watched(tmp_path_factory):
+    """One run of profile smoke with a planted token: its Config, and the hosts that were called."""
     folder = tmp_path_factory.mktemp("smoke")
-    # Where this machine can isolate nothing, generated code still runs under limits, by name.
-    return pipeline.run("smoke", str(folder), parameters={"SANDBOX": "limits-only"})
+    with watch_the_network(tmp_path_factory.mktemp("watch")) as calls:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HF_TOKEN", CANARY)
+            # Where this machine can isolate nothing, generated code still runs under limits.
+            config = pipeline.run("smoke", str(folder), parameters={"SANDBOX": "limits-only"})
+        return config, calls()
+
+
+@pytest.fixture(scope="module")
+def smoke(watched):
+    return watched[0]
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +131,19 @@ def test_executed_notebooks_print_no_error_and_every_code_cell_shows_something(s
             assert "error" not in kinds
             if cell.cell_type == "code" and "Config.from_notebook" in cell.source:
                 assert kinds, f"{path.name}: the config cell shows nothing"
+
+
+def test_no_notebook_calls_beyond_this_machine(watched):
+    assert watched[1] == []
+
+
+def test_the_token_of_the_environment_is_in_no_file(smoke):
+    files = [path for path in smoke.run_dir.rglob("*") if path.is_file()]
+    assert not [path for path in files if CANARY.encode() in path.read_bytes()]
+
+
+def test_the_run_is_as_its_manifest_says(smoke):
+    assert manifest.verify(smoke.run_dir) > 20
 
 
 def test_a_second_run_finds_everything_finished(smoke, capsys):

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from helpers import curation, prompts, sources
+from helpers import artefacts, curation, prompts, sources
 from helpers.config import Config
 from helpers.contamination import load_problems, problem_index
 from helpers.curation import LeakFinder, Workers, choose_validation, curate, row_pairs
@@ -165,7 +165,10 @@ def test_the_card_holds_the_numbers_and_no_path(config, report):
 
 
 def test_nothing_is_left_beside_the_dataset(config, report):
-    assert {path.name for path in config.run_dir.iterdir()} == {"dataset"}
+    hidden = {
+        path.name for path in config.run_dir.iterdir() if path.name.startswith(".dataset.lock")
+    }
+    assert {path.name for path in config.run_dir.iterdir()} - hidden == {"dataset"}
 
 
 # -- The split.
@@ -607,14 +610,15 @@ def test_no_row_survives(tmp_path):
     config = Config.from_profile("demo", max_length=16, run_dir=tmp_path)
     with pytest.raises(DataError, match="too_many_tokens 491.* raise MAX_LENGTH"):
         curate(config)
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {".dataset.lock", ".dataset.lock.json"}
 
 
 def test_an_unwritable_run_folder(tmp_path):
     (tmp_path / "file").write_text("in the way")
     config = Config.from_profile("demo", run_dir=tmp_path / "file" / "run")
     with pytest.raises(
-        DataError, match=r"run folder .*cannot be written \(Not a directory\): set RUN_DIR"
+        artefacts.Unwritable,
+        match=r"run folder .*cannot be written \(Not a directory\): set RUN_DIR",
     ):
         curate(config)
 

@@ -36,7 +36,7 @@ def test_environment_yml_installs_the_same_requirements():
     assert environment["name"] == "fine_tune_llama2"
     (pip,) = [item for item in environment["dependencies"] if isinstance(item, dict)]
     # conda hands these lines to pip as a requirements file, which takes few options.
-    assert pip["pip"] == ["-r requirements.txt", "-e ."]
+    assert pip["pip"] == ["-r requirements.txt", "-c constraints.txt", "-e ."]
     conda = [item for item in environment["dependencies"] if isinstance(item, str)]
     assert "python=3.11" in conda
 

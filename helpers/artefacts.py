@@ -1,0 +1,151 @@
+"""Results on the disk: whole or not at all, with room for them, and one writer at a time.
+
+A process may be killed between any two lines here: what stands under a final name is then complete,
+what is not is found by the next run, which removes it.
+"""
+
+import contextlib
+import datetime
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+import psutil
+
+FULL_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class DiskFull(OSError):
+    """There is no room. The message says for what, how much is free, and that nothing was lost."""
+
+
+class InUse(RuntimeError):
+    """Another process writes there. The message names its pid and since when it runs."""
+
+
+class Unwritable(OSError):
+    """A folder cannot be made or written. The message names it and what to do."""
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if need be. Raises Unwritable."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
+    except OSError as error:
+        raise Unwritable(
+            f"the run folder {folder} cannot be written ({error.strerror}): set RUN_DIR to a "
+            "folder of your own"
+        ) from error
+    return folder
+
+
+def need_space(folder: Path, needed: int, what: str) -> None:
+    """Raise DiskFull when fewer than `needed` bytes are free where `folder` is or will be."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DiskFull(
+            f"{what} needs {needed / 1e6:,.1f} MB in {folder}, {free / 1e6:,.1f} MB are free: "
+            "make room and try again"
+        )
+
+
+@contextlib.contextmanager
+def whole_folder(final: Path, needed: int = 0) -> Iterator[Path]:
+    """A draft to fill, in a with-statement; at its end the draft replaces `final`.
+
+    Whatever ends it early leaves the earlier `final` as it was. `needed` is the size in bytes, if
+    it is known. Raises DiskFull, before or during the writing, and InUse.
+    """
+    draft, earlier = (final.with_name(f".{final.name}.{state}") for state in ("partial", "earlier"))
+    with alone(final.parent, final.name):
+        if earlier.exists() and not final.exists():  # killed between the two renames below
+            earlier.rename(final)
+        for left_over in (draft, earlier):
+            shutil.rmtree(left_over, ignore_errors=True)
+        need_space(final.parent, needed, f"writing {final.name}")
+        draft.mkdir()
+        try:
+            with full_disk_said(final):
+                yield draft
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        # Moved aside and not deleted in place: a folder that is half deleted looks complete.
+        if final.exists():
+            final.rename(earlier)
+        draft.rename(final)
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def full_disk_said(final: Path) -> Iterator[None]:
+    """Turn any library's error about a full disk, in a with-statement, into DiskFull."""
+    try:
+        yield
+    except Exception as error:
+        # The Rust of safetensors gives the number of the error in its text alone.
+        numbers = {
+            getattr(error, "errno", None),
+            *map(int, re.findall(r"os error (\d+)", f"{error}")),
+        }
+        if isinstance(error, DiskFull) or not numbers & FULL_DISK_ERRNOS:
+            raise
+        free = shutil.disk_usage(final.parent).free
+        raise DiskFull(
+            f"{final.name} could not be written whole, {free / 1e6:,.1f} MB are free in "
+            f"{final.parent} ({error}): make room and run it again; what was there before is intact"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file whole or not at all; returns its path."""
+    draft = path.with_name(f".{path.name}.partial")
+    with full_disk_said(path):
+        draft.write_text(text, encoding="utf-8")
+    return draft.replace(path)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal; about 0.15 s for 270 MB."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """Hold `what` in a folder against other processes, in a with-statement. Raises InUse, at once.
+
+    The operating system drops the lock of a process that dies, whatever it dies of.
+    """
+    lock = filelock.FileLock(writable(folder) / f".{what}.lock")
+    owner = folder / f".{what}.lock.json"  # beside it: Windows lets nobody read a locked file
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise InUse(
+            f"{folder}: {what} is being written by {_who(owner)}: wait until it ends, stop it, or "
+            "give this run another folder by RUN_DIR"
+        ) from error
+    try:
+        started = datetime.datetime.fromtimestamp(psutil.Process().create_time())
+        record = {"pid": os.getpid(), "started": started.isoformat(" ", "seconds")}
+        owner.write_text(json.dumps(record))
+        yield
+    finally:
+        lock.release()
+
+
+def _who(owner: Path) -> str:
+    try:
+        record = json.loads(owner.read_text())
+    except (OSError, ValueError):  # it is just starting or just ending
+        return "another process"
+    return f"process {record['pid']}, which started at {record['started']}"

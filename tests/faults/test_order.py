@@ -1,0 +1,194 @@
+"""Notebooks and cells in another order: a guard with a sentence, or the same result.
+
+On a random model of two layers, but for lesson 03, whose numbers are those of the embedded model.
+"""
+
+import json
+import shutil
+
+import nbformat
+import papermill
+import pytest
+from nbformat.v4 import new_code_cell
+from papermill.exceptions import PapermillExecutionError
+
+from helpers import merging, models, pipeline
+from tests.faults.staging import folder_hashes
+from tests.notebook_code import notebook_path
+
+MEASURED = ("_seconds", "_per_second", "peak_memory_bytes", "predicted")  # differ from run to run
+
+
+def edited(number, folder, edit):
+    """A copy of a notebook in `folder`, its code cells changed by `edit`; its path."""
+    notebook = nbformat.read(notebook_path(number), as_version=4)
+    first, *code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    notebook.cells = [first, *edit(code)]  # the first holds the parameters
+    path = folder / f"{number}_edited.ipynb"
+    nbformat.write(notebook, path)
+    return path
+
+
+def each_twice(code):
+    return [new_code_cell(cell.source) for cell in code for _ in range(2)]
+
+
+def up_to(words):
+    """The cells up to the one that holds the words."""
+    return lambda code: code[: _place(code, words) + 1]
+
+
+def setup_and_from(words):
+    """The cell that makes the Config, then those from the one that holds the words on."""
+    return lambda code: [code[0], *code[_place(code, words) :]]
+
+
+def _place(code, words):
+    (place,) = [number for number, cell in enumerate(code) if words in cell.source]
+    return place
+
+
+@pytest.fixture(scope="module")
+def execute(tiny_model_dir, tmp_path_factory):
+    """Execute a notebook by number and edit in a run folder; returns the path of the outcome."""
+
+    def run(number, run_dir, edit=list):
+        parameters = {"PROFILE": "smoke", "RUN_DIR": str(run_dir), "SANDBOX": "limits-only"}
+        if number != "03":
+            parameters["MODEL_NAME"] = str(tiny_model_dir)
+        folder = tmp_path_factory.mktemp("executed")
+        papermill.execute_notebook(
+            edited(number, folder, edit),
+            folder / "out.ipynb",
+            parameters=parameters,
+            progress_bar=False,
+            extra_arguments=["--IPKernelApp.log_level=50"],
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(execute, tmp_path_factory):
+    """The run folder after 02, 04, 05 and 06, each cell once."""
+    folder = tmp_path_factory.mktemp("straight")
+    for number in ("02", "04", "05", "06"):
+        execute(number, folder)
+    return folder
+
+
+@pytest.fixture
+def run_dir(straight, tmp_path):
+    return shutil.copytree(straight, tmp_path / "run")
+
+
+def results(folder, number):
+    """The metrics of a lesson that must not differ between two runs."""
+    metrics = json.loads((folder / "metrics" / f"{number}.json").read_text())
+    return {name: value for name, value in metrics.items() if not name.endswith(MEASURED)}
+
+
+# -- Any notebook first.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "missing", "first"),
+    [
+        ("03", "dataset", "02"),
+        ("04", "dataset", "02"),
+        ("05", "adapter", "04"),
+        ("06", "adapter", "04"),
+    ],
+)
+def test_a_notebook_that_comes_too_early_names_the_one_to_run(
+    execute, tmp_path, number, missing, first
+):
+    message = rf"{missing} is missing: run notebook {first} with PROFILE = 'smoke' first"
+    with pytest.raises(PapermillExecutionError, match=message):
+        execute(number, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics").exists()
+
+
+# -- Cells run twice.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["02", "06"])
+def test_each_cell_twice_gives_the_same_result(execute, straight, run_dir, number):
+    execute(number, run_dir, each_twice)
+    assert results(run_dir, number) == results(straight, number)
+    data = folder_hashes(straight / "dataset", "data-*.arrow")
+    assert folder_hashes(run_dir / "dataset", "data-*.arrow") == data
+
+
+@pytest.mark.slow
+def test_the_cell_that_wraps_the_model_cannot_run_twice(execute, straight, run_dir):
+    with pytest.raises(PapermillExecutionError, match="carries an adapter already: load it again"):
+        execute("04", run_dir, each_twice)
+    assert folder_hashes(run_dir / "adapter") == folder_hashes(straight / "adapter")
+    assert results(run_dir, "04") == results(straight, "04")
+
+
+@pytest.mark.slow
+def test_merging_twice_into_one_base_is_noticed(execute, straight, run_dir):
+    with pytest.raises(PapermillExecutionError, match="or one is merged into it: load it again"):
+        execute("05", run_dir, each_twice)
+    assert folder_hashes(run_dir / "merged") == folder_hashes(straight / "merged")
+
+
+def test_no_adapter_is_loaded_onto_another(tiny_config, tiny_model_dir):
+    from peft import get_peft_model
+
+    from helpers.training import lora_config
+
+    adapted = get_peft_model(models.load_model(tiny_config), lora_config(tiny_config))
+    adapted.save_pretrained(tiny_config.adapter_dir)
+    with pytest.raises(ValueError, match="the model carries an adapter already, or one is merged"):
+        merging.load_tuned(tiny_config, adapted)
+    base = models.load_model(tiny_config, quantized=False)
+    merging.load_tuned(tiny_config, base).merge_and_unload()
+    with pytest.raises(ValueError, match="or one is merged into it: load it again first"):
+        merging.load_tuned(tiny_config, base)
+
+
+# -- The kernel restarted half-way.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "last", "artefact"),
+    [
+        ("02", "curate(", "dataset"),
+        ("04", "training.fine_tune(", "adapter"),
+        ("05", "merging.save_merged(", "merged"),
+    ],
+)
+def test_from_the_start_after_a_stop_half_way_gives_the_same(
+    execute, straight, run_dir, number, last, artefact
+):
+    execute(number, run_dir, up_to(last))
+    execute(number, run_dir)
+    assert results(run_dir, number) == results(straight, number)
+    weights = "data-*.arrow" if number == "02" else "*.safetensors"
+    before, after = (folder_hashes(f / artefact, weights) for f in (straight, run_dir))
+    assert before == after != {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "middle"), [("04", "training.save_adapter("), ("05", "merging.save_merged(")]
+)
+def test_on_from_the_middle_in_a_fresh_kernel_stops_and_loses_nothing(
+    execute, straight, run_dir, number, middle
+):
+    with pytest.raises(PapermillExecutionError, match="NameError: name '.*' is not defined"):
+        execute(number, run_dir, setup_and_from(middle))
+    for artefact in ("dataset", "adapter", "merged", "metrics"):
+        assert folder_hashes(run_dir / artefact) == folder_hashes(straight / artefact)
+
+
+def test_the_runner_runs_any_notebook_first_and_says_what_is_missing(tmp_path):
+    message = r"05_merging, cell 3 \(from helpers.*\): FileNotFoundError: .*run notebook 04 with"
+    with pytest.raises(pipeline.RunStopped, match=message):
+        pipeline.run("smoke", str(tmp_path / "run"), only="05")
