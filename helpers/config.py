@@ -137,6 +137,13 @@ class Config:
     max_new_tokens: int = field(default=500, metadata=at_least(1))
     generation_batch_size: int = field(default=8, metadata=at_least(1))
     evaluation_problems: int = field(default=100, metadata=at_least(1))
+    # How many of the problems the merged and the requantized model answer too.
+    merged_problems: int = field(default=32, metadata=at_least(1))
+    # pass@k: answers sampled for each problem, the largest k, the temperature. 0 samples: not done.
+    samples_per_problem: int = field(default=0, metadata=at_least(0))
+    pass_at_k: int = field(default=5, metadata=at_least(1))
+    sampling_temperature: float = field(default=0.8, metadata=above(0))
+    humaneval_problems: int = field(default=0, metadata=between(0, 164))
     sandbox: str = field(default="isolated", metadata=one_of("isolated", "limits-only", "off"))
 
     # -- Uploads, under the names the article used. Put your own user name in front before you push.
@@ -168,6 +175,11 @@ class Config:
         if self.fp16 and self.bf16:
             problems.append(
                 "FP16 and BF16 are both True: a run computes in one precision, set one to False"
+            )
+        if 0 < self.samples_per_problem < self.pass_at_k:
+            problems.append(
+                f"SAMPLES_PER_PROBLEM is {self.samples_per_problem}, fewer than PASS_AT_K "
+                f"({self.pass_at_k}): take at least that many samples"
             )
         if problems:
             raise ConfigError("; ".join(problems))
@@ -220,6 +232,7 @@ class Config:
     checkpoints_dir = property(lambda self: self.run_dir / "checkpoints")
     adapter_dir = property(lambda self: self.run_dir / "adapter")
     merged_dir = property(lambda self: self.run_dir / "merged")
+    gguf_dir = property(lambda self: self.run_dir / "gguf")
     metrics_dir = property(lambda self: self.run_dir / "metrics")
     executed_dir = property(lambda self: self.run_dir / "executed")
 
@@ -317,6 +330,7 @@ DEMO = {
     "bf16": True,
     "activation_checkpointing": False,
     "completion_only_loss": True,
+    "merge_into": "dequantized",
     "max_length": 400,
     "save_steps": 25,
     "eval_steps": 25,
@@ -347,6 +361,7 @@ PROFILES: dict[str, dict] = {
         "target_modules": ALL_LINEAR_TARGETS,
         "fp16": True,
         "completion_only_loss": True,
+        "merge_into": "dequantized",
         "optim": "paged_adamw_8bit",
         "max_grad_norm": 1.0,
     },
@@ -356,6 +371,7 @@ PROFILES: dict[str, dict] = {
         "bnb_4bit_compute_dtype": "bfloat16",
         "bf16": True,
         "completion_only_loss": True,
+        "merge_into": "dequantized",
         "optim": "adamw_bnb_8bit",
         "scheduler_type": "constant_with_warmup",
         "grad_acc_steps": 4,

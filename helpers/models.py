@@ -9,10 +9,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from helpers.config import PROJECT_DIR, Config
@@ -40,6 +43,23 @@ def resolve(model_name: str) -> str:
         return str(fetch_embedded_model())
     local = Path(model_name).expanduser()
     return str(local) if local.is_dir() else model_name
+
+
+def local_folder(model_name: str) -> Path:
+    """The folder with a model's files, fetched from the Hub if need be; ModelUnavailable."""
+    name = resolve(model_name)
+    if Path(name).is_dir():
+        return Path(name)
+    with _hub_errors(model_name):
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple]:
+    """(name, tensor that is read when it is sliced) of every safetensors file in a folder."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                yield name, opened.get_slice(name)
 
 
 def fetch_embedded_model(folder: Path = EMBEDDED_DIR) -> Path:
@@ -90,20 +110,27 @@ def _download_gguf(folder: Path) -> Path:
 
 def _convert_to_safetensors(gguf: Path, folder: Path) -> None:
     """Unpack the GGUF's 4-bit blocks to bfloat16, the form that every later step starts from."""
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # Llama 2's tokenizer writes a BOS in front of every text; make this one do the same.
     tokenizer.add_bos_token = True
     tokenizer.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
+    model = load_gguf(gguf, torch.bfloat16)
     # The model is plain bfloat16 now but still carries the marks of a quantized one, and
     # save_pretrained refuses those.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False
     model.save_pretrained(folder)
+
+
+def load_gguf(path: Path, dtype: torch.dtype):
+    """The model of a GGUF file with its blocks unpacked to plain numbers, in eval mode."""
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        dtype=dtype,
+        quantization_config=GgufConfig(dequantize=True),
+    ).eval()
 
 
 def load_tokenizer(model_name: str):
