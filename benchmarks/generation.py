@@ -1,6 +1,6 @@
 """Measure batched generation against the article's way, one `pipeline` call for each prompt.
 
-    python benchmarks/generation.py [--prompts 16] [--tokens 96]
+    python benchmarks/generation.py [--prompts 12] [--tokens 64]
 
 Needs a finished `demo` run. Both ways answer the same prompts greedily in the same process. Answers
 that differ are looked into: is the first token that differs a tie in bfloat16, and are the answers
@@ -84,8 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
     config = Config.from_profile(
         "demo", evaluation_problems=options.prompts, max_new_tokens=options.tokens

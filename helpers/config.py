@@ -138,7 +138,7 @@ class Config:
     generation_batch_size: int = field(default=8, metadata=at_least(1))
     evaluation_problems: int = field(default=100, metadata=at_least(1))
     # How many of the problems the merged and the requantized model answer too.
-    merged_problems: int = field(default=32, metadata=at_least(1))
+    merged_problems: int = field(default=16, metadata=at_least(1))
     # pass@k: answers sampled for each problem, the largest k, the temperature. 0 samples: not done.
     samples_per_problem: int = field(default=0, metadata=at_least(0))
     pass_at_k: int = field(default=5, metadata=at_least(1))

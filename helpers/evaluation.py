@@ -218,8 +218,9 @@ def paired_p_value(before: list[bool], after: list[bool]) -> float:
 def compare(columns: dict[str, list[Score]], against: str = "tuned") -> list[dict]:
     """A row for each score: `<which>_rate`, `_low` and `_high` of every column (who -> scores).
 
-    Columns that answered the same problems as `against` also have `<which>_p_value`, of the paired
-    test against it. Scores that were not taken (`passes` with the sandbox off) are left out.
+    The others also have `<which>_p_value`, of the paired test against `against`; a column that
+    answered only the first problems is tested on those. Scores that were not taken (`passes` with
+    the sandbox off) are left out.
     """
     rows = []
     for name in RATES.values():
@@ -231,8 +232,9 @@ def compare(columns: dict[str, list[Score]], against: str = "tuned") -> list[dic
             low, high = interval(sum(found), len(found))
             row |= {f"{which}_rate": sum(found) / len(found)}
             row |= {f"{which}_low": low, f"{which}_high": high}
-            if which != against and len(found) == len(values[against]):
-                row[f"{which}_p_value"] = paired_p_value(found, values[against])
+            if which != against:
+                same_problems = values[against][: len(found)]
+                row[f"{which}_p_value"] = paired_p_value(found, same_problems)
         rows.append(row)
     return rows
 

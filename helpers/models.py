@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from helpers.config import PROJECT_DIR, Config
 
@@ -125,11 +126,12 @@ def _convert_to_safetensors(gguf: Path, folder: Path) -> None:
 
 def load_gguf(path: Path, dtype: torch.dtype):
     """The model of a GGUF file with its blocks unpacked to plain numbers, in eval mode."""
+    # transformers 5.15 has no GgufConfig yet; there a GGUF is always unpacked.
+    unpack = {}
+    if hasattr(transformers, "GgufConfig"):
+        unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     return AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=dtype,
-        quantization_config=GgufConfig(dequantize=True),
+        path.parent, gguf_file=path.name, dtype=dtype, **unpack
     ).eval()
 
 

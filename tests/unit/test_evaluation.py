@@ -125,14 +125,14 @@ def test_compare_leaves_out_a_score_that_was_not_taken():
     assert named == ["stops", "varied", "code", "parses", "steps"]
 
 
-def test_compare_tests_every_column_that_answered_the_same_problems():
+def test_compare_tests_every_column_on_the_problems_that_it_answered():
     none, every = Score(*[False] * 6), made()
-    columns = {"base": [none] * 8, "tuned": [every] * 8, "merged": [every, none]}
+    columns = {"base": [none] * 8, "tuned": [every] * 8, "merged": [none] * 6}
     row = evaluation.compare(columns)[0]
-    assert (row["base_rate"], row["tuned_rate"], row["merged_rate"]) == (0, 1, 0.5)
-    assert (row["merged_low"], row["merged_high"]) == evaluation.interval(1, 2)
+    assert (row["base_rate"], row["tuned_rate"], row["merged_rate"]) == (0, 1, 0)
+    assert (row["merged_low"], row["merged_high"]) == evaluation.interval(0, 6)
     assert row["base_p_value"] == pytest.approx(2 / 2**8)
-    assert "merged_p_value" not in row and "tuned_p_value" not in row
+    assert row["merged_p_value"] == pytest.approx(2 / 2**6) and "tuned_p_value" not in row
 
 
 @pytest.mark.parametrize(
