@@ -36,7 +36,8 @@ def load(config: Config, which: str):
     """One of MODELS, else ValueError.
 
     "base" in 4 bits, "tuned" the same with its adapter, "merged" the one that notebook 05 saved, in
-    the bits that it was saved in, "requantized" the merged one in 4 bits.
+    the bits that it was saved in, "requantized" the merged one in 4 bits. A 16-bit model that the
+    GPU has no room for answers on the CPU.
     """
     if which not in MODELS:
         raise ValueError(f"no model is called {which!r}: choose one of {', '.join(MODELS)}")
@@ -46,6 +47,9 @@ def load(config: Config, which: str):
         return merging.load_tuned(config)
     in_4_bits = which == "requantized" or config.merge_into == "4bit"
     folder = config.require(config.merged_dir, "05")
+    if not in_4_bits:
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        config = merging.with_room(config, size)
     return models.load_model(config, quantized=in_4_bits, source=folder)
 
 

@@ -45,14 +45,19 @@ def merge(config: Config, into: str):
     """
     if into not in MERGES:
         raise ValueError(f"cannot merge into {into!r}: choose one of {', '.join(MERGES)}")
-    if into != "4bit" and config.device != "cpu":
-        free, _ = torch.cuda.mem_get_info()
-        if free < bytes_needed(config, into):
-            config = dataclasses.replace(config, device_map={"": "cpu"})
+    if into != "4bit":
+        config = with_room(config, bytes_needed(config, into))
     base = models.load_model(config, quantized=into != "16bit")
     if into == "dequantized":
         base = base.dequantize()
     return load_tuned(config, base).merge_and_unload().eval()
+
+
+def with_room(config: Config, needed: int) -> Config:
+    """The Config, moved to the CPU when its GPU has less than `needed` bytes free."""
+    if config.device == "cpu" or torch.cuda.mem_get_info()[0] >= needed:
+        return config
+    return dataclasses.replace(config, device_map={"": "cpu"})
 
 
 def bytes_needed(config: Config, into: str) -> int:
@@ -126,14 +131,23 @@ def _merged_weight(name: str, W: torch.Tensor, adapter: dict, config: Config, in
     layer = name.removesuffix(".weight")
     W = W.to(getattr(torch, config.bnb_4bit_compute_dtype))
     if into == "dequantized" and layer.endswith(ALL_LINEAR_TARGETS):
-        kind, double = config.bnb_4bit_compute_quant_type, config.use_nested_quant
-        packed, state = quantize_4bit(W, quant_type=kind, compress_statistics=double)
-        W = dequantize_4bit(packed, state)
-    A, B = (adapter.get(f"base_model.model.{layer}.lora_{part}.weight") for part in "AB")
-    if A is None:
+        W = through_4_bits(W, config)
+    if not layer.endswith(config.target_modules):
         return W
-    # In float32, then rounded, then added: the order in which peft does it.
-    return W + ((B.float() @ A.float()) * (config.lora_alpha / config.lora_r)).to(W.dtype)
+    return W + update_of(layer, adapter, config).to(W.dtype)  # rounded, then added, as in peft
+
+
+def through_4_bits(W: torch.Tensor, config: Config) -> torch.Tensor:
+    """A weight matrix as the 4-bit base holds it: packed, and unpacked again."""
+    kind, double = config.bnb_4bit_compute_quant_type, config.use_nested_quant
+    packed, state = quantize_4bit(W, quant_type=kind, compress_statistics=double)
+    return dequantize_4bit(packed, state)
+
+
+def update_of(layer: str, adapter: dict, config: Config) -> torch.Tensor:
+    """(alpha / rank) B A of a layer in float32, from the tensors of the adapter's file."""
+    A, B = (adapter[f"base_model.model.{layer}.lora_{part}.weight"].float() for part in "AB")
+    return (B @ A) * (config.lora_alpha / config.lora_r)
 
 
 @contextmanager

@@ -75,6 +75,16 @@ def test_the_merged_model_comes_in_its_own_bits_or_in_4(
     assert alone == inference.answer_all(loaded, tokenizer, ["hello"], tiny_config)[0]
 
 
+def test_a_merged_model_that_the_gpu_has_no_room_for_answers_on_the_cpu(
+    tiny_config, tiny_model_dir, monkeypatch
+):
+    tiny_config.merged_dir.parent.mkdir(parents=True)
+    tiny_config.merged_dir.symlink_to(tiny_model_dir)
+    on_gpu = dataclasses.replace(tiny_config, device_map={"": 0})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 10**9))
+    assert inference.load(on_gpu, "merged").device.type == "cpu"
+
+
 def test_a_chat_prompt_is_the_models_own_with_one_bos(tokenizer):
     text = inference.chat_prompt(tokenizer, "Hello?", "Be brief.")
     messages = [
