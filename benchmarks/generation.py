@@ -17,6 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import helpers  # noqa: F401, I001  before torch, since it says how torch's threads wait
+
 import torch
 from transformers import pipeline
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import helpers  # noqa: F401, I001  before torch, since it says how torch's threads wait
+
 import torch
 
 from helpers import evaluation, models, prompts, training
@@ -81,11 +83,12 @@ def main() -> None:
     parser.add_argument("--server", default="http://127.0.0.1:8080")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--problems", type=int, default=8)
+    parser.add_argument("--build", help="which llama.cpp it is, where the server does not say")
     options = parser.parse_args()
     config = Config.from_profile("demo", evaluation_problems=options.problems)
     found = check(config, options.type, options.server, options.tokens)
     with urllib.request.urlopen(f"{options.server}/props") as answer:
-        build = json.load(answer).get("build_info", "not said")
+        build = options.build or json.load(answer)["build_info"]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results[options.type] = {**environment(), "llama_cpp": build, **found}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
