@@ -1,7 +1,8 @@
 """The small package that the six notebooks share.
 
 Read it in the order in which a run uses it:
-config -> curation -> prompts -> models -> memory -> training -> merging -> inference -> evaluation.
+config -> curation -> prompts -> models -> memory -> training -> merging -> export -> inference ->
+evaluation.
 
 Importing it imports nothing. It does say, before the libraries are loaded, that their progress
 bars and notices stay out of a notebook's output, and how their threads wait. A variable that you
@@ -26,6 +27,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # On a CPU bitsandbytes says "Failed to load CPU gemm_4bit_forward from kernels-community" when it
 # is imported: an optional, faster kernel is missing. Nothing is wrong, so only errors are shown.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# gguf warns that BOS stands in front of both halves of a pair of texts, as it should.
+logging.getLogger("gguf").setLevel(logging.ERROR)
 
 # peft 0.21 and trl 1.16 still ask transformers for names that it is about to remove.
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -1,4 +1,4 @@
-"""The command line: `python -m helpers run`, `verify`, `ask`, `record`, `fetch-model`, uploads.
+"""The command line: `python -m helpers run`, `verify`, `ask`, `record`, exports, uploads.
 
 Each command is one call of a helper; modules are imported when their command is chosen, so that
 `--help` answers at once.
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _command(commands, "record", _record, "put a run's outputs into the committed notebooks")
     _command(commands, "fetch-model", _fetch_model, "fetch the embedded model, once")
+    _command(commands, "export-gguf", _export_gguf, "write the merged model for llama.cpp, Ollama")
     _command(commands, "push-dataset", _push_dataset, "upload the dataset to the Hub")
     _command(commands, "push-model", _push_model, "upload the merged model to the Hub")
     return parser
@@ -114,6 +115,13 @@ def _fetch_model(options) -> None:
     from helpers import models
 
     models.fetch_embedded_model()
+
+
+def _export_gguf(options) -> None:
+    from helpers import export
+
+    for path in sorted(export.export_gguf(Config.from_profile(options.profile)).iterdir()):
+        print(path)
 
 
 def _push_dataset(options) -> None:

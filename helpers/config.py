@@ -197,6 +197,13 @@ class Config:
     max_new_tokens: int = field(default=500, metadata=between(1, 2**17))
     generation_batch_size: int = field(default=8, metadata=between(1, 4096))
     evaluation_problems: int = field(default=100, metadata=between(1, 10**4))
+    # How many of the problems the merged and the requantized model answer too.
+    merged_problems: int = field(default=16, metadata=between(1, 10**4))
+    # pass@k: answers sampled for each problem, the largest k, the temperature. 0 samples: not done.
+    samples_per_problem: int = field(default=0, metadata=between(0, 1000))
+    pass_at_k: int = field(default=5, metadata=between(1, 1000))
+    sampling_temperature: float = field(default=0.8, metadata=up_to(10))
+    humaneval_problems: int = field(default=0, metadata=between(0, 164))
     sandbox: str = field(default="isolated", metadata=one_of("isolated", "limits-only", "off"))
 
     # -- Uploads, under the names the article used. Put your own user name in front before you push.
@@ -290,6 +297,7 @@ class Config:
     checkpoints_dir = property(lambda self: self.run_dir / "checkpoints")
     adapter_dir = property(lambda self: self.run_dir / "adapter")
     merged_dir = property(lambda self: self.run_dir / "merged")
+    gguf_dir = property(lambda self: self.run_dir / "gguf")
     metrics_dir = property(lambda self: self.run_dir / "metrics")
     executed_dir = property(lambda self: self.run_dir / "executed")
 
@@ -413,6 +421,11 @@ CONTRADICTIONS = (
         "been evaluated, set SAVE_STEPS to a multiple of EVAL_STEPS",
     ),
     (
+        ("samples_per_problem", "pass_at_k"),
+        lambda samples, k: 0 < samples < k,
+        "SAMPLES_PER_PROBLEM is {}, fewer than PASS_AT_K ({}): take at least that many samples",
+    ),
+    (
         ("min_answer_characters", "max_post_characters"),
         lambda low, high: low > high,
         "MIN_ANSWER_CHARACTERS is {} and MAX_POST_CHARACTERS is {}: no answer can pass both",
@@ -445,6 +458,7 @@ DEMO = {
     "bf16": True,
     "activation_checkpointing": False,
     "completion_only_loss": True,
+    "merge_into": "dequantized",
     "max_length": 400,
     "save_steps": 25,
     "eval_steps": 25,
@@ -475,6 +489,7 @@ PROFILES: dict[str, dict] = {
         "target_modules": ALL_LINEAR_TARGETS,
         "fp16": True,
         "completion_only_loss": True,
+        "merge_into": "dequantized",
         "optim": "paged_adamw_8bit",
         "max_grad_norm": 1.0,
     },
@@ -484,6 +499,7 @@ PROFILES: dict[str, dict] = {
         "bnb_4bit_compute_dtype": "bfloat16",
         "bf16": True,
         "completion_only_loss": True,
+        "merge_into": "dequantized",
         "optim": "adamw_torch_fused",
         "scheduler_type": "constant_with_warmup",
         "lora_dropout": 0.0,

@@ -1,5 +1,6 @@
-"""Answers: many prompts in batches, or one prompt streamed. Greedy, so that a second run agrees."""
+"""Answers: many prompts in batches, or one streamed. Greedy, so that a second run agrees."""
 
+import gc
 import time
 from dataclasses import dataclass
 from threading import Thread
@@ -10,8 +11,15 @@ from transformers import TextIteratorStreamer
 from helpers import merging, models, prompts
 from helpers.config import LINKED_LIST_PROMPT, Config
 
-# What `ask` calls a model, and the article's two names for the same.
-MODELS = {"base": "base", "llama2": "base", "tuned": "tuned", "new_model": "tuned"}
+# What `ask` calls a model, and the article's two names for the first two.
+MODELS = {
+    "base": "base",
+    "llama2": "base",
+    "tuned": "tuned",
+    "new_model": "tuned",
+    "merged": "merged",
+    "requantized": "requantized",
+}
 
 
 @dataclass(frozen=True)
@@ -25,27 +33,67 @@ class Answer:
 
 
 def load(config: Config, which: str):
-    """The "base" model in 4 bits, or the "tuned" one, with its adapter; else ValueError."""
+    """One of MODELS, else ValueError.
+
+    "base" in 4 bits, "tuned" the same with its adapter, "merged" the one that notebook 05 saved, in
+    the bits that it was saved in, "requantized" the merged one in 4 bits. A 16-bit model that the
+    GPU has no room for answers on the CPU.
+    """
     if which not in MODELS:
         raise ValueError(f"no model is called {which!r}: choose one of {', '.join(MODELS)}")
-    tuned = MODELS[which] == "tuned"
-    return merging.load_tuned(config) if tuned else models.load_model(config)
+    if MODELS[which] == "base":
+        return models.load_model(config)
+    if MODELS[which] == "tuned":
+        return merging.load_tuned(config)
+    in_4_bits = which == "requantized" or config.merge_into == "4bit"
+    folder = config.require(config.merged_dir, "05")
+    if not in_4_bits:
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        config = merging.with_room(config, size)
+    return models.load_model(config, quantized=in_4_bits, source=folder)
+
+
+def answer_alone(
+    config: Config, which: str, tokenizer, rendered_prompts: list[str], temperature: float = 0.0
+):
+    """`answer_all` by one of MODELS, which is in memory only while it answers."""
+    model = load(config, which)
+    answers = answer_all(model, tokenizer, rendered_prompts, config, temperature)
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return answers
+
+
+def chat_prompt(tokenizer, user: str, system: str) -> str | None:
+    """A request in the model's own chat template, without BOS; None for a model that has none."""
+    if not tokenizer.chat_template:
+        return None
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text.removeprefix(tokenizer.bos_token or "")  # the tokenizer writes it again
 
 
 @torch.no_grad()
-def answer_all(model, tokenizer, rendered_prompts: list[str], config: Config):
+def answer_all(
+    model, tokenizer, rendered_prompts: list[str], config: Config, temperature: float = 0.0
+):
     """Answer prompts in batches of similar length; returns (answers in the order given, seconds).
 
     The prompts are rendered already (`prompts.render_prompt`). Padding goes to the left, so that
-    every prompt of a batch ends where its answer begins.
+    every prompt of a batch ends where its answer begins. A temperature above 0 samples, from
+    `config.seed` on, and then a prompt given twice has two answers.
     """
+    torch.manual_seed(config.seed)
+    options = _options(tokenizer, config, temperature)
     by_length = sorted(range(len(rendered_prompts)), key=lambda i: len(rendered_prompts[i]))
     answers, start = {}, time.perf_counter()
     for first in range(0, len(by_length), config.generation_batch_size):
         batch = by_length[first : first + config.generation_batch_size]
         texts = [rendered_prompts[i] for i in batch]
         inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-        output = model.generate(**inputs.to(model.device), **_greedy(tokenizer, config))
+        output = model.generate(**inputs.to(model.device), **options)
         for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             answers[i] = _answer(rendered_prompts[i], ids, tokenizer)
     return [answers[i] for i in range(len(rendered_prompts))], time.perf_counter() - start
@@ -55,7 +103,7 @@ def stream(model, tokenizer, rendered_prompt: str, config: Config):
     """Yield an answer piece by piece, as it is generated."""
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     inputs = tokenizer(rendered_prompt, return_tensors="pt").to(model.device)
-    options = {**inputs, **_greedy(tokenizer, config), "streamer": streamer}
+    options = {**inputs, **_options(tokenizer, config), "streamer": streamer}
     worker = Thread(target=model.generate, kwargs=options, daemon=True)
     worker.start()
     yield from streamer
@@ -63,20 +111,21 @@ def stream(model, tokenizer, rendered_prompt: str, config: Config):
 
 
 def ask(config: Config, which: str, question: str = LINKED_LIST_PROMPT):
-    """Yield the answer of the base or the tuned model to a question, in the training template."""
+    """Yield the answer of one of MODELS to a question, in the training template."""
     model, tokenizer = load(config, which), models.load_tokenizer(config.model_name)
     yield from stream(
         model, tokenizer, prompts.render_prompt(question, config.system_message), config
     )
 
 
-def _greedy(tokenizer, config: Config) -> dict:
-    return {
+def _options(tokenizer, config: Config, temperature: float = 0.0) -> dict:
+    options = {
         "max_new_tokens": config.max_new_tokens,
-        "do_sample": False,
+        "do_sample": temperature > 0,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
+    return {**options, "temperature": temperature, "top_k": 0} if temperature > 0 else options
 
 
 def _answer(prompt: str, ids: list[int], tokenizer) -> Answer:

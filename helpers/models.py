@@ -7,13 +7,16 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import huggingface_hub
 import torch
+import transformers
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from helpers import artefacts
 from helpers.config import PROJECT_DIR, Config
@@ -44,6 +47,26 @@ def resolve(model_name: str) -> str:
         return str(fetch_embedded_model())
     local = Path(model_name).expanduser()
     return str(local) if local.is_dir() else model_name
+
+
+def local_folder(model_name: str) -> Path:
+    """The folder with a model's files, fetched from the Hub if need be; ModelUnavailable."""
+    return _from_hub(model_name, _fetch, check_code)
+
+
+def _fetch(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    patterns = ["*.safetensors", "*.json"]
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple]:
+    """(name, tensor that is read when it is sliced) of every safetensors file in a folder."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                yield name, opened.get_slice(name)
 
 
 def fetch_embedded_model(folder: Path = EMBEDDED_DIR) -> Path:
@@ -98,20 +121,28 @@ def _download_gguf(folder: Path) -> Path:
 
 def _convert_to_safetensors(gguf: Path, folder: Path) -> None:
     """Unpack the GGUF's 4-bit blocks to bfloat16, the form that every later step starts from."""
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # Llama 2's tokenizer writes a BOS in front of every text; make this one do the same.
     tokenizer.add_bos_token = True
     tokenizer.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
+    model = load_gguf(gguf, torch.bfloat16)
     # The model is plain bfloat16 now but still carries the marks of a quantized one, and
     # save_pretrained refuses those.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False
     model.save_pretrained(folder)
+
+
+def load_gguf(path: Path, dtype: torch.dtype):
+    """The model of a GGUF file with its blocks unpacked to plain numbers, in eval mode."""
+    # transformers 5.15 has no GgufConfig yet; there a GGUF is always unpacked.
+    unpack = {}
+    if hasattr(transformers, "GgufConfig"):
+        unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=dtype, **unpack
+    ).eval()
 
 
 def load_tokenizer(model_name: str):

@@ -8,6 +8,7 @@ the whole text's tokens. Source: `chat_completion` in Meta's llama repository, g
 """
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -64,6 +65,24 @@ def render(conversation: Conversation, bos: str = "", eos: str = "") -> str:
         prompt = render_prompt(user, conversation.system) if first else _render_turn(user)
         parts.append(bos + prompt + (render_completion(answer) + eos if answer is not None else ""))
     return "".join(parts)
+
+
+def chat_template(system: str) -> str:
+    """`render` in Jinja, as `apply_chat_template` and llama.cpp read it, for messages with roles.
+
+    `system` is the system message of a conversation that brings none.
+    """
+    first = render_prompt("{{ message['content'] | trim }}", "{{ system | trim }}")
+    later = _render_turn("{{ message['content'] | trim }}")
+    answer = render_completion("{{ message['content'] | trim }}")
+    return (
+        "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+        "{% set turns = messages[1:] %}{% else %}"
+        f"{{% set system = {json.dumps(system)} %}}{{% set turns = messages %}}{{% endif %}}"
+        "{% for message in turns %}{% if message['role'] == 'user' %}{{ bos_token }}"
+        f"{{% if loop.first %}}{first}{{% else %}}{later}{{% endif %}}"
+        f"{{% else %}}{answer}{{{{ eos_token }}}}{{% endif %}}{{% endfor %}}"
+    )
 
 
 def parse(text: str, bos: str = "", eos: str = "") -> Conversation:

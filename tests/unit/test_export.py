@@ -1,0 +1,244 @@
+"""GGUF: what is written is read back as the same model and tokenizer; the templates agree."""
+
+import json
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+
+from helpers import export, merging, models, prompts
+
+SYSTEM, QUESTION = "Be brief.\nAnswer in Python.", 'How do I reverse "abc"?'
+TEXT = "def f(x):\n    return  x + 123  # the 7 cats' é ▁\n\t[INST] <<SYS>>"
+
+
+def save_llama(folder, tokenizer, **shape):
+    """A random Llama whose rotary base, epsilon and head counts are not the usual ones."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        **{"vocab_size": len(tokenizer), "num_key_value_heads": 2, **shape},
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=777,
+        initializer_range=0.3,
+        rms_norm_eps=0.02,
+        rope_parameters={"rope_type": "default", "rope_theta": 50.0},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture
+def merged(tiny_config, tokenizer):
+    """A Config whose run folder holds a merged model, and the model."""
+    model = save_llama(tiny_config.run_dir / "random", tokenizer)
+    merging.save_merged(model, tokenizer, tiny_config)
+    return tiny_config, model
+
+
+def read_back(config, name):
+    return models.load_gguf(config.gguf_dir / f"model.{name}.gguf", torch.float32)
+
+
+@torch.no_grad()
+def logits(model, seed=0):
+    ids = torch.randint(0, 1000, (4, 64), generator=torch.Generator().manual_seed(seed))
+    return model(input_ids=ids).logits
+
+
+def test_a_model_comes_back_from_f16_and_q8_0(merged):
+    config, model = merged
+    export.export_gguf(config)
+    reference = logits(model)
+    for name, agreement, error in (("f16", 1.0, 0.01), ("q8_0", 0.85, 0.1)):
+        again = logits(read_back(config, name))
+        assert (again.argmax(-1) == reference.argmax(-1)).float().mean() >= agreement
+        assert (again - reference).abs().mean() < error * reference.std()
+
+
+def test_every_number_of_the_shape_is_written(merged):
+    config, model = merged
+    export.export_gguf(config)
+    read = read_back(config, "f16").config
+    for name in (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads max_position_embeddings head_dim bos_token_id eos_token_id"
+    ).split():
+        assert getattr(read, name) == getattr(model.config, name), name
+    assert read.rms_norm_eps == pytest.approx(0.02)
+    assert read.rope_parameters["rope_theta"] == 50.0
+
+
+def fields_and_tensors(path):
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    return fields, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def test_norms_stay_in_32_bits_and_matrices_are_of_the_type(merged):
+    config, _ = merged
+    export.export_gguf(config)
+    fields, tensors = fields_and_tensors(config.gguf_dir / "model.q8_0.gguf")
+    assert fields["general.file_type"] == 7
+    for name, tensor in tensors.items():
+        assert tensor.tensor_type.name == ("F32" if "norm" in name else "Q8_0"), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_matrix_is_left_out_when_it_is_the_embedding(tiny_config, tokenizer, tied):
+    folder = tiny_config.run_dir / "random"
+    model = save_llama(folder, tokenizer, tie_word_embeddings=tied)
+    stored = load_file(folder / "model.safetensors")
+    stored["lm_head.weight"] = model.lm_head.weight.detach()  # some files hold a tied one too
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    export.write_gguf(folder, tiny_config.run_dir / "model.gguf", "f16")
+    _, tensors = fields_and_tensors(tiny_config.run_dir / "model.gguf")
+    assert ("output.weight" in tensors) != tied
+    again = models.load_gguf(tiny_config.run_dir / "model.gguf", torch.float32)
+    assert (logits(again).argmax(-1) == logits(model).argmax(-1)).float().mean() > 0.97
+
+
+def test_a_row_that_blocks_do_not_fill_stays_in_16_bits():
+    assert export._stored_as([8, 64], gguf.GGMLQuantizationType.Q8_0).name == "Q8_0"
+    assert export._stored_as([8, 65], gguf.GGMLQuantizationType.Q8_0).name == "F16"
+
+
+def test_rotary_pairs_become_neighbours():
+    rows = np.arange(2 * 6)[:, None]  # two heads of width 6: 0 turns with 3, 1 with 4, 2 with 5
+    assert export.to_neighbours(rows, 2).ravel().tolist() == [
+        *(0, 3, 1, 4, 2, 5),
+        *(6, 9, 7, 10, 8, 11),
+    ]
+
+
+def test_the_tokenizer_comes_back(merged, tokenizer):
+    config, _ = merged
+    export.export_gguf(config)
+    again = AutoTokenizer.from_pretrained(config.gguf_dir, gguf_file="model.f16.gguf")
+    prompt = prompts.render_prompt(QUESTION, SYSTEM)
+    for text in (TEXT, prompt, prompt + " Use [::-1]. " + tokenizer.eos_token):
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert again.bos_token_id == tokenizer.bos_token_id
+    assert again.chat_template == prompts.chat_template(config.system_message)
+    fields, _ = fields_and_tensors(config.gguf_dir / "model.f16.gguf")
+    assert fields["tokenizer.ggml.pre"] == "gpt-2"
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+    assert fields["tokenizer.ggml.add_bos_token"] is True
+
+
+@pytest.fixture(params=[True, False], ids=["bos", "no bos"])
+def pieces(request):
+    """A SentencePiece-like tokenizer whose merges do not come in the order of their ids."""
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    names += [*"▁lower", "lo", "er", "▁l", "ow", "▁lo", "low"]
+    merges = [("o", "w"), ("e", "r"), ("▁", "l"), ("l", "o"), ("▁l", "o"), ("l", "ow")]
+    vocabulary = {name: place for place, name in enumerate(names)}
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges)
+    tokenizer.add_bos_token = request.param
+    return tokenizer
+
+
+def test_scores_keep_the_order_of_the_merges(pieces, tmp_path):
+    save_llama(tmp_path / "random", pieces, vocab_size=len(pieces) + 3)
+    export.write_gguf(tmp_path / "random", tmp_path / "model.gguf", "f16")
+    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    for text in ("lower low", "owlow", "lowlowé"):
+        assert again(text)["input_ids"] == pieces(text)["input_ids"]
+    fields, _ = fields_and_tensors(tmp_path / "model.gguf")
+    assert fields["tokenizer.ggml.model"] == "llama"
+    kinds = fields["tokenizer.ggml.token_type"]
+    assert kinds[:4] == [2, 3, 3, 6] and kinds[259] == 1 and kinds[-3:] == [5, 5, 5]
+    score = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True))
+    assert score["ow"] > score["er"] > score["lo"] > score["low"]
+
+
+def test_an_unknown_tokenizer_is_named():
+    described = {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel"}]}
+    with pytest.raises(ValueError, match="Split and ByteLevel, whose name in llama.cpp"):
+        export.pre_tokenizer(described)
+    described["pretokenizers"][0]["type"] = "Digits"
+    assert export.pre_tokenizer(described) == "smollm"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen2"}, "this one is 'qwen2'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "positions 'linear'"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "stored in 4 bits"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is(merged, change, message):
+    config, _ = merged
+    described = json.loads((config.merged_dir / "config.json").read_text())
+    (config.merged_dir / "config.json").write_text(json.dumps({**described, **change}))
+    with pytest.raises(ValueError, match=message):
+        export.export_gguf(config)
+    assert not config.gguf_dir.exists()
+
+
+def test_an_export_that_fails_leaves_the_former_one(merged, monkeypatch):
+    config, _ = merged
+    export.export_gguf(config)
+    before = {path.name: path.read_bytes()[:64] for path in config.gguf_dir.iterdir()}
+    assert set(before) == {"model.f16.gguf", "model.q8_0.gguf", "Modelfile"}
+    shutil.copy(config.merged_dir / "model.safetensors", config.merged_dir / "second.safetensors")
+    with pytest.raises(ValueError, match="Duplicated tensor"):
+        export.export_gguf(config)
+    assert {p.name: p.read_bytes()[:64] for p in config.gguf_dir.iterdir()} == before
+
+
+def test_without_a_merged_model_the_notebook_is_named(tiny_config):
+    with pytest.raises(FileNotFoundError, match="run notebook 05"):
+        export.export_gguf(tiny_config)
+
+
+# -- Templates
+
+
+def test_ollamas_template_is_that_of_training(tiny_config):
+    text = export.modelfile(tiny_config)
+    before, template, middle, system, after = text.split('"""')
+    assert before == "FROM ./model.q8_0.gguf\nTEMPLATE " and middle == "\nSYSTEM "
+    assert "PARAMETER temperature 0\n" in after
+    filled = template.replace("{{ .System }}", system).replace("{{ .Prompt }}", QUESTION)
+    assert filled == prompts.render_prompt(QUESTION, tiny_config.system_message)
+
+
+def test_a_system_message_that_ends_the_text_is_refused(tiny_config):
+    import dataclasses
+
+    quoted = dataclasses.replace(tiny_config, system_message='Say """ twice.')
+    with pytest.raises(ValueError, match="SYSTEM_MESSAGE holds"):
+        export.modelfile(quoted)
+
+
+@pytest.mark.parametrize("system", [SYSTEM, 'Say "yes" or \\no, é.'])
+def test_the_chat_template_renders_what_training_rendered(tokenizer, system):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    tokenizer.chat_template = prompts.chat_template(system)
+    turns = (("one", "two"), (QUESTION, None))
+    asked = prompts.render(
+        prompts.Conversation(system, turns), tokenizer.bos_token, tokenizer.eos_token
+    )
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": QUESTION},
+    ]
+    given = [{"role": "system", "content": system}, *messages]
+    for conversation in (messages, given):
+        assert tokenizer.apply_chat_template(conversation, tokenize=False) == asked
