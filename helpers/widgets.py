@@ -1,12 +1,15 @@
 """Views with a control to move, made of what ipywidgets 7.7 and 8.1 share.
 
 Each view has a static twin: the same figure, drawn by the same function for a few fixed settings.
-A notebook shows both, for a page without a kernel shows no widget. A view holds its picture as PNG
-in an `Image`, so moving the control adds nothing to the notebook's output. No lesson lives here.
+A notebook shows both, for a page without a kernel shows no widget. A view holds its picture as an
+`<img>` with alt text in an `HTML` widget (`Image` has no alt text), so moving the control adds
+nothing to the notebook's output. Whatever comes from data or a model is escaped. No lesson lives
+here.
 """
 
+import base64
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 
 import ipywidgets
@@ -21,9 +24,16 @@ from helpers import memory, plots, prompts
 def figure_png(figure: Figure) -> bytes:
     """The figure as PNG bytes; closes it."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="png")
+    # Compressed lightly: a step of a slider has to end within a tenth of a second.
+    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
     plt.close(figure)
     return buffer.getvalue()
+
+
+def figure_html(figure: Figure, alt: str) -> str:
+    """The figure as an HTML image that carries its own data and its alternative text; closes it."""
+    data = base64.b64encode(figure_png(figure)).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
 def spectra_figure(spectra: dict[str, np.ndarray]) -> Figure:
@@ -50,9 +60,13 @@ def rank_figure(matrix: np.ndarray, truncate: Callable, ranks: Sequence[int]) ->
     singular_values = np.linalg.svd(matrix, compute_uv=False)
     left, right = _draw_spectra(below, {"picture": singular_values})
     left.plot(ranks, singular_values[np.array(ranks) - 1], "o", color=plots.RED)
-    errors = [np.linalg.norm(matrix - cut) / np.linalg.norm(matrix) for cut in cuts]
-    right.plot(ranks, 100 * np.array(errors), "o", color=plots.RED)
+    right.plot(ranks, [_percent_lost(matrix, cut) for cut in cuts], "o", color=plots.RED)
     return figure
+
+
+def _percent_lost(matrix: np.ndarray, cut: np.ndarray) -> float:
+    """Frobenius norm of the difference, in percent of the norm of the matrix."""
+    return 100 * np.linalg.norm(matrix - cut) / np.linalg.norm(matrix)
 
 
 def _draw_pictures(parent, pictures: Sequence[np.ndarray], titles: Sequence[str]) -> None:
@@ -85,10 +99,22 @@ def rank_slider(matrix: np.ndarray, truncate: Callable, start: int = 8) -> ipywi
     slider = ipywidgets.IntSlider(
         value=start, min=1, max=min(matrix.shape), description="rank", continuous_update=False
     )
-    image = ipywidgets.Image(format="png")
+    figure, image = rank_figure(matrix, truncate, [start]), ipywidgets.HTML()
+    # Laid out once and then changed in place: a new figure for each step takes three times as long.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    _, picture, spectrum, error = figure.axes
+    singular_values = np.linalg.svd(matrix, compute_uv=False)
 
     def redraw(change=None):
-        image.value = figure_png(rank_figure(matrix, truncate, [slider.value]))
+        rank, cut = slider.value, truncate(matrix, slider.value)
+        lost = _percent_lost(matrix, cut)
+        picture.images[0].set_data(cut)
+        picture.set_title(f"rank {rank}")
+        spectrum.lines[-1].set_data([rank], [singular_values[rank - 1]])
+        error.lines[-1].set_data([rank], [lost])
+        alt = f"The picture beside its cut to rank {rank}, which loses {lost:.1f} % of the norm."
+        image.value = figure_html(figure, alt)
 
     slider.observe(redraw, names="value")
     redraw()
@@ -121,12 +147,14 @@ def will_it_fit(models: dict, cards: dict[str, int], run: memory.Run) -> ipywidg
     """
     model = ipywidgets.Dropdown(options=list(models), description="model")
     card = ipywidgets.Dropdown(options=list(cards), description="card")
-    image, sentence = ipywidgets.Image(format="png"), ipywidgets.Label()
+    image, sentence = ipywidgets.HTML(), ipywidgets.HTML()
 
     def redraw(change=None):
         plan = memory.plan(models[model.value], run, cards[card.value])
-        image.value = figure_png(fit_figure({model.value: plan}, [cards[card.value]]))
-        sentence.value = ("fits: " if plan.fits else "does not fit: ") + plan.advice
+        advice = ("fits: " if plan.fits else "does not fit: ") + plan.advice
+        figure = fit_figure({model.value: plan}, [cards[card.value]])
+        image.value = figure_html(figure, f"Predicted memory of {model.value}, {advice}")
+        sentence.value = html.escape(advice)
 
     for menu in (model, card):
         menu.observe(redraw, names="value")
@@ -146,6 +174,39 @@ def show_side_by_side(question: str, base: str, tuned: str) -> None:
     )
     plain = f"{question}\n\n-- base\n{base}\n\n-- tuned\n{tuned}"
     display({"text/html": table, "text/plain": plain}, raw=True)
+
+
+def side_by_side(
+    answerers: dict[str, Callable[[str], Iterable[str]]], question: str = ""
+) -> ipywidgets.VBox:
+    """A field for a question and a button; every answerer streams into a column of its own.
+
+    An answerer takes the question and yields its answer piece by piece. One after the other, so
+    that they do not compete for the processor. Its twin is `show_side_by_side`.
+    """
+    wide = ipywidgets.Layout(width="100%")
+    field = ipywidgets.Textarea(value=question, description="question", rows=3, layout=wide)
+    button = ipywidgets.Button(description="Answer", tooltip="Send the question to each model")
+    columns = {name: ipywidgets.HTML(layout=wide) for name in answerers}
+
+    def answer(clicked=None):
+        button.disabled = True
+        try:
+            for column in columns.values():
+                column.value = ""
+            for name, stream in answerers.items():
+                text = f"{name}\n\n"
+                for piece in stream(field.value):
+                    text += piece
+                    columns[name].value = _escaped(text)
+        except Exception as error:  # raised again, but in a callback it would reach a log only
+            columns[name].value = _escaped(f"{name} gave no answer: {error}")
+            raise
+        finally:
+            button.disabled = False
+
+    button.on_click(answer)
+    return ipywidgets.VBox([field, button, ipywidgets.HBox(list(columns.values()))])
 
 
 def tokens_html(pieces: Sequence[str], learned: Sequence[bool]) -> str:
