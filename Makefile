@@ -10,7 +10,7 @@ RUN := $(HELPERS) run --profile $(PROFILE)
 	push_model new_model_inference llama2_inference all
 
 help:     ## list the targets
-	@sed -n 's/^\([a-z_0-9]*\): .*##/\1:/p' Makefile
+	@sed -n 's/^\([a-z_0-9-]*\): .*##/\1:/p' Makefile
 
 install:  ## .venv, pinned requirements, embedded model; a second call does nothing
 	@$(PYTHON) helpers/install.py
@@ -53,3 +53,11 @@ llama2_inference: install  ## the article's prompt to the base model
 	@$(HELPERS) ask llama2 --profile $(PROFILE)
 
 all: run new_model_inference llama2_inference  ## everything but the uploads, in order
+
+# -- In a browser, and for Colab.
+.PHONY: test-browser colab
+test-browser: install  ## open the lessons in JupyterLab and Chromium, and use them
+	@$(VENV_PYTHON) -m pytest tests/browser
+
+colab: install  ## write badges and the clone address: make colab REPO=owner/name
+	@$(VENV_PYTHON) -m helpers.colab $(REPO)

@@ -12,8 +12,9 @@ import zipfile
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from helpers.config import PROJECT_DIR, Config
 
@@ -95,9 +96,11 @@ def _convert_to_safetensors(gguf: Path, folder: Path) -> None:
     # Llama 2's tokenizer writes a BOS in front of every text; make this one do the same.
     tokenizer.add_bos_token = True
     tokenizer.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
+    # Colab's transformers 5.15 has no GgufConfig yet; there a GGUF is always unpacked.
+    unpack = {}
+    if hasattr(transformers, "GgufConfig"):
+        unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, **unpack)
     # The model is plain bfloat16 now but still carries the marks of a quantized one, and
     # save_pretrained refuses those.
     if hasattr(model.config, "quantization_config"):
