@@ -24,6 +24,13 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What a checkpoint must hold before a run goes on from it.
 CHECKPOINT_FILES = (ADAPTER_WEIGHTS, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
+# transformers 5.15, which Colab has, knows it by its old name.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in SFTConfig.__dataclass_fields__
+)
+
 
 def time_decorator(function):
     """Add `exec_time_seconds` to the metrics of a function that returns (result, metrics)."""
@@ -83,7 +90,7 @@ def sft_config(config: Config) -> SFTConfig:
         lr_scheduler_type=config.scheduler_type,
         warmup_steps=config.warmup_ratio,  # a float below 1 is a share of all steps
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
-        activation_checkpointing=config.activation_checkpointing,
+        **{CHECKPOINTING: config.activation_checkpointing},
         max_length=config.max_length,
         completion_only_loss=config.completion_only_loss,
         logging_steps=config.log_steps,

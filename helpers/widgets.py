@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 
 from helpers import memory, plots, prompts
 
+WRAPPED = "white-space:pre-wrap;overflow-wrap:anywhere"
+
 
 def figure_png(figure: Figure) -> bytes:
     """The figure as PNG bytes; closes it."""
@@ -152,14 +154,18 @@ def fit_figure(plans: dict[str, memory.Plan], cards: Sequence[int]) -> Figure:
     figure, axis = plt.subplots(figsize=(7, 2 + 0.5 * len(plans)))
     starts = np.zeros(len(plans))
     parts = [plan.estimate.parts for plan in plans.values()]
-    colours = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.PURPLE, plots.SKY, "#999999")
-    for name, colour in zip(parts[0], colours, strict=True):
+    colours = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.PURPLE, plots.SKY, "#777777")
+    hatches = ("", "//", "xx", "..", "\\\\", "oo", "--")
+    for name, colour, hatch in zip(parts[0], colours, hatches, strict=True):
         sizes = np.array([part[name] for part in parts]) / memory.GIB
-        axis.barh(list(plans), sizes, left=starts, color=colour, edgecolor="white", label=name)
+        style = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": name}
+        axis.barh(list(plans), sizes, left=starts, **style)
         starts += sizes
-    for card in cards:
-        axis.axvline(card / memory.GIB, color=plots.BLACK, linestyle="--", linewidth=1)
-    axis.set(title="Predicted peak of a training step against the card (dashed)")
+    for size in (card / memory.GIB for card in cards):
+        axis.axvline(size, color=plots.BLACK, linestyle="--", linewidth=1)
+        above = {"transform": axis.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+        axis.text(size, 1.0, f"{size:g}", fontsize=8, **above)
+    axis.set_title("Predicted peak of a training step against the card (dashed)", pad=16)
     axis.set(xlabel="memory (GiB)", ylabel="model", xlim=(0, None))
     figure.legend(ncols=4, fontsize=8, loc="outside lower center")
     return figure
@@ -236,9 +242,10 @@ def side_by_side(
 
 
 def tokens_html(pieces: Sequence[str], learned: Sequence[bool]) -> str:
-    """The tokens of a row as HTML: grey ones are read only, bold ones on blue carry the loss.
+    """The tokens of a row as HTML: grey ones are read only, blue ones carry the loss.
 
-    Every piece is escaped, for it comes from data; a line break also shows as an arrow.
+    Where styles are stripped, as on GitHub, the latter are bold. Every piece is escaped, for it
+    comes from data; a line break also shows as an arrow.
     """
     spans = []
     for piece, counts in zip(pieces, learned, strict=True):
@@ -246,7 +253,7 @@ def tokens_html(pieces: Sequence[str], learned: Sequence[bool]) -> str:
         style = f"background:{background};color:#000;font-weight:normal;margin-right:1px"
         text = html.escape(piece).replace("\n", "&#8629;\n")
         spans.append(f'<{tag} style="{style}">{text}</{tag}>')
-    return f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre>'
+    return f'<pre style="{WRAPPED}">{"".join(spans)}</pre>'
 
 
 def dataset_page(row: dict, source: str, tokenizer) -> str:
@@ -259,14 +266,15 @@ def dataset_page(row: dict, source: str, tokenizer) -> str:
         "prompt and answer": _escaped(row["prompt"] + row["completion"]),
         "tokens (blue: learned)": tokens_html(pieces, learned),
     }
-    heads = "".join(f'<th style="text-align:left">{name}</th>' for name in columns)
-    style = "vertical-align:top;text-align:left;width:33%"
+    style = "vertical-align:top;text-align:left;width:33%;padding:0 8px"
+    heads = "".join(f'<th style="{style}">{name}</th>' for name in columns)
     cells = "".join(f'<td style="{style}">{cell}</td>' for cell in columns.values())
-    return f"<table><tr>{heads}</tr><tr>{cells}</tr></table>"
+    whole = "table-layout:fixed;width:100%"
+    return f'<table style="{whole}"><tr>{heads}</tr><tr>{cells}</tr></table>'
 
 
 def _escaped(text: str) -> str:
-    return f'<pre style="white-space:pre-wrap">{html.escape(text)}</pre>'
+    return f'<pre style="{WRAPPED}">{html.escape(text)}</pre>'
 
 
 def dataset_browser(rows, sources: Sequence[str], tokenizer) -> ipywidgets.VBox:
