@@ -5,6 +5,7 @@ metrics/, every text is escaped, and its policy forbids scripts and anything fro
 it lie the executed notebooks as pages of their own.
 """
 
+import base64
 import dataclasses
 import datetime
 import html
@@ -19,8 +20,9 @@ import nbformat
 import psutil
 from nbconvert import HTMLExporter
 
-from helpers.config import Config
+from helpers.config import PROJECT_DIR, Config
 
+README_PICTURE = PROJECT_DIR / "notebooks" / "images" / "base_and_tuned.png"
 RECORDED_VERSIONS = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
 
 # Lesson, metric, what a reader calls it: the headline numbers of a run, in order.
@@ -227,3 +229,17 @@ def _notebook_pages(config: Config) -> list[Path]:
             page.write_text(body, encoding="utf-8")
         pages.append(page)
     return pages
+
+
+def readme_picture() -> bytes:
+    """The first figure that is recorded in notebook 06, as PNG: the result that README shows."""
+    (path,) = (PROJECT_DIR / "notebooks").glob("06_*.ipynb")
+    outputs = [
+        o for cell in nbformat.read(path, as_version=4).cells for o in cell.get("outputs", [])
+    ]
+    figures = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    return base64.b64decode(figures[0])
+
+
+if __name__ == "__main__":
+    README_PICTURE.write_bytes(readme_picture())

@@ -9,7 +9,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from helpers import report
-from helpers.config import Config
+from helpers.config import PROJECT_DIR, Config
 
 HOSTILE = '"></pre><img src=x onerror=alert(1)><script>alert(1)</script>'
 PNG = base64.b64encode(b"\x89PNG picture").decode()
@@ -91,3 +91,11 @@ def test_a_run_that_has_only_begun_has_a_page_too(tmp_path):
     page = report.write_report(Config.from_profile("smoke", run_dir=tmp_path)).read_text("utf-8")
     assert "Recipe" in page and "Environment" in page
     assert "Merging" not in page and "Scores" not in page
+
+
+def test_readme_shows_the_recorded_result():
+    text = (PROJECT_DIR / "README.md").read_text("utf-8")
+    assert report.README_PICTURE.relative_to(PROJECT_DIR).as_posix() in text
+    message = "recorded anew: run `make picture`"
+    assert report.README_PICTURE.read_bytes() == report.readme_picture(), message
+    assert len(text.splitlines()) < 250
