@@ -130,8 +130,6 @@ def _background(figure: Figure, moving: Sequence[Artist]) -> Callable[[], bytes]
     """
     plt.close(figure)
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # settles the layout
-    figure.set_layout_engine("none")
     for artist in moving:
         artist.set_animated(True)  # that is, not drawn with the rest
     canvas.draw()
