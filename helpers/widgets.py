@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 
 from helpers import memory, plots, prompts
 
-WRAPPED = "white-space:pre-wrap;overflow-wrap:anywhere"
+# nbconvert's pages set no fixed-width font for text of this kind.
+WRAPPED = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace"
 
 
 def figure_png(figure: Figure) -> bytes:
