@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 
 from helpers import memory, plots, prompts
 
-# nbconvert's pages set no fixed-width font for text of this kind.
-WRAPPED = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace"
+# JupyterLab breaks such text within words, and nbconvert's pages set no fixed-width font for it.
+WRAPPED = "white-space:pre-wrap;overflow-wrap:anywhere;word-break:normal;font-family:monospace"
 
 
 def figure_png(figure: Figure) -> bytes:
