@@ -176,9 +176,11 @@ def will_it_fit(models: dict, cards: dict[str, int], run: memory.Run) -> ipywidg
     Below them: the bar of the fastest plan for `run` that fits, or of the smallest step when
     none does, and the plan's sentence. Its twin is `fit_figure` with all models and all cards.
     """
-    # Not menus: JupyterLab takes the arrow keys of a menu to move between cells.
+    # Not menus: JupyterLab takes the arrow keys of a menu to move between cells. The choice stands
+    # in the sentence, for beside a slider it would be cut off.
+    style = {"continuous_update": False, "readout": False}
     model, card = (
-        ipywidgets.SelectionSlider(options=list(names), description=what, continuous_update=False)
+        ipywidgets.SelectionSlider(options=list(names), description=what, **style)
         for what, names in (("model", models), ("card", cards))
     )
     image, sentence = ipywidgets.HTML(), ipywidgets.HTML()
@@ -188,7 +190,7 @@ def will_it_fit(models: dict, cards: dict[str, int], run: memory.Run) -> ipywidg
         advice = ("fits: " if plan.fits else "does not fit: ") + plan.advice
         png = figure_png(fit_figure({model.value: plan}, [cards[card.value]]))
         image.value = image_html(png, f"Predicted memory of {model.value}, {advice}")
-        sentence.value = html.escape(advice)
+        sentence.value = html.escape(f"{model.value} on {card.value} {advice}")
 
     for slider in (model, card):
         slider.observe(redraw, names="value")

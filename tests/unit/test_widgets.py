@@ -90,9 +90,9 @@ def test_will_it_fit_follows_its_sliders():
     sliders, sentence, image = widgets.will_it_fit(shapes, cards, memory.Run()).children
     model, card = sliders.children
     before = image.value
-    assert sentence.value.startswith("fits: ")
+    assert sentence.value.startswith("7B on 8 GB fits: ")
     model.value, card.value = "70B", "24 GB"
-    assert sentence.value.startswith("does not fit: ")
+    assert sentence.value.startswith("70B on 24 GB does not fit: ")
     assert image.value != before and "memory of 70B" in image.value
 
 
