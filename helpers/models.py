@@ -95,6 +95,7 @@ def _convert_to_safetensors(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**source)
     # Llama 2's tokenizer writes a BOS in front of every text; make this one do the same.
     tokenizer.add_bos_token = True
+    tokenizer.eos_token = "<|im_end|>"  # as the file says; transformers 5.15 takes another
     tokenizer.save_pretrained(folder)
     # Colab's transformers 5.15 has no GgufConfig yet; there a GGUF is always unpacked.
     unpack = {}
