@@ -56,3 +56,14 @@ llama2_inference: install  ## the article's prompt to the base model
 	@$(HELPERS) ask llama2 --profile $(PROFILE)
 
 all: run new_model_inference llama2_inference  ## everything but the uploads, in order
+
+# -- In a browser, and for Colab.
+.PHONY: test-browser colab picture
+test-browser: install  ## open the lessons in JupyterLab and Chromium, and use them
+	@$(VENV_PYTHON) -m pytest tests/browser
+
+colab: install  ## write badges and the clone address: make colab REPO=owner/name
+	@$(VENV_PYTHON) -m helpers.colab $(REPO)
+
+picture:  ## take README's picture from the recorded notebook 06
+	@$(VENV_PYTHON) -m helpers.report

@@ -32,3 +32,6 @@ logging.getLogger("gguf").setLevel(logging.ERROR)
 
 # peft 0.21 and trl 1.16 still ask transformers for names that it is about to remove.
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+# peft says so at every merge into 4-bit weights. Notebook 05 measures what it warns of.
+warnings.filterwarnings("ignore", message="Merge lora module to 4-bit linear")

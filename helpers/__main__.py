@@ -69,13 +69,13 @@ def _command(commands, name: str, function, help_text: str) -> argparse.Argument
 
 
 def _run(options) -> None:
-    from helpers import pipeline
+    from helpers import pipeline, report
 
     parameters = {name: _value(text) for name, text in options.p}
     config = pipeline.run(
         options.profile, options.run_dir, options.only, options.first, parameters, options.timeout
     )
-    for lesson, label, value in pipeline.headline_rows(config):
+    for lesson, label, value in report.headline_rows(config):
         print(f"{lesson}  {label:<44} {value:>10}")
     print(f"report: {config.run_dir / 'report.html'}")
 

@@ -124,6 +124,7 @@ def _convert_to_safetensors(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # Llama 2's tokenizer writes a BOS in front of every text; make this one do the same.
     tokenizer.add_bos_token = True
+    tokenizer.eos_token = "<|im_end|>"  # as the file says; transformers 5.15 takes another
     tokenizer.save_pretrained(folder)
     model = load_gguf(gguf, torch.bfloat16)
     # The model is plain bfloat16 now but still carries the marks of a quantized one, and

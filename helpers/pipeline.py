@@ -1,32 +1,26 @@
-"""Runs the notebooks in order through papermill, and makes the report and the committed outputs.
+"""Runs the notebooks in order through papermill, and makes the committed outputs.
 
 A notebook is finished when `executed/<name>.ipynb` carries the fingerprint of what would run now
 (its code, its parameters, and the fingerprint of the one before) and no later attempt at it stopped
 half-way. A run goes on from the first other.
 """
 
-import datetime
 import hashlib
-import html
 import json
-import os
-import platform
 import re
 import signal
-from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
 import papermill
-import psutil
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
-from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config as Traits
 
 from helpers import artefacts, manifest
 from helpers.config import PROJECT_DIR, Config, ConfigError
 from helpers.manifest import code_hash
+from helpers.report import environment, write_report
 
 NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
 CELL_TIMEOUT_SECONDS = 6 * 60 * 60
@@ -35,27 +29,6 @@ SHUTDOWN_SECONDS = 60
 # What a run of `demo` leaves (600 MB, measured) and its drafts. A large model's weights are counted
 # when they are saved.
 RUN_BYTES = 1_000_000_000
-RECORDED_VERSIONS = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
-
-# Lesson, metric, what a reader calls it: the headline numbers of a run, in order.
-HEADLINES = (
-    ("01", "lora_parameters", "numbers that LoRA trains in one layer"),
-    ("01", "full_parameters", "numbers in that layer"),
-    ("02", "kept_pairs", "question-and-answer pairs kept"),
-    ("03", "bits_per_parameter", "bits per 4-bit parameter"),
-    ("04", "trainable_percent", "percent of the weights trained"),
-    ("04", "eval_loss_before", "validation loss before training"),
-    ("04", "eval_loss_after", "validation loss after training"),
-    ("05", "eval_loss_merged", "validation loss of the merged model"),
-    ("06", "stop_rate_base", "answers that stop by themselves, base"),
-    ("06", "stop_rate_tuned", "answers that stop by themselves, tuned"),
-    ("06", "parse_rate_base", "answers with code that parses, base"),
-    ("06", "parse_rate_tuned", "answers with code that parses, tuned"),
-    ("06", "steps_rate_base", "answers explained in steps, base"),
-    ("06", "steps_rate_tuned", "answers explained in steps, tuned"),
-    ("06", "pass_rate_base", "answers that pass their tests, base"),
-    ("06", "pass_rate_tuned", "answers that pass their tests, tuned"),
-)
 
 
 class RunStopped(RuntimeError):
@@ -237,81 +210,6 @@ def _check_reached_the_end(notebook, source: Path) -> None:
     if missing:
         first_line = missing[0].source.strip().splitlines()[0]
         raise RunStopped(f"{source.stem} ended before its cell ({first_line}) ran")
-
-
-def read_metrics(config: Config) -> dict[str, dict]:
-    """The named numbers of every lesson that has recorded some, by lesson number."""
-    files = sorted(config.metrics_dir.glob("[0-9][0-9].json"))
-    return {path.stem: json.loads(path.read_text()) for path in files}
-
-
-def headline_rows(config: Config) -> list[tuple[str, str, str]]:
-    """(lesson, what it is, value as text) for every headline number that has been recorded."""
-    metrics = read_metrics(config)
-    return [
-        (lesson, label, _as_text(metrics[lesson][name]))
-        for lesson, name, label in HEADLINES
-        if name in metrics.get(lesson, {})
-    ]
-
-
-def _as_text(value: int | float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def write_report(config: Config, stopped: str = "") -> Path:
-    """report.html in the run folder: the headline numbers, and each executed notebook as a page.
-
-    `stopped` says why the run did not end, if it did not.
-    """
-    pages = []
-    exporter = HTMLExporter(template_name="lab", embed_images=True)
-    for path in sorted(config.executed_dir.glob("[0-9][0-9]_*.ipynb")):
-        page = path.with_suffix(".html")
-        if not page.exists() or page.stat().st_mtime < path.stat().st_mtime:
-            body, _ = exporter.from_notebook_node(nbformat.read(path, as_version=4))
-            artefacts.write_text(page, body)
-        pages.append(page)
-    links = "".join(
-        f'<li><a href="executed/{p.name}">{html.escape(p.stem)}</a></li>' for p in pages
-    )
-    rows = "".join(
-        f"<tr><td>{lesson}</td><td>{html.escape(label)}</td><td>{value}</td></tr>"
-        for lesson, label, value in headline_rows(config)
-    )
-    text = REPORT.format(
-        profile=html.escape(config.profile),
-        stopped=f"<p><strong>The run stopped:</strong> {html.escape(stopped)}</p>" * bool(stopped),
-        links=links,
-        rows=rows,
-        facts="".join(f"<li>{html.escape(f'{k}: {v}')}</li>" for k, v in environment().items()),
-    )
-    return artefacts.write_text(config.run_dir / "report.html", text)
-
-
-REPORT = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Run report: {profile}</title>
-<style>body{{font:16px/1.5 sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem}}
-td{{padding:.1rem .8rem;border-bottom:1px solid #ddd}}td:last-child{{text-align:right}}</style>
-</head><body><h1>Run report: profile {profile}</h1>{stopped}
-<h2>Headline numbers</h2><table>{rows}</table>
-<h2>Executed notebooks</h2><ol>{links}</ol>
-<h2>Environment</h2><ul>{facts}</ul></body></html>
-"""
-
-
-def environment() -> dict[str, str]:
-    """Date, hardware and versions, for a reader who wants to know where numbers come from."""
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB of memory"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} {platform.machine()} CPU cores, {memory}, {gpu}",
-        "python": platform.python_version(),
-        **{name: version(name) for name in RECORDED_VERSIONS},
-    }
 
 
 def record(config: Config) -> None:

@@ -25,6 +25,13 @@ from helpers.config import Config
 
 EXPLOSION = 3.0  # nats above the first loss, twenty times less likely words: it will not return
 
+# transformers 5.15, which Colab has, knows it by its old name.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in SFTConfig.__dataclass_fields__
+)
+
 
 def time_decorator(function):
     """Add `exec_time_seconds` to the metrics of a function that returns (result, metrics)."""
@@ -96,8 +103,8 @@ def sft_config(config: Config) -> SFTConfig:
         train_sampling_strategy=(
             "group_by_length" if config.group_by_length and not config.packing else "random"
         ),
-        activation_checkpointing=config.activation_checkpointing,
-        activation_checkpointing_kwargs=fast_path.CHECKPOINT_OPTIONS if fast else None,
+        **{CHECKPOINTING: config.activation_checkpointing},
+        **{f"{CHECKPOINTING}_kwargs": fast_path.CHECKPOINT_OPTIONS if fast else None},
         packing=config.packing,
         max_length=rows * config.max_length if config.packing else config.max_length,
         # Looking at each loss, or waiting for each batch to arrive, would leave a GPU idle.

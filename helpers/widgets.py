@@ -1,22 +1,30 @@
 """Views with a control to move, made of what ipywidgets 7.7 and 8.1 share.
 
 Each view has a static twin: the same figure, drawn by the same function for a few fixed settings.
-A notebook shows both, for a page without a kernel shows no widget. A view holds its picture as PNG
-in an `Image`, so moving the control adds nothing to the notebook's output. No lesson lives here.
+A notebook shows both, for a page without a kernel shows no widget. A view holds its picture as an
+`<img>` with alt text in an `HTML` widget (`Image` has no alt text), so moving the control adds
+nothing to the notebook's output. Whatever comes from data or a model is escaped. No lesson lives
+here.
 """
 
+import base64
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 
 import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import display
+from matplotlib.artist import Artist
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from helpers import memory, plots, prompts
 from helpers.untrusted import visible
+
+# JupyterLab breaks such text within words, and nbconvert's pages set no fixed-width font for it.
+WRAPPED = "white-space:pre-wrap;overflow-wrap:anywhere;word-break:normal;font-family:monospace"
 
 
 def figure_png(figure: Figure) -> bytes:
@@ -25,6 +33,12 @@ def figure_png(figure: Figure) -> bytes:
     figure.savefig(buffer, format="png")
     plt.close(figure)
     return buffer.getvalue()
+
+
+def image_html(png: bytes, alt: str) -> str:
+    """An HTML image that carries its own data and its alternative text."""
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
 def spectra_figure(spectra: dict[str, np.ndarray]) -> Figure:
@@ -51,9 +65,13 @@ def rank_figure(matrix: np.ndarray, truncate: Callable, ranks: Sequence[int]) ->
     singular_values = np.linalg.svd(matrix, compute_uv=False)
     left, right = _draw_spectra(below, {"picture": singular_values})
     left.plot(ranks, singular_values[np.array(ranks) - 1], "o", color=plots.RED)
-    errors = [np.linalg.norm(matrix - cut) / np.linalg.norm(matrix) for cut in cuts]
-    right.plot(ranks, 100 * np.array(errors), "o", color=plots.RED)
+    right.plot(ranks, [_percent_lost(matrix, cut) for cut in cuts], "o", color=plots.RED)
     return figure
+
+
+def _percent_lost(matrix: np.ndarray, cut: np.ndarray) -> float:
+    """Frobenius norm of the difference, in percent of the norm of the matrix."""
+    return 100 * np.linalg.norm(matrix - cut) / np.linalg.norm(matrix)
 
 
 def _draw_pictures(parent, pictures: Sequence[np.ndarray], titles: Sequence[str]) -> None:
@@ -86,14 +104,49 @@ def rank_slider(matrix: np.ndarray, truncate: Callable, start: int = 8) -> ipywi
     slider = ipywidgets.IntSlider(
         value=start, min=1, max=min(matrix.shape), description="rank", continuous_update=False
     )
-    image = ipywidgets.Image(format="png")
+    figure, image = rank_figure(matrix, truncate, [start]), ipywidgets.HTML()
+    _, picture, spectrum, error = figure.axes
+    point, mark = spectrum.lines[-1], error.lines[-1]
+    draw_over = _background(figure, [picture, point, mark])
+    singular_values = np.linalg.svd(matrix, compute_uv=False)
 
     def redraw(change=None):
-        image.value = figure_png(rank_figure(matrix, truncate, [slider.value]))
+        rank, cut = slider.value, truncate(matrix, slider.value)
+        lost = _percent_lost(matrix, cut)
+        picture.images[0].set_data(cut)
+        picture.set_title(f"rank {rank}")
+        point.set_data([rank], [singular_values[rank - 1]])
+        mark.set_data([rank], [lost])
+        alt = f"The picture beside its cut to rank {rank}, which loses {lost:.1f} % of the norm."
+        image.value = image_html(draw_over(), alt)
 
     slider.observe(redraw, names="value")
     redraw()
     return ipywidgets.VBox([slider, image])
+
+
+def _background(figure: Figure, moving: Sequence[Artist]) -> Callable[[], bytes]:
+    """Draw all of a figure but its moving artists once; the function returned adds them, as PNG.
+
+    A step takes 10 ms so, and 170 ms with a new figure. pyplot forgets the figure.
+    """
+    plt.close(figure)
+    canvas = FigureCanvasAgg(figure)
+    for artist in moving:
+        artist.set_animated(True)  # that is, not drawn with the rest
+    canvas.draw()
+    background = canvas.copy_from_bbox(figure.bbox)
+
+    def draw_over() -> bytes:
+        canvas.restore_region(background)
+        for artist in moving:
+            figure.draw_artist(artist)
+        buffer = BytesIO()
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+        plt.imsave(buffer, pixels, format="png", pil_kwargs={"compress_level": 1})
+        return buffer.getvalue()
+
+    return draw_over
 
 
 def fit_figure(plans: dict[str, memory.Plan], cards: Sequence[int]) -> Figure:
@@ -101,56 +154,101 @@ def fit_figure(plans: dict[str, memory.Plan], cards: Sequence[int]) -> Figure:
     figure, axis = plt.subplots(figsize=(7, 2 + 0.5 * len(plans)))
     starts = np.zeros(len(plans))
     parts = [plan.estimate.parts for plan in plans.values()]
-    colours = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.PURPLE, plots.SKY, "#999999")
-    for name, colour in zip(parts[0], colours, strict=True):
+    colours = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.PURPLE, plots.SKY, "#777777")
+    hatches = ("", "//", "xx", "..", "\\\\", "oo", "--")
+    for name, colour, hatch in zip(parts[0], colours, hatches, strict=True):
         sizes = np.array([part[name] for part in parts]) / memory.GIB
-        axis.barh(list(plans), sizes, left=starts, color=colour, edgecolor="white", label=name)
+        style = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": name}
+        axis.barh(list(plans), sizes, left=starts, **style)
         starts += sizes
-    for card in cards:
-        axis.axvline(card / memory.GIB, color=plots.BLACK, linestyle="--", linewidth=1)
-    axis.set(title="Predicted peak of a training step against the card (dashed)")
+    for size in (card / memory.GIB for card in cards):
+        axis.axvline(size, color=plots.BLACK, linestyle="--", linewidth=1)
+        above = {"transform": axis.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+        axis.text(size, 1.0, f"{size:g}", fontsize=8, **above)
+    axis.set_title("Predicted peak of a training step against the card (dashed)", pad=16)
     axis.set(xlabel="memory (GiB)", ylabel="model", xlim=(0, None))
     figure.legend(ncols=4, fontsize=8, loc="outside lower center")
     return figure
 
 
 def will_it_fit(models: dict, cards: dict[str, int], run: memory.Run) -> ipywidgets.VBox:
-    """Menus for a model (name -> transformers config) and a card (name -> bytes), and the plan.
+    """Sliders for a model (name -> transformers config) and a card (name -> bytes), and the plan.
 
-    Below the menus: the bar of the fastest plan for `run` that fits, or of the smallest step when
+    Below them: the bar of the fastest plan for `run` that fits, or of the smallest step when
     none does, and the plan's sentence. Its twin is `fit_figure` with all models and all cards.
     """
-    model = ipywidgets.Dropdown(options=list(models), description="model")
-    card = ipywidgets.Dropdown(options=list(cards), description="card")
-    image, sentence = ipywidgets.Image(format="png"), ipywidgets.Label()
+    # Not menus: JupyterLab takes the arrow keys of a menu to move between cells. The choice stands
+    # in the sentence, for beside a slider it would be cut off.
+    style = {"continuous_update": False, "readout": False}
+    model, card = (
+        ipywidgets.SelectionSlider(options=list(names), description=what, **style)
+        for what, names in (("model", models), ("card", cards))
+    )
+    image, sentence = ipywidgets.HTML(), ipywidgets.HTML()
 
     def redraw(change=None):
         plan = memory.plan(models[model.value], run, cards[card.value])
-        image.value = figure_png(fit_figure({model.value: plan}, [cards[card.value]]))
-        sentence.value = ("fits: " if plan.fits else "does not fit: ") + plan.advice
+        advice = ("fits: " if plan.fits else "does not fit: ") + plan.advice
+        png = figure_png(fit_figure({model.value: plan}, [cards[card.value]]))
+        image.value = image_html(png, f"Predicted memory of {model.value}, {advice}")
+        sentence.value = html.escape(f"{model.value} on {card.value} {advice}")
 
-    for menu in (model, card):
-        menu.observe(redraw, names="value")
+    for slider in (model, card):
+        slider.observe(redraw, names="value")
     redraw()
     return ipywidgets.VBox([ipywidgets.HBox([model, card]), sentence, image])
 
 
 def show_side_by_side(question: str, base: str, tuned: str) -> None:
     """Display two answers in two columns, as text: generated HTML or script is shown, never run."""
-    cells = "".join(f"<td valign='top'>{_escaped(text)}</td>" for text in (base, tuned))
-    table = (
-        f"{_escaped(question)}"  # in <pre>, or its dollars would be read as formulas
-        "<table><tr><th scope='col'>base</th><th scope='col'>tuned</th></tr>"
-        f"<tr>{cells}</tr></table>"
-    )
+    # The style is for JupyterLab, the attributes for GitHub, which strips styles.
+    left = "style='text-align:left;vertical-align:top' align='left' valign='top'"
+    heads = "".join(f"<th scope='col' {left}>{name}</th>" for name in ("base", "tuned"))
+    cells = "".join(f"<td {left}>{_escaped(text)}</td>" for text in (base, tuned))
+    # The question in <pre>, or its dollars would be read as formulas.
+    table = f"{_escaped(question)}<table><tr>{heads}</tr><tr>{cells}</tr></table>"
     plain = visible(f"{question}\n\n-- base\n{base}\n\n-- tuned\n{tuned}")
     display({"text/html": table, "text/plain": plain}, raw=True)
 
 
-def tokens_html(pieces: Sequence[str], learned: Sequence[bool]) -> str:
-    """The tokens of a row as HTML: grey ones are read only, bold ones on blue carry the loss.
+def side_by_side(
+    answerers: dict[str, Callable[[str], Iterable[str]]], question: str = ""
+) -> ipywidgets.VBox:
+    """A field for a question and a button; every answerer streams into a column of its own.
 
-    Every piece is escaped, for it comes from data; a line break also shows as an arrow.
+    An answerer takes the question and yields its answer piece by piece. One after the other, so
+    that they do not compete for the processor. Its twin is `show_side_by_side`.
+    """
+    wide = ipywidgets.Layout(width="100%")
+    field = ipywidgets.Textarea(value=question, description="question", rows=3, layout=wide)
+    button = ipywidgets.Button(description="Answer", tooltip="Send the question to each model")
+    columns = {name: ipywidgets.HTML(layout=wide) for name in answerers}
+
+    def answer(clicked=None):
+        button.disabled = True
+        try:
+            for column in columns.values():
+                column.value = ""
+            for name, stream in answerers.items():
+                text = f"{name}\n\n"
+                for piece in stream(field.value):
+                    text += piece
+                    columns[name].value = _escaped(text)
+        except Exception as error:  # raised again, but in a callback it would reach a log only
+            columns[name].value = _escaped(f"{name} gave no answer: {error}")
+            raise
+        finally:
+            button.disabled = False
+
+    button.on_click(answer)
+    return ipywidgets.VBox([field, button, ipywidgets.HBox(list(columns.values()))])
+
+
+def tokens_html(pieces: Sequence[str], learned: Sequence[bool]) -> str:
+    """The tokens of a row as HTML: grey ones are read only, blue ones carry the loss.
+
+    Where styles are stripped, as on GitHub, the latter are bold. Every piece is escaped, for it
+    comes from data; a line break also shows as an arrow.
     """
     spans = []
     for piece, counts in zip(pieces, learned, strict=True):
@@ -158,7 +256,7 @@ def tokens_html(pieces: Sequence[str], learned: Sequence[bool]) -> str:
         style = f"background:{background};color:#000;font-weight:normal;margin-right:1px"
         text = html.escape(visible(piece)).replace("\n", "&#8629;\n")
         spans.append(f'<{tag} style="{style}">{text}</{tag}>')
-    return f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre>'
+    return f'<pre style="{WRAPPED}">{"".join(spans)}</pre>'
 
 
 def dataset_page(row: dict, source: str, tokenizer) -> str:
@@ -171,14 +269,15 @@ def dataset_page(row: dict, source: str, tokenizer) -> str:
         "prompt and answer": _escaped(row["prompt"] + row["completion"]),
         "tokens (blue: learned)": tokens_html(pieces, learned),
     }
-    heads = "".join(f'<th style="text-align:left">{name}</th>' for name in columns)
-    style = "vertical-align:top;text-align:left;width:33%"
+    style = "vertical-align:top;text-align:left;width:33%;padding:0 8px"
+    heads = "".join(f'<th style="{style}">{name}</th>' for name in columns)
     cells = "".join(f'<td style="{style}">{cell}</td>' for cell in columns.values())
-    return f"<table><tr>{heads}</tr><tr>{cells}</tr></table>"
+    whole = "table-layout:fixed;width:100%"
+    return f'<table style="{whole}"><tr>{heads}</tr><tr>{cells}</tr></table>'
 
 
 def _escaped(text: str) -> str:
-    return f'<pre style="white-space:pre-wrap">{html.escape(visible(text))}</pre>'
+    return f'<pre style="{WRAPPED}">{html.escape(visible(text))}</pre>'
 
 
 def dataset_browser(rows, sources: Sequence[str], tokenizer) -> ipywidgets.VBox:

@@ -4,7 +4,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from helpers import pipeline
+from helpers import integrity, pipeline
 from helpers.config import ConfigError
 
 
@@ -54,7 +54,7 @@ def start_times(config):
 def test_runs_in_order_and_writes_the_report(run):
     config = run(parameters={"MAX_STEPS": 7})
     assert executed(config) == ["01_one.ipynb", "02_two.ipynb"]
-    assert pipeline.read_metrics(config) == {"01": {"value": 1}, "02": {"value": 7}}
+    assert integrity.read_metrics(config) == {"01": {"value": 1}, "02": {"value": 7}}
     report = (config.run_dir / "report.html").read_text()
     assert "executed/01_one.html" in report and "executed/02_two.html" in report
     assert "first" in (config.executed_dir / "01_one.html").read_text()

@@ -207,19 +207,6 @@ def test_the_memory_of_a_merge_is_that_of_its_weights_and_the_adapter(trained, c
     assert merging.bytes_needed(config, "dequantized") > weights * 1.25 + adapter
 
 
-def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
-    final = tmp_path / "result"
-    with merging.whole_folder(final) as draft:
-        (draft / "first").touch()
-    with pytest.raises(OSError), merging.whole_folder(final) as draft:
-        (draft / "second").touch()
-        raise OSError("disk full")
-    assert [path.name for path in final.iterdir()] == ["first"]
-    with merging.whole_folder(final) as draft:
-        assert not list(draft.iterdir())
-    assert final.exists() and not list(final.iterdir())
-
-
 def test_the_general_text_is_prose_that_is_read_whole(config, tokenizer):
     rows = merging.general_rows()
     assert len(rows) == 4 and all("def " not in row["completion"] for row in rows)

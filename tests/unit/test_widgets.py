@@ -1,12 +1,16 @@
 """The views: each redraws when its control moves, and its static twin draws the same settings."""
 
+import base64
+from io import BytesIO
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from helpers import widgets
+from helpers import memory, widgets
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_AS_DATA = 'src="data:image/png;base64,iVBORw0KGgo'
+HOSTILE = "</pre><img src=x onerror=alert(1)>"
 
 
 @pytest.fixture
@@ -21,19 +25,31 @@ def truncate(matrix, rank):
 
 def test_slider_redraws_the_picture_and_leaves_no_figure_open(picture):
     open_before = plt.get_fignums()
-    view = widgets.rank_slider(picture, truncate, start=3)
-    slider, image = view.children
-    before = bytes(image.value)
+    slider, image = widgets.rank_slider(picture, truncate, start=3).children
+    before = image.value
     slider.value = 9
-    assert before.startswith(PNG_SIGNATURE) and bytes(image.value).startswith(PNG_SIGNATURE)
+    assert PNG_AS_DATA in before and PNG_AS_DATA in image.value
     assert image.value != before
+    assert 'alt="The picture beside its cut to rank 9' in image.value
     assert plt.get_fignums() == open_before
     assert (slider.min, slider.max) == (1, 12)
 
 
+def pixels(png):
+    return plt.imread(BytesIO(png), format="png")[..., :3]
+
+
+def test_slider_shows_what_its_twin_shows(picture):
+    slider, image = widgets.rank_slider(picture, truncate, start=3).children
+    slider.value = 9
+    shown = base64.b64decode(image.value.split("base64,")[1].rstrip('">'))
+    twin = widgets.figure_png(widgets.rank_figure(picture, truncate, [9]))
+    assert np.array_equal(pixels(shown), pixels(twin))
+
+
 def test_slider_moved_back_shows_the_same_picture(picture):
     slider, image = widgets.rank_slider(picture, truncate, start=3).children
-    before = bytes(image.value)
+    before = image.value
     slider.value, slider.value = 9, 3
     assert image.value == before
 
@@ -66,3 +82,51 @@ def test_spectra_figure_draws_one_line_for_each_name_from_the_whole_norm_down():
 def test_rank_out_of_range_is_named(picture, rank):
     with pytest.raises(ValueError, match=rf"\[{rank}\] must lie in 1..12"):
         widgets.rank_figure(picture, truncate, [rank])
+
+
+def test_will_it_fit_follows_its_sliders():
+    shapes = {size: memory.llama2_config(size) for size in ("7B", "70B")}
+    cards = {f"{size} GB": size * memory.GIB for size in (8, 24)}
+    sliders, sentence, image = widgets.will_it_fit(shapes, cards, memory.Run()).children
+    model, card = sliders.children
+    before = image.value
+    assert sentence.value.startswith("7B on 8 GB fits: ")
+    model.value, card.value = "70B", "24 GB"
+    assert sentence.value.startswith("70B on 24 GB does not fit: ")
+    assert image.value != before and "memory of 70B" in image.value
+
+
+def test_browser_pages_and_shows_markup_as_text(tokenizer):
+    rows = [{"prompt": f"row {number}", "completion": f" {HOSTILE}"} for number in range(2)]
+    slider, page = widgets.dataset_browser(rows, [HOSTILE, ""], tokenizer).children
+    assert "row 0" in page.value and "<img" not in page.value
+    slider.value = 1
+    assert "row 1" in page.value and "row 0" not in page.value
+
+
+def test_side_by_side_streams_every_answer_as_text():
+    seen = []
+
+    def stream(question):
+        for piece in ("You asked: ", question, HOSTILE):
+            seen.append(right.value)
+            yield piece
+
+    answerers = {"base": lambda question: ["short"], "tuned": stream}
+    field, button, columns = widgets.side_by_side(answerers).children
+    left, right = columns.children
+    field.value = "Why <b>?"
+    button.click()
+    assert "base" in left.value and "short" in left.value
+    assert "You asked: Why &lt;b&gt;?" in right.value and "<img" not in right.value
+    assert len(set(seen)) == 3, "each piece is shown as it comes"
+
+
+def test_side_by_side_shows_an_error_and_can_be_used_again():
+    def broken(question):
+        raise RuntimeError("no model")
+
+    _, button, columns = widgets.side_by_side({"base": broken}).children
+    button.click()
+    assert "base gave no answer: no model" in columns.children[0].value
+    assert not button.disabled

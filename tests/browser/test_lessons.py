@@ -1,0 +1,139 @@
+"""The lessons as a learner meets them: run in JupyterLab, then used with the keyboard.
+
+Screenshots stay in runs/browser/. Tests stand in the order of the lessons, each of which is opened
+once: a lesson's kernel ends when the next one is asked for.
+"""
+
+import pytest
+
+from tests.browser.conftest import HOSTILE, SECONDS
+
+NUMBERS = ["01", "02", "03", "04", "05", "06"]
+WIDGETS = {"01": 1, "02": 1, "03": 1, "06": 1}
+TIME_STEPS = """() => {
+    window.steps = [];
+    document.addEventListener("keydown", () => { window.pressed = performance.now() }, true);
+    const changed = () => window.steps.push(performance.now() - window.pressed);
+    const figure = document.querySelector(".widget-html-content:has(img)");
+    new MutationObserver(changed).observe(figure, {childList: true});
+}"""
+
+
+def check_outputs(lab, number):
+    """Run All ended well: no error, no stderr, every widget has its model and is drawn."""
+    page = lab.lesson(number)
+    lab.picture(number)
+    assert page.evaluate("window.ended") is True
+    assert page.locator("[data-mime-type='application/vnd.jupyter.error']").all_inner_texts() == []
+    assert page.locator("[data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts() == []
+    assert page.get_by_text("Error displaying widget").count() == 0
+    assert page.get_by_text("Loading widget").count() == 0
+    assert page.locator(".jp-OutputArea .widget-vbox:visible").count() >= WIDGETS.get(number, 0)
+
+
+def press(page, locator, key, times=1):
+    """Focus an element and press a key there."""
+    locator.focus()
+    for _ in range(times):
+        page.keyboard.press(key)
+
+
+def test_01_runs(lab):
+    check_outputs(lab, "01")
+
+
+def test_01_arrow_keys_move_the_rank_and_the_figure_follows_at_once(lab):
+    page = lab.lesson("01")
+    page.evaluate(TIME_STEPS)
+    page.locator(".noUi-handle").last.focus()
+    for rank in range(9, 17):
+        page.keyboard.press("ArrowRight")
+        page.locator(f".widget-html img[alt*='to rank {rank},']").wait_for()
+    assert page.locator(".widget-readout").last.inner_text() == "16"
+    milliseconds = page.evaluate("window.steps")
+    print("milliseconds from the key to the new figure:", sorted(map(round, milliseconds)))
+    assert len(milliseconds) == 8 and min(milliseconds) < 100
+    lab.picture("01-rank-16")
+
+
+def test_02_runs(lab):
+    check_outputs(lab, "02")
+
+
+def test_02_arrow_keys_page_through_the_dataset(lab):
+    page = lab.lesson("02")
+    table = page.locator(".widget-html-content table").last
+    first = table.inner_text()
+    page.locator(".noUi-handle").last.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(
+        "old => ![...document.querySelectorAll('.widget-html-content table')]"
+        ".some(table => table.innerText === old)",
+        arg=first,
+    )
+    second = page.locator(".widget-html-content table").last.inner_text()
+    assert "[INST]" in first and "[INST]" in second and first != second
+    page.keyboard.press("ArrowLeft")
+    page.get_by_text(first.splitlines()[-1][:40]).first.wait_for()
+    lab.picture("02-row-0")
+
+
+def test_03_runs(lab):
+    check_outputs(lab, "03")
+
+
+def test_03_will_it_fit_answers_for_the_chosen_card(lab):
+    page = lab.lesson("03")
+    model, card = page.locator(".noUi-handle").all()[-2:]
+    assert page.get_by_text("fits: batch 8 x 2 accumulated").count() == 1
+    press(page, model, "ArrowRight", 2)
+    page.get_by_text("does not fit: the 4-bit weights alone take").wait_for()
+    press(page, card, "ArrowRight", 5)
+    page.locator(".widget-html img[alt^='Predicted memory of Llama 2 70B, fits']").wait_for()
+    lab.picture("03-fit")
+
+
+def test_04_runs(lab):
+    check_outputs(lab, "04")
+
+
+def test_05_runs(lab):
+    check_outputs(lab, "05")
+
+
+def test_06_runs(lab):
+    check_outputs(lab, "06")
+
+
+@pytest.mark.parametrize("where", ["table", ".widget-html-content"])
+def test_06_hostile_output_is_text(lab, where):
+    page = lab.lesson("06")
+    if where != "table":
+        ask(page, "anything")
+    shown = page.locator(f"{where} pre", has_text=HOSTILE)
+    assert shown.count() >= 1
+    assert page.locator("img[src='x']").count() == 0
+    assert page.title() != "attacked"
+
+
+def test_06_a_typed_question_gets_two_answers(lab):
+    page = lab.lesson("06")
+    answers = ask(page, "Write a function that adds two numbers.")
+    base, tuned = (text.partition("\n\n") for text in answers[:2])
+    assert (base[0], tuned[0]) == ("base", "tuned")
+    assert len(base[2]) > 20 and len(tuned[2]) > 20
+    lab.picture("06-asked")
+
+
+def ask(page, question):
+    """Type a question into the last side-by-side view, press its button by key; the answers."""
+    field = page.locator(".widget-textarea textarea").last
+    field.fill(question)
+    field.press("Tab")
+    button = page.get_by_role("button", name="Answer", exact=True).last
+    assert button.evaluate("element => element === document.activeElement")
+    page.keyboard.press("Enter")
+    # The third answerer, which repeats the question, comes last.
+    last = page.locator(".widget-html-content pre", has_text=f"hostile\n\n{question}")
+    last.wait_for(timeout=60 * SECONDS)
+    return page.locator(".widget-html-content pre").all_inner_texts()[-3:]
