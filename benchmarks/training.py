@@ -214,7 +214,11 @@ def load_article(folder: Path, options: argparse.Namespace):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16
     )
     model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=four_bit, device_map={"": 0}, dtype=torch.float16
+        folder,
+        use_safetensors=True,
+        quantization_config=four_bit,
+        device_map={"": 0},
+        dtype=torch.float16,
     )
     model.config.use_cache = False
     lora = LoraConfig(

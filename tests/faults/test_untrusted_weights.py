@@ -216,4 +216,4 @@ def test_every_model_is_loaded_from_safetensors_or_a_pinned_gguf():
         and "AutoModelForCausalLM.from_pretrained" in map(ast.unparse, (node.func, *node.args))
     ]
     assert calls
-    assert all("use_safetensors=True" in call or "GgufConfig" in call for call in calls)
+    assert all("use_safetensors=True" in call or "gguf_file=" in call for call in calls)
