@@ -4,7 +4,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from helpers import integrity, pipeline
+from helpers import integrity, pipeline, report
 from helpers.config import ConfigError
 
 
@@ -64,7 +64,7 @@ def test_headlines_show_counts_whole_and_rates_short(run):
     config = run()
     config.record("01", {"full_parameters": 16_777_216})
     config.record("06", {"stop_rate_base": 0.15625})
-    assert [value for _, _, value in pipeline.headline_rows(config)] == ["16,777,216", "0.1562"]
+    assert [value for _, _, value in report.headline_rows(config)] == ["16,777,216", "0.1562"]
 
 
 def test_a_second_run_does_nothing_and_a_changed_parameter_runs_again(run, capsys):
