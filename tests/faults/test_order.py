@@ -189,6 +189,6 @@ def test_on_from_the_middle_in_a_fresh_kernel_stops_and_loses_nothing(
 
 
 def test_the_runner_runs_any_notebook_first_and_says_what_is_missing(tmp_path):
-    message = r"05_merging, cell 3 \(from helpers.*\): FileNotFoundError: .*run notebook 04 with"
+    message = r"05_merging, cell 4 \(from helpers.*\): FileNotFoundError: .*run notebook 04 with"
     with pytest.raises(pipeline.RunStopped, match=message):
         pipeline.run("smoke", str(tmp_path / "run"), only="05")

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from datasets import load_from_disk
 
-from helpers import manifest, pipeline
+from helpers import integrity, manifest, pipeline
 from helpers.evaluation import PROBLEMS_FILE
 from tests.conftest import watch_the_network
 
@@ -55,7 +55,7 @@ def smoke(watched):
 
 @pytest.fixture(scope="module")
 def metrics(smoke):
-    return pipeline.read_metrics(smoke)
+    return integrity.read_metrics(smoke)
 
 
 @pytest.mark.parametrize("number", NAMES)

@@ -45,7 +45,9 @@ def calls():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call):
                 keywords = {keyword.arg for keyword in node.keywords if keyword.arg}
-                function = node.func
+                function = getattr(
+                    node.func, "orelse", node.func
+                )  # (Ours if fast else Theirs)(...)
                 called = getattr(function, "attr", getattr(function, "id", None))
                 yield name, called, keywords
 
