@@ -66,6 +66,21 @@ class StopAtStepEdge(TrainerCallback):
             )
 
 
+def resume_in_own_type(model) -> None:
+    """Let an adapter that is resumed keep its type, and its optimizer's moments with it.
+
+    peft casts what it loads to float32. For the checkpoint that a run goes on from, which the
+    trainer loads as trainable, that would be another run: more memory, and other roundings.
+    """
+    load = model.load_adapter
+
+    def load_adapter(path, name, is_trainable=False, **options):
+        options = {"autocast_adapter_dtype": not is_trainable, **options}
+        return load(path, name, is_trainable=is_trainable, **options)
+
+    model.load_adapter = load_adapter
+
+
 def checkpoint_bytes(model) -> int:
     """Upper bound of a checkpoint's size: the trained weights and two float32 moments of each."""
     trained = (p for p in model.parameters() if p.requires_grad)

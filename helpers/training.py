@@ -156,6 +156,7 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
     if fast:
         trainer.data_collator = fixed_collator(config, tokenizer)  # trl takes none when it packs
         trainer.kept_layers = config.kept_layers
+    checkpoints.resume_in_own_type(trainer.model)
     trainer.remove_callback(PrinterCallback)  # LogLines prints the same numbers, readable
     if config.fp16:
         keep_adapter_in_float32(trainer.model)
@@ -195,7 +196,7 @@ def next_rung(args: SFTConfig, model_config) -> str:
         rank=1,
         batch=args.per_device_train_batch_size,
         length=args.max_length,
-        checkpointing=args.activation_checkpointing,
+        checkpointing=getattr(args, CHECKPOINTING),
     )
     halved = {"length": run.length // 2} if args.packing else {"batch": run.batch // 2}
     rungs = [
