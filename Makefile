@@ -19,7 +19,7 @@ run: install  ## execute the six notebooks with PROFILE and write the report
 	@$(RUN)
 
 test: install  ## style, units, notebooks, and the fast half of the faults
-	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check . && $(VENV_PYTHON) -m pytest -m "not slow" --ignore tests/browser
+	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check . && $(VENV_PYTHON) -m pytest -m "not slow"
 
 test-faults: install  ## kills, interrupts, full disks, bad networks: all of them
 	@$(VENV_PYTHON) -m pytest tests/faults

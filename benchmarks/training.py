@@ -32,32 +32,19 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 RESULTS = PROJECT / "benchmarks" / "results" / "training.json"
-SHAPES = {  # hidden, inner, layers, heads, heads of keys and values
-    "7B": (4096, 11008, 32, 32, 32),
-    "13B": (5120, 13824, 40, 40, 40),
-}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WARM_UP, STEPS = 4, 24  # steps in all, and how many at the start are not counted
 
 
 def make(folder: Path, shape: str) -> None:
     import torch
     from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    hidden, inner, layers, heads, key_heads = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        max_position_embeddings=4096,
-    )
+    from helpers import memory
+
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(memory.llama2_config(shape))
     model.save_pretrained(folder)
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 32000)}
     PreTrainedTokenizerFast(
@@ -235,6 +222,8 @@ def load_unsloth(folder: Path, options: argparse.Namespace):
     import bitsandbytes as bnb
     import torch
 
+    from helpers.config import ALL_LINEAR_TARGETS
+
     model, _ = unsloth.FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=options.length, load_in_4bit=True, dtype=torch.bfloat16
     )
@@ -243,7 +232,7 @@ def load_unsloth(folder: Path, options: argparse.Namespace):
         r=64,
         lora_alpha=16,
         lora_dropout=0,
-        target_modules=TARGETS,
+        target_modules=list(ALL_LINEAR_TARGETS),
         bias="none",
         use_gradient_checkpointing="unsloth" if options.checkpointing else False,
     )
@@ -315,7 +304,7 @@ def main() -> None:
     parser.add_argument("command", choices=["make", "run", "compare"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("ways", nargs="*")
-    parser.add_argument("--shape", default="7B", choices=list(SHAPES))
+    parser.add_argument("--shape", default="7B", choices=["7B", "13B"])
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -20,6 +20,8 @@ from transformers.models.llama import modeling_llama
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from helpers.prompts import IGNORED_LABEL
+
 SHORTEST_MEAN_ROW = 32  # tokens: how many rows a batch has room for
 LOSS_CHUNK = 1024  # tokens whose logits exist at one time
 WARM_UP_PASSES = 2  # kernels choose their algorithms and compile before anything is recorded
@@ -62,7 +64,7 @@ class FixedCollator(DataCollatorForLanguageModeling):
         filling = torch.arange(missing)[None] % self.longest
         return {
             "input_ids": F.pad(batch["input_ids"], (0, missing), value=self.pad_token_id),
-            "labels": F.pad(batch["labels"], (0, missing), value=-100),
+            "labels": F.pad(batch["labels"], (0, missing), value=IGNORED_LABEL),
             "position_ids": torch.cat([batch["position_ids"], filling], dim=1),
             # Four dimensions tell transformers to build no mask; attention here reads the bounds.
             "attention_mask": torch.zeros(1, 1, 1, 1),
@@ -169,7 +171,9 @@ class Recomputing:
 
 def summed_loss(head, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of a chunk in nats, summed; hidden [tokens, width], labels [tokens]."""
-    return F.cross_entropy(head(hidden).float(), labels, ignore_index=-100, reduction="sum")
+    return F.cross_entropy(
+        head(hidden).float(), labels, ignore_index=IGNORED_LABEL, reduction="sum"
+    )
 
 
 # -- Kernels.

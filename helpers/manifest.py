@@ -109,7 +109,9 @@ def code() -> dict[str, str]:
 
 def data(source: str) -> dict[str, str]:
     """SHA-256 of the files of a data source, or its name where it is not on this disk."""
-    folder = PROJECT_DIR / "data" / "sample" if source == "sample" else Path(source).expanduser()
+    from helpers.sources import local_path
+
+    folder = local_path(source)
     if folder.is_file():
         return files(folder.parent, (folder.name,))
     return files(folder, ("*.csv",)) if folder.is_dir() else {source: "not on this disk"}

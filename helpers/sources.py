@@ -98,6 +98,11 @@ class Quarantine:
             )
 
 
+def local_path(source: str) -> Path:
+    """Where a source lies if it is on this disk: the sample's folder, or what its name says."""
+    return SAMPLE_DIR if source == "sample" else Path(source).expanduser()
+
+
 def open_source(
     source: str, folder: Path, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> Partitions:
@@ -106,7 +111,7 @@ def open_source(
     It is "sample", "kagglehub", a folder of CSVs, a JSONL, CSV or Parquet file, or a Hub dataset.
     `progress` gets (bytes read, bytes in all). Raises DataError for what cannot be had or read.
     """
-    path = SAMPLE_DIR if source == "sample" else Path(source).expanduser()
+    path = local_path(source)
     if source == "kagglehub":
         path = _download_from_kaggle()
     if path.is_dir():

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 
 # Nothing in the tests may reach for the network; a library that tries fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +17,18 @@ from helpers import models
 from helpers.config import PROJECT_DIR, Config
 
 WATCH_DIR = PROJECT_DIR / "tests" / "faults" / "watch"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """One Chromium for all tests: two Playwrights in one process stand in each other's way."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    installed = next(filter(None, map(shutil.which, names)), None)
+    if installed is None:
+        pytest.skip(f"none of {', '.join(names)} is installed here")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=installed, args=["--no-sandbox"])
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 import time
@@ -18,9 +17,6 @@ from papermill.parameterize import parameterize_notebook
 from helpers.config import PROJECT_DIR, Config
 from helpers.pipeline import notebooks
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 SCREENSHOTS = PROJECT_DIR / "runs" / "browser"
 NEEDS = {"03": ("02",), "04": ("02",), "05": ("04",), "06": ("04",)}
 SECONDS = 1000  # Playwright counts in milliseconds
@@ -112,15 +108,6 @@ class Lab:
             self.page.evaluate("window.jupyterapp.serviceManager.sessions.shutdownAll()")
             self.page.close()
         self.page, self.open = None, None
-
-
-@pytest.fixture(scope="session")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome is installed here")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 The HTML is read by a parser everywhere, and by Chromium where there is one.
 """
 
-import shutil
 from types import SimpleNamespace
 
 import nbformat
@@ -17,9 +16,6 @@ from helpers import inference, pipeline, widgets
 from helpers.config import Config
 from helpers.untrusted import ACTING, visible
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
 HOSTILE = {
     "script": "<script>window.attacked = 1</script>",
     "handler": "<img src=x onerror='window.attacked = 2'> <svg/onload=window.attacked=3>",
@@ -105,17 +101,6 @@ def test_an_answer_sends_nothing_to_the_terminal_but_text(monkeypatch, capsys, n
 
 
 # -- Chromium.
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM:
-        pytest.skip("no Chromium is installed")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -34,7 +34,8 @@ def tiny_config(run_dir: Path, model_dir: Path, **changes) -> Config:
     return Config.from_profile("smoke", run_dir=run_dir, **settings)
 
 
-def write_dataset(config: Config, rows: int = 40) -> None:
+def write_dataset(config: Config, rows: int = 40, held_out: int = 4) -> None:
+    """Sums, asked and answered; the last rows are held out."""
     pairs = [
         {
             "prompt": prompts.render_prompt(f"What is {n} + {n}?", config.system_message),
@@ -42,7 +43,8 @@ def write_dataset(config: Config, rows: int = 40) -> None:
         }
         for n in range(rows)
     ]
-    splits = {"train": Dataset.from_list(pairs[4:]), "validation": Dataset.from_list(pairs[:4])}
+    train, validation = pairs[:-held_out], pairs[-held_out:]
+    splits = {"train": Dataset.from_list(train), "validation": Dataset.from_list(validation)}
     DatasetDict(splits).save_to_disk(config.dataset_dir)
 
 

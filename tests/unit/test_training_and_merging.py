@@ -5,24 +5,12 @@ import shutil
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 
 from helpers import checkpoints, memory, merging, models, prompts, training
 from helpers.config import Config
+from tests.faults.train_tiny import write_dataset
 from tests.notebook_code import definitions_from
-
-
-def write_dataset(config):
-    rows = [
-        {
-            "prompt": prompts.render_prompt(f"What is {n} + {n}?", config.system_message),
-            "completion": prompts.render_completion(f"1. Add them.\n2. It is {2 * n}."),
-        }
-        for n in range(8)
-    ]
-    splits = {"train": Dataset.from_list(rows[:6]), "validation": Dataset.from_list(rows[6:])}
-    DatasetDict(splits).save_to_disk(config.dataset_dir)
 
 
 @pytest.fixture
@@ -35,7 +23,7 @@ def config(tiny_model_dir, tmp_path):
         learning_rate=0.05,
         lora_r=4,
     )
-    write_dataset(config)
+    write_dataset(config, rows=8, held_out=2)
     return config
 
 
