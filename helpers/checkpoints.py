@@ -11,7 +11,9 @@ import signal
 import threading
 from pathlib import Path
 
+import torch
 from transformers import TrainerCallback, TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from helpers import artefacts, integrity
 from helpers.config import Config
@@ -64,6 +66,19 @@ class StopAtStepEdge(TrainerCallback):
                 f"{self.received} ended training after step {state.global_step}, and a checkpoint "
                 "holds it: run the same cell or command again to go on from there"
             )
+
+
+class SameOrder(TrainerCallback):
+    """Draws the order of every later epoch from the seed and the epoch, so that a resume has it.
+
+    transformers groups rows by length with the random numbers that the process has come to, and a
+    resumed process has come to others. In the first epoch both begin at the seed.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        sampler, epoch = train_dataloader.batch_sampler.sampler, int(state.epoch)
+        if epoch > 0 and isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
 
 
 def resume_in_own_type(model) -> None:

@@ -148,6 +148,7 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
             StepLog(),
             LogLines(),
             StopOnDivergence(),
+            checkpoints.SameOrder(),
             checkpoints.SealCheckpoints(),
             checkpoints.StopAtStepEdge(),
             EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience),

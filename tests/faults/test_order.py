@@ -12,7 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell
 from papermill.exceptions import PapermillExecutionError
 
-from helpers import merging, models, pipeline
+from helpers import colab, merging, models, pipeline
 from tests.faults.staging import folder_hashes
 from tests.notebook_code import notebook_path
 
@@ -22,7 +22,8 @@ MEASURED = ("_seconds", "_per_second", "peak_memory_bytes", "predicted")  # diff
 def edited(number, folder, edit):
     """A copy of a notebook in `folder`, its code cells changed by `edit`; its path."""
     notebook = nbformat.read(notebook_path(number), as_version=4)
-    first, *code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    first, *code = [cell for cell in code if colab.TAG not in cell.metadata.get("tags", [])]
     notebook.cells = [first, *edit(code)]  # the first holds the parameters
     path = folder / f"{number}_edited.ipynb"
     nbformat.write(notebook, path)

@@ -62,6 +62,15 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_bit_for_bit(config, after):
         assert metrics[name] == whole_metrics[name]
 
 
+def test_a_resume_in_a_later_epoch_sees_the_same_batches(config):
+    config = dataclasses.replace(config, max_steps=24, save_steps=3, eval_steps=3)
+    whole, _ = finish(config)  # 18 steps are an epoch
+    shutil.rmtree(config.checkpoints_dir)
+    interrupt(config, 22)
+    resumed, _ = finish(config)
+    assert resumed == whole
+
+
 def test_with_a_4bit_model_the_losses_agree_closely(config):
     config = dataclasses.replace(config, use_4bit=True, bnb_4bit_compute_dtype="bfloat16")
     whole, _ = finish(config)
