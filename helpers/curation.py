@@ -223,8 +223,8 @@ def select_pairs(config: Config, work: Path, workers: Workers) -> tuple[Report, 
 
 
 def prepare_worker(benchmarks: tuple[str, ...]) -> None:
-    """Read the benchmarks; look for garbage seldom, a syntax tree is many objects and no cycle."""
-    gc.set_threshold(100_000)
+    """Read the benchmarks; look for no garbage, a syntax tree is many objects and no cycle."""
+    gc.disable()
     problem_index(benchmarks)
 
 

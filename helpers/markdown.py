@@ -20,7 +20,7 @@ SPACES = re.compile(r"[ \t\r\n\f]+")
 PYTHON2_SYNTAX = re.compile(
     r"^[ \t]*(?:print[ \t]+[^\s(=]|print$|exec\s+['\"\w]|raise\s+\w+\s*,)|except\s+[\w., "
     r"()]+,\s*\w+\s*:"
-    r"|<>|\b\d+L\b|(?<![\w.])0[0-7]+(?![\w.])|\bur['\"]",
+    r"|<>|\b(?:\d+L\b|(?<!\.)0[0-7]+(?![\w.])|ur['\"])",
     re.MULTILINE,
 )
 TRIPLE = re.compile("\"\"\"|'''")
