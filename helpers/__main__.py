@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--from", dest="first", metavar="NN", help="run from this notebook on")
     run.add_argument("--run-dir", help="where artefacts go (default: runs/<profile>)")
     run.add_argument("--timeout", type=float, metavar="SECONDS", help="the longest a cell may run")
-    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    _parameters(run)
 
     verify = commands.add_parser("verify", help="compare a run folder with its manifest")
     verify.add_argument("run_dir", metavar="RUN_DIR")
@@ -52,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     ask = _command(commands, "ask", _ask, "stream an answer of the base or the tuned model")
     ask.add_argument("model", help="base (or llama2), tuned (or new_model)")
     ask.add_argument("question", nargs="?", default=LINKED_LIST_PROMPT)
+
+    compare = _command(commands, "compare-recipes", _compare_recipes, "train by each recipe")
+    compare.add_argument("--max-steps", type=int, help="steps of each training (else epochs)")
+    compare.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    compare.add_argument("--output", type=Path, help="default: benchmarks/results/recipes.json")
+    _parameters(compare)
 
     _command(commands, "record", _record, "put a run's outputs into the committed notebooks")
     _command(commands, "fetch-model", _fetch_model, "fetch the embedded model, once")
@@ -68,10 +74,19 @@ def _command(commands, name: str, function, help_text: str) -> argparse.Argument
     return command
 
 
+def _parameters(command: argparse.ArgumentParser) -> None:
+    pair = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
+    command.add_argument("-p", **pair, help="a notebook's parameter, such as MAX_STEPS 10")
+
+
+def _given(options) -> dict:
+    return {name: _value(text) for name, text in options.p}
+
+
 def _run(options) -> None:
     from helpers import pipeline, report
 
-    parameters = {name: _value(text) for name, text in options.p}
+    parameters = _given(options)
     config = pipeline.run(
         options.profile, options.run_dir, options.only, options.first, parameters, options.timeout
     )
@@ -103,6 +118,17 @@ def _ask(options) -> None:
     ):
         print(visible(piece), end="", flush=True)
     print()
+
+
+def _compare_recipes(options) -> None:
+    from helpers import recipes
+
+    steps = {} if options.max_steps is None else {"MAX_STEPS": options.max_steps}
+    parameters = {"PROFILE": options.profile, **steps, **_given(options)}
+    output = options.output or recipes.RESULTS
+    for run in recipes.compare(parameters, options.seeds, output):
+        print(f"{run['recipe']:12} seed {run['seed']}  loss {run['answer_loss_after']:.3f}")
+    print(f"written to {output}")
 
 
 def _record(options) -> None:

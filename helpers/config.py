@@ -1,9 +1,9 @@
-"""Every setting of a run, in one frozen dataclass, and the named profiles.
+"""Every setting of a run, in one frozen dataclass, the named profiles and the recipes.
 
 The defaults are the article's constants under their lower-case names; a profile lists only what it
-changes. A notebook's upper-case parameters become a Config by `Config.from_notebook(globals())`.
-This module knows nothing of models or data and imports neither, so a wrong parameter is named
-before anything is loaded.
+changes, and a recipe, on top of it, how is trained and nothing else. A notebook's upper-case
+parameters become a Config by `Config.from_notebook(globals())`. This module knows nothing of models
+or data and imports neither, so a wrong parameter is named before anything is loaded.
 """
 
 import dataclasses
@@ -114,6 +114,10 @@ class Config:
     """
 
     profile: str = "article"
+    # How is trained, whatever the profile says: a key of RECIPES; None leaves it to the profile.
+    recipe: str | None = field(
+        default=None, metadata=one_of("article", "qlora_paper", "recommended")
+    )
     # The one folder through which notebooks hand over their results; None means runs/<profile>.
     run_dir: Path | None = None
     seed: int = field(default=42, metadata=between(0, 2**32 - 1))
@@ -245,7 +249,7 @@ class Config:
 
     @classmethod
     def from_profile(cls, name: str = "demo", /, **changes) -> "Config":
-        """The Config of a profile, with changes by field name.
+        """The Config of a profile, with the recipe that is named, if one is, and then the changes.
 
         ConfigError names an unknown profile and unknown fields, each with the nearest known one,
         and with them every value that is wrong and values that contradict each other. The last are
@@ -261,7 +265,9 @@ class Config:
             nearest = _did_you_mean(unknown.upper(), [field.upper() for field in fields])
             problems.append(f"unknown parameter {unknown.upper()}{nearest}")
         values = {n: value for n, value in changes.items() if n in fields}
-        values = {**PROFILES[name], "profile": name, **values}
+        recipe = values.get("recipe")
+        recipe = RECIPES.get(recipe, {}) if isinstance(recipe, str) else {}
+        values = {**PROFILES[name], "profile": name, **recipe, **values}
         problems += _contradictions({**vars(cls()), **values})
         return _build(problems, lambda: cls(**values))
 
@@ -507,5 +513,57 @@ PROFILES: dict[str, dict] = {
         "fast_path": True,
         "per_device_train_batch_size": 8,
         "grad_acc_steps": 2,
+    },
+}
+
+# Three ways to train, on any profile's model, data and device. What a recipe does not name stays as
+# in the profile: `recommended` leaves it the learning rate, which falls with the width of a model
+# (3e-3 at SmolLM2's 576, 2e-4 at Llama-2-7B's 4096), and the batch, which follows the memory.
+RECIPES: dict[str, dict] = {
+    "article": {
+        "target_modules": ATTENTION_TARGETS,
+        "lora_r": 64,
+        "lora_alpha": 16,
+        "lora_dropout": 0.1,
+        "completion_only_loss": False,
+        "use_nested_quant": False,
+        "learning_rate": 2e-4,
+        "scheduler_type": "cosine",
+        "per_device_train_batch_size": 4,
+        "grad_acc_steps": 1,
+        "max_grad_norm": 0.3,
+        "weight_decay": 0.001,
+        "group_by_length": True,
+        "packing": False,
+        "fast_path": False,
+    },
+    # Dettmers et al., arXiv 2305.14314, appendix B, for 7B. 4 x 4 rows hold the memory of 4.
+    "qlora_paper": {
+        "target_modules": ALL_LINEAR_TARGETS,
+        "lora_r": 64,
+        "lora_alpha": 16,
+        "lora_dropout": 0.1,
+        "completion_only_loss": True,
+        "use_nested_quant": True,
+        "learning_rate": 2e-4,
+        "scheduler_type": "constant",
+        "per_device_train_batch_size": 4,
+        "grad_acc_steps": 4,
+        "max_grad_norm": 0.3,
+        "weight_decay": 0.0,
+        "group_by_length": True,
+        "packing": False,
+        "fast_path": False,
+    },
+    "recommended": {
+        "target_modules": ALL_LINEAR_TARGETS,
+        "lora_r": 64,
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+        "completion_only_loss": True,
+        "use_nested_quant": True,
+        "scheduler_type": "cosine",
+        "max_grad_norm": 1.0,
+        "weight_decay": 0.0,
     },
 }

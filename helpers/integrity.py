@@ -117,7 +117,8 @@ def check_adapter(config: Config) -> Path:
     check_seal(folder, "04")
     settings = _read(folder / ADAPTER_SETTINGS, _again("04"))
     _check_base(config, folder, settings.get("base_model_name_or_path"))
-    for complaint in (*_other_settings(config, settings), *_other_dataset(config, folder)):
+    other = _other_recipe(config, folder) or _other_settings(config, settings)
+    for complaint in (*other, *_other_dataset(config, folder)):
         warnings.warn(f"{complaint}, or {_again('04')}", ArtefactWarning, stacklevel=3)
     return folder
 
@@ -147,6 +148,21 @@ def _rules(tokenizer: dict) -> dict:
     return {key: value for key, value in tokenizer.items() if key not in ("padding", "truncation")}
 
 
+def _training_log(folder: Path) -> dict:
+    log = folder / TRAINING_LOG
+    return _read(log, _again("04")) if log.is_file() else {}
+
+
+def _other_recipe(config: Config, folder: Path) -> list[str]:
+    found = _training_log(folder).get("recipe", config.recipe)
+    if found == config.recipe:
+        return []
+    return [
+        f"RECIPE is {config.recipe!r}, the adapter was trained with {found!r}, and perhaps on a "
+        f"base that was quantized in another way: set RECIPE = {found!r}"
+    ]
+
+
 def _other_settings(config: Config, settings: dict) -> list[str]:
     pairs = {
         "LORA_R": (config.lora_r, settings.get("r")),
@@ -164,8 +180,7 @@ def _other_settings(config: Config, settings: dict) -> list[str]:
 
 
 def _other_dataset(config: Config, folder: Path) -> list[str]:
-    log, now = folder / TRAINING_LOG, dataset_fingerprint(config)
-    before = _read(log, _again("04")).get("dataset") if log.is_file() else None
+    before, now = _training_log(folder).get("dataset"), dataset_fingerprint(config)
     if not before or not now or before == now:
         return []
     return [

@@ -350,7 +350,7 @@ def save_adapter(trainer: SFTTrainer, tokenizer, config: Config) -> Path:
         trainer.model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         log = {"history": trainer.state.log_history, "steps": step_log(trainer)}
-        log["dataset"] = integrity.dataset_fingerprint(config)
+        log |= {"dataset": integrity.dataset_fingerprint(config), "recipe": config.recipe}
         (draft / integrity.TRAINING_LOG).write_text(json.dumps(log, indent=1, default=float))
         integrity.seal(draft)
     shutil.rmtree(config.checkpoints_dir, ignore_errors=True)

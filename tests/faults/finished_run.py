@@ -9,10 +9,10 @@ from helpers.config import Config
 from helpers.curation import curate
 
 
-def make_run(model_dir: Path, tokenizer, run_dir: Path) -> Config:
+def make_run(model_dir: Path, tokenizer, run_dir: Path, **changes) -> Config:
     """Curate, build a trainer and save its adapter, untrained: what is tested is the files."""
     config = Config.from_profile(
-        "smoke", model_name=str(model_dir), run_dir=run_dir, lora_r=4, max_steps=4
+        "smoke", model_name=str(model_dir), run_dir=run_dir, lora_r=4, max_steps=4, **changes
     )
     curate(config)
     dataset = training.load_dataset(config)

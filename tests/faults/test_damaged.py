@@ -136,6 +136,17 @@ def test_an_adapter_of_other_settings_is_used_with_a_warning(config, changes, wo
         merging.load_tuned(dataclasses.replace(config, **changes))
 
 
+def test_an_adapter_of_another_recipe_is_named_by_its_recipe(tiny_model_dir, tokenizer, tmp_path):
+    config = make_run(tiny_model_dir, tokenizer, tmp_path / "run", recipe="article")
+    same = {"model_name": config.model_name, "run_dir": config.run_dir, "lora_r": 4}
+    words = "RECIPE is None, the adapter was trained with 'article'.*: set RECIPE = 'article', or"
+    with pytest.warns(ArtefactWarning, match=words):
+        merging.load_tuned(type(config).from_profile("smoke", **same))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ArtefactWarning)
+        merging.load_tuned(type(config).from_profile("smoke", recipe="article", **same))
+
+
 def test_an_adapter_from_elsewhere_has_no_seal_and_loads(config):
     for name in (integrity.SEAL, integrity.TRAINING_LOG):
         (config.adapter_dir / name).unlink()

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from helpers.config import PROFILES, Config, ConfigError
+from helpers.config import PROFILES, RECIPES, Config, ConfigError
 
 # Name and value of every constant of the article's Config class, in its code's own words. Its
 # GROUP_BY_LENGTH = 3 is the one value that differs: transformers read it as True.
@@ -132,3 +132,35 @@ def test_metrics_are_written_whole_and_must_be_finite(tmp_path):
         config.record("04", {"eval_loss_after": float("nan")})
     assert json.loads(path.read_text()) == {"eval_loss_before": 1.5}
     assert [item.name for item in path.parent.iterdir()] == ["04.json"]
+
+
+# -- Recipes
+
+PLACE = ("model_name", "data_source", "device_map", "bnb_4bit_compute_dtype", "max_length", "bf16")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_lies_above_the_profile_and_below_parameters(profile, recipe):
+    plain = Config.from_profile(profile)
+    config = Config.from_notebook({"PROFILE": profile, "RECIPE": recipe, "LORA_DROPOUT": 0.0})
+    expected = {**RECIPES[recipe], "lora_dropout": 0.0, "recipe": recipe}
+    assert {name: getattr(config, name) for name in expected} == expected
+    others = set(Config.__dataclass_fields__) - set(expected)
+    assert all(getattr(config, name) == getattr(plain, name) for name in others)
+    assert not set(PLACE) & set(RECIPES[recipe])
+
+
+def test_the_articles_recipe_is_the_articles_profile_and_the_recommended_one_is_demos():
+    article = Config.from_profile("article", recipe="article")
+    assert article == dataclasses.replace(Config.from_profile("article"), recipe="article")
+    demo = Config.from_profile("demo", recipe="recommended")
+    assert demo == dataclasses.replace(Config.from_profile("demo"), recipe="recommended")
+
+
+@pytest.mark.parametrize("recipe", ["artcle", 3, ["article"]])
+def test_an_unknown_recipe_is_named_with_those_that_there_are(recipe):
+    with pytest.raises(ConfigError, match="RECIPE is ") as caught:
+        Config.from_notebook({"PROFILE": "smoke", "RECIPE": recipe})
+    if isinstance(recipe, str):
+        assert all(name in str(caught.value) for name in ("'artcle'", *RECIPES))
