@@ -104,7 +104,10 @@ def checkpoint_bytes(model) -> int:
 
 def folder_of(config: Config) -> Path:
     """Where a Config's checkpoints lie: other settings, another folder; none is mixed up."""
-    settings = json.dumps({**dataclasses.asdict(config), "run_dir": None}, sort_keys=True)
+    settings = dataclasses.asdict(config)
+    for name in ("run_dir", "report_to", "fit_to_memory"):  # they change no step
+        del settings[name]
+    settings = json.dumps(settings, sort_keys=True)
     return config.checkpoints_dir / hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 

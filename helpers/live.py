@@ -18,8 +18,8 @@ SECONDS_BETWEEN_PICTURES = 1.0
 PANELS = (
     ("Training loss", "nats per token"),
     ("Validation loss", "nats per token"),
-    ("Learning rate", "per step"),
-    ("Gradient norm", "before clipping"),
+    ("Learning rate", ""),
+    ("Gradient norm", ""),
     ("Speed", "tokens per s"),
     ("Memory", "GiB"),
 )
@@ -30,7 +30,7 @@ def chart(trainer) -> ipywidgets.HTML:
 
     Display it in the cell before the training.
     """
-    callback = LiveChart(training.callback_of(trainer, training.StepLog))
+    callback = LiveChart(trainer)
     trainer.add_callback(callback)
     return callback.view
 
@@ -38,9 +38,9 @@ def chart(trainer) -> ipywidgets.HTML:
 class LiveChart(TrainerCallback):
     """Draws the trainer's log into `view` at its log steps, and at the end."""
 
-    def __init__(self, step_log: training.StepLog):
+    def __init__(self, trainer):
         self.view = ipywidgets.HTML("The chart begins with the first numbers of the training.")
-        self.step_log, self.drawn, self.redraw = step_log, float("-inf"), None
+        self.trainer, self.drawn, self.redraw = trainer, float("-inf"), None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.began, self.first_step = time.perf_counter(), state.global_step
@@ -56,7 +56,7 @@ class LiveChart(TrainerCallback):
 
     def draw(self, state) -> None:
         """Move the lines to what the log holds now, and say it in words as the picture's text."""
-        found = curves(state.log_history, self.step_log.steps)
+        found = curves(state.log_history, training.step_log(self.trainer))
         for line, (bottom, top), points in zip(self.lines, self.bounds, found, strict=True):
             steps, values = zip(*points, strict=True) if points else ((), ())
             low, high = min(values, default=0), max(values, default=0)
@@ -64,8 +64,8 @@ class LiveChart(TrainerCallback):
             top.set_text(f"{high:.3g}" if high > low else "")
             line.set_data(steps, [(value - low) / ((high - low) or 1) for value in values])
         newest = [
-            f"{title.lower()} {points[-1][1]:.4g}"
-            for (title, _), points in zip(PANELS, found, strict=True)
+            f"{title.lower()} {points[-1][1]:.4g} {unit}".strip()
+            for (title, unit), points in zip(PANELS, found, strict=True)
             if points
         ]
         words = ", ".join([f"step {state.global_step} of {state.max_steps}", *newest])
@@ -92,7 +92,9 @@ def _empty_chart(max_steps: int):
     figure, axes = plt.subplots(2, 3, figsize=(9, 4), dpi=72)
     lines, bounds = [], []
     for axis, (title, unit) in zip(axes.flat, PANELS, strict=True):
-        axis.set(title=title, xlabel="optimizer step", ylabel=f"{unit}\n\n", yticks=[0, 1])
+        axis.set(
+            title=title, xlabel="optimizer step", ylabel=f"{unit or 'no unit'}\n\n", yticks=[0, 1]
+        )
         axis.set(xlim=(0, max_steps), ylim=(-0.05, 1.05), yticklabels=["", ""])
         lines += axis.plot([], [], color=plots.BLUE, marker=".")
         place = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "center"}

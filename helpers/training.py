@@ -7,8 +7,11 @@ here; the lesson that reads them is notebook 04.
 import contextlib
 import dataclasses
 import functools
+import gc
+import importlib.util
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -21,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
 from helpers import artefacts, checkpoints, fast_path, integrity, memory, models
-from helpers.config import Config
+from helpers.config import Config, ConfigError
 
 EXPLOSION = 3.0  # nats above the first loss, twenty times less likely words: it will not return
 
@@ -121,8 +124,25 @@ def sft_config(config: Config) -> SFTConfig:
         metric_for_best_model="eval_loss",
         seed=config.seed,
         disable_tqdm=True,
-        report_to="none",
+        report_to=config.report_to,
     )
+
+
+def prepare_tracker(config: Config) -> None:
+    """Tell the tracker of `report_to`, if any, to keep its files in run_dir, a folder a run.
+
+    Both read their folder from the environment alone. Raises ConfigError when it is not installed.
+    """
+    variables = {"tensorboard": "TENSORBOARD_LOGGING_DIR", "trackio": "TRACKIO_DIR"}
+    if config.report_to not in variables:
+        return
+    if importlib.util.find_spec(config.report_to) is None:
+        raise ConfigError(
+            f"REPORT_TO is {config.report_to!r}, and that package is not installed: run `pip "
+            f'install {config.report_to}`, or set REPORT_TO = "none"'
+        )
+    folder = config.run_dir / config.report_to / checkpoints.folder_of(config).name
+    os.environ[variables[config.report_to]] = str(folder)
 
 
 def load_dataset(config: Config) -> DatasetDict:
@@ -136,6 +156,7 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
 
     Raises ValueError for a model that carries an adapter already.
     """
+    prepare_tracker(config)
     fast = uses_fast_path(config)
     trainer = (fast_path.FastTrainer if fast else SFTTrainer)(
         model=models.without_adapter(model),
@@ -157,6 +178,7 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
     if fast:
         trainer.data_collator = fixed_collator(config, tokenizer)  # trl takes none when it packs
         trainer.kept_layers = config.kept_layers
+    trainer.made_from = (config, tokenizer, dataset)
     checkpoints.resume_in_own_type(trainer.model)
     trainer.remove_callback(PrinterCallback)  # LogLines prints the same numbers, readable
     if config.fp16:
@@ -188,35 +210,65 @@ def out_of_memory_advice(trainer: SFTTrainer):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(next_rung(trainer.args, trainer.model.config)) from error
+        config, model_config = trainer.made_from[0], trainer.model.config
+        saved = memory_saved(config, next_rung(config), model_config) / memory.GIB
+        raise OutOfMemory(
+            f"the GPU's memory is full: set {in_words(next_rung(config))}, which saves about "
+            f"{saved:.1f} GiB; training goes on from the last checkpoint of the new settings"
+        ) from error
 
 
-def next_rung(args: SFTConfig, model_config) -> str:
-    """What to change first when a step does not fit: what costs least speed, and what it saves."""
-    run = memory.Run(
-        rank=1,
-        batch=args.per_device_train_batch_size,
-        length=args.max_length,
-        checkpointing=getattr(args, CHECKPOINTING),
+def next_rung(config: Config) -> dict:
+    """What to change first when a step does not fit: what costs least speed. Fields and values.
+
+    Halving the rows of a batch and doubling the batches of a step leaves the step's rows the same.
+    """
+    rows, eval_rows = config.per_device_train_batch_size, config.per_device_eval_batch_size
+    if not config.activation_checkpointing:
+        return {"activation_checkpointing": True}
+    if rows > 1:
+        return {
+            "per_device_train_batch_size": rows // 2,
+            "grad_acc_steps": 2 * config.grad_acc_steps,
+            "per_device_eval_batch_size": max(1, eval_rows // 2),
+        }
+    return {"max_length": config.max_length // 2}
+
+
+def in_words(changes: dict) -> str:
+    """Changes of a Config as one would write them into a parameters cell."""
+    return ", ".join(f"{name.upper()} = {value}" for name, value in changes.items())
+
+
+def memory_saved(config: Config, changes: dict, model_config) -> int:
+    """Predicted bytes by which the changes make a step smaller."""
+    before, after = (
+        memory.estimate(model_config, memory.Run.from_config(each)).total
+        for each in (config, dataclasses.replace(config, **changes))
     )
-    halved = {"length": run.length // 2} if args.packing else {"batch": run.batch // 2}
-    rungs = [
-        (not run.checkpointing, {"checkpointing": True}, "ACTIVATION_CHECKPOINTING = True"),
-        (
-            args.packing or run.batch > 1,
-            halved,
-            "half the PER_DEVICE_TRAIN_BATCH_SIZE and GRAD_ACC_STEPS = "
-            f"{2 * args.gradient_accumulation_steps}, the same rows a step",
-        ),
-        (True, {"length": run.length // 2}, f"MAX_LENGTH = {run.length // 2}"),
-    ]
-    changes, advice = next(rung[1:] for rung in rungs if rung[0])
-    before = memory.estimate(model_config, run).total
-    saved = before - memory.estimate(model_config, dataclasses.replace(run, **changes)).total
-    return (
-        f"the GPU's memory is full: set {advice}, which saves about {saved / memory.GIB:.1f} GiB; "
-        "training goes on from the last checkpoint of the new settings"
-    )
+    return before - after
+
+
+def one_rung_down(trainer: SFTTrainer) -> SFTTrainer:
+    """A trainer of the next rung's settings, on the same model with its adapter taken off."""
+    config, tokenizer, dataset = trainer.made_from
+    changes = next_rung(config)
+    print(f"starting again with {in_words(changes)}", flush=True)
+    base = trainer.model.unload()
+    base.given_to_an_adapter = False
+    # What the failed step held, before the new trainer asks for memory: a notebook may still have
+    # the old one.
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    gc.collect()
+    torch.cuda.empty_cache()
+    smaller = build_trainer(dataclasses.replace(config, **changes), base, tokenizer, dataset)
+    own = tuple(type(callback) for callback in smaller.callback_handler.callbacks)
+    for callback in trainer.callback_handler.callbacks:
+        if not isinstance(callback, own):  # added by a notebook, as the live chart is
+            callback.trainer = smaller
+            smaller.add_callback(callback)
+    return smaller
 
 
 def kernels(trainer: SFTTrainer):
@@ -226,14 +278,29 @@ def kernels(trainer: SFTTrainer):
     return contextlib.nullcontext()
 
 
-@memory_decorator
-@time_decorator
 def fine_tune(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
     """Train, going on from the last complete checkpoint if there is one.
 
     Returns the trainer and its metrics: eval_loss_before, eval_loss_after (nats per token of the
-    answers), train_tokens_per_second (padding not counted), and what the decorators add.
+    answers), train_tokens_per_second (padding not counted), and what the decorators add. With
+    `fit_to_memory`, a step that does not fit makes way for a trainer of the next rung, which is
+    then the one returned; without it, OutOfMemory names that rung.
     """
+    while True:
+        try:
+            return train_once(trainer)
+        except OutOfMemory as full:
+            if not trainer.made_from[0].fit_to_memory:
+                raise
+            print(full, flush=True)
+        # Out here the error is gone, and with it the tensors of the step that it interrupted.
+        trainer = one_rung_down(trainer)
+
+
+@memory_decorator
+@time_decorator
+def train_once(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
+    """`fine_tune` with the settings that the trainer has."""
     checkpoint = checkpoints.latest(Path(trainer.args.output_dir))
     stoppable = callback_of(trainer, checkpoints.StopAtStepEdge)
     with kernels(trainer), out_of_memory_advice(trainer), stoppable:
