@@ -76,8 +76,8 @@ def lora_config(config: Config) -> LoraConfig:
 
 
 def uses_fast_path(config: Config) -> bool:
-    """Whether a Config asks for the fast path and this machine has what it needs."""
-    return config.fast_path and fast_path.is_supported()
+    """Whether a Config asks for the fast path and this machine has what it needs, without DDP."""
+    return config.fast_path and fast_path.is_supported() and "LOCAL_RANK" not in os.environ
 
 
 def sft_config(config: Config) -> SFTConfig:
@@ -297,6 +297,19 @@ def fine_tune(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
         trainer = one_rung_down(trainer)
 
 
+def loss_before(trainer: SFTTrainer) -> float:
+    """The validation loss, measured such that training can follow.
+
+    accelerate marks a model that it has prepared for an evaluation as prepared, and under DDP
+    would then train it unwrapped: every process on its own, without a word.
+    """
+    loss = trainer.evaluate()["eval_loss"]
+    if trainer.accelerator.num_processes > 1:
+        trainer.model._is_accelerate_prepared = False
+        trainer.accelerator._models.clear()
+    return loss
+
+
 @memory_decorator
 @time_decorator
 def train_once(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
@@ -304,7 +317,7 @@ def train_once(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
     checkpoint = checkpoints.latest(Path(trainer.args.output_dir))
     stoppable = callback_of(trainer, checkpoints.StopAtStepEdge)
     with kernels(trainer), out_of_memory_advice(trainer), stoppable:
-        before = trainer.evaluate()["eval_loss"]
+        before = loss_before(trainer)
         if checkpoint and checkpoints.is_finished(checkpoint):
             checkpoints.restore_finished(trainer, checkpoint)
         else:
@@ -393,6 +406,8 @@ class LogLines(TrainerCallback):
     """Prints one line for each logging step and each evaluation, headless or not."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
         if "loss" in logs:
             print(
                 f"step {state.global_step:>4}/{state.max_steps}   loss {float(logs['loss']):.3f}   "
@@ -411,8 +426,16 @@ class LogLines(TrainerCallback):
 def save_adapter(trainer: SFTTrainer, tokenizer, config: Config) -> Path:
     """Write adapter, tokenizer and training log to run_dir/adapter, whole or not at all.
 
-    The checkpoints have done their duty then and are removed.
+    The checkpoints have done their duty then and are removed. Under DDP the first process does it.
     """
+    checkpoints.wait_for_all()  # another may still be reading its best checkpoint
+    if trainer.is_world_process_zero():
+        _write_adapter(trainer, tokenizer, config)
+    checkpoints.wait_for_all()
+    return config.adapter_dir
+
+
+def _write_adapter(trainer: SFTTrainer, tokenizer, config: Config) -> None:
     with artefacts.whole_folder(config.adapter_dir) as draft:
         trainer.model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
@@ -421,4 +444,44 @@ def save_adapter(trainer: SFTTrainer, tokenizer, config: Config) -> Path:
         (draft / integrity.TRAINING_LOG).write_text(json.dumps(log, indent=1, default=float))
         integrity.seal(draft)
     shutil.rmtree(config.checkpoints_dir, ignore_errors=True)
-    return config.adapter_dir
+
+
+def for_this_process(config: Config) -> Config:
+    """The Config with the GPU of this process, when `accelerate launch` started several.
+
+    Raises ConfigError for FIT_TO_MEMORY: one process alone would start again.
+    """
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None:
+        return config
+    if config.fit_to_memory:
+        raise ConfigError("FIT_TO_MEMORY is True, and it works in one process only: set it False")
+    if config.device == "cpu":
+        return config
+    return dataclasses.replace(config, device_map={"": int(rank)})
+
+
+def train(config: Config) -> dict:
+    """What notebook 04 does, in one call: train on notebook 02's dataset, save, record metrics/04.
+
+    In every process of DDP, of which the first one writes. Returns the metrics.
+    """
+    config = for_this_process(config)
+    # The first process comes first: it may have a model to fetch, or a dataset to tokenize.
+    with sft_config(config).main_process_first():
+        tokenizer, dataset = models.load_tokenizer(config.model_name), load_dataset(config)
+    before = memory.current_memory_bytes()
+    trainer = build_trainer(config, models.load_model(config), tokenizer, dataset)
+    trainable, every = trainer.model.get_nb_trainable_parameters()
+    trainer, metrics = fine_tune(trainer)
+    save_adapter(trainer, tokenizer, config)
+    longest = max(len(ids) for ids in trainer.train_dataset["input_ids"])
+    run = memory.Run.from_config(trainer.made_from[0], length=longest)
+    metrics |= {
+        "trainable_parameters": trainable,
+        "trainable_percent": 100 * trainable / every,
+        "peak_memory_bytes_predicted": memory.estimate(trainer.model.config, run, before).total,
+    }
+    if trainer.is_world_process_zero():
+        config.record("04", metrics)
+    return metrics
