@@ -1,4 +1,4 @@
-"""The command line: `python -m helpers run`, `verify`, `ask`, `record`, exports, uploads.
+"""The command line: `python -m helpers run`, `train`, `compare-recipes`, `verify`, `ask` and more.
 
 Each command is one call of a helper; modules are imported when their command is chosen, so that
 `--help` answers at once.
