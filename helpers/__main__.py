@@ -1,4 +1,4 @@
-"""The command line: `python -m helpers run`, `verify`, `ask`, `record`, exports, uploads.
+"""The command line: `python -m helpers run`, `train`, `compare-recipes`, `verify`, `ask` and more.
 
 Each command is one call of a helper; modules are imported when their command is chosen, so that
 `--help` answers at once.
@@ -24,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
         return getattr(error, "exit_code", 1)
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
+        if isinstance(number, str):  # training, which has said it all
+            print(f"stopped: {number}", file=sys.stderr)
+            return 128 + signal.SIGINT
         print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         return 128 + number
     return 0
@@ -52,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     ask = _command(commands, "ask", _ask, "stream an answer of the base or the tuned model")
     ask.add_argument("model", help="base (or llama2), tuned (or new_model)")
     ask.add_argument("question", nargs="?", default=LINKED_LIST_PROMPT)
+
+    train = _command(commands, "train", _train, "notebook 04 alone, also under accelerate launch")
+    _parameters(train)
 
     compare = _command(commands, "compare-recipes", _compare_recipes, "train by each recipe")
     compare.add_argument("--max-steps", type=int, help="steps of each training (else epochs)")
@@ -118,6 +124,14 @@ def _ask(options) -> None:
     ):
         print(visible(piece), end="", flush=True)
     print()
+
+
+def _train(options) -> None:
+    from helpers import training
+
+    config = Config.from_notebook({"PROFILE": options.profile, **_given(options)})
+    metrics = training.train(config)
+    print(f"validation loss {metrics['eval_loss_after']:.3f}, adapter in {config.adapter_dir}")
 
 
 def _compare_recipes(options) -> None:

@@ -34,6 +34,7 @@ class SealCheckpoints(TrainerCallback):
             artefacts.need_space(Path(args.output_dir), needed, "the next checkpoint")
 
     def on_save(self, args, state, control, **kwargs):
+        wait_for_all()  # each process of DDP adds its own random numbers
         if state.is_world_process_zero:
             integrity.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
@@ -58,14 +59,30 @@ class StopAtStepEdge(TrainerCallback):
         self.received = signal.Signals(number).name
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_save = control.should_save or self.received is not None
+        control.should_save = control.should_save or in_any(self.received is not None, args.device)
 
     def on_save(self, args, state, control, **kwargs):
-        if self.received is not None:
+        if in_any(self.received is not None, args.device):
+            who = self.received or "a signal to another process"
             raise TrainingInterrupted(
-                f"{self.received} ended training after step {state.global_step}, and a checkpoint "
-                "holds it: run the same cell or command again to go on from there"
+                f"{who} ended training after step {state.global_step}, and a checkpoint holds it: "
+                "run the same cell or command again to go on from there"
             )
+
+
+def wait_for_all() -> None:
+    """Under DDP, wait until every process has come here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def in_any(raised: bool, device) -> bool:
+    """Whether it is so in any process of DDP; all must ask, and then all have the same answer."""
+    if not torch.distributed.is_initialized():
+        return raised
+    flag = torch.tensor(int(raised), device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag)
 
 
 class SameOrder(TrainerCallback):
@@ -76,7 +93,8 @@ class SameOrder(TrainerCallback):
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        sampler, epoch = train_dataloader.batch_sampler.sampler, int(state.epoch)
+        batches, epoch = train_dataloader.batch_sampler, int(state.epoch)
+        sampler = getattr(batches, "batch_sampler", batches).sampler  # DDP deals out another's
         if epoch > 0 and isinstance(sampler, LengthGroupedSampler):
             sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
 
@@ -104,7 +122,10 @@ def checkpoint_bytes(model) -> int:
 
 def folder_of(config: Config) -> Path:
     """Where a Config's checkpoints lie: other settings, another folder; none is mixed up."""
-    settings = json.dumps({**dataclasses.asdict(config), "run_dir": None}, sort_keys=True)
+    settings = dataclasses.asdict(config)
+    for name in ("run_dir", "report_to", "fit_to_memory"):  # they change no step
+        del settings[name]
+    settings = json.dumps(settings, sort_keys=True)
     return config.checkpoints_dir / hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 

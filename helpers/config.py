@@ -191,6 +191,10 @@ class Config:
     eval_steps: int = field(default=50, metadata=between(1, 10**7))
     log_steps: int = field(default=5, metadata=between(1, 10**7))
     early_stopping_patience: int = field(default=4, metadata=between(1, 10**7))
+    # Where the log goes besides the notebook; the files lie in run_dir.
+    report_to: str = field(default="none", metadata=one_of("none", "tensorboard", "trackio"))
+    # When a step does not fit the GPU: take the next rung of the ladder and start again, unasked.
+    fit_to_memory: bool = False
 
     # -- Merging.
     merge_into: str = field(default="16bit", metadata=one_of("16bit", "dequantized", "4bit"))

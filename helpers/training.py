@@ -7,8 +7,11 @@ here; the lesson that reads them is notebook 04.
 import contextlib
 import dataclasses
 import functools
+import gc
+import importlib.util
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -21,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
 from helpers import artefacts, checkpoints, fast_path, integrity, memory, models
-from helpers.config import Config
+from helpers.config import Config, ConfigError
 
 EXPLOSION = 3.0  # nats above the first loss, twenty times less likely words: it will not return
 
@@ -73,8 +76,8 @@ def lora_config(config: Config) -> LoraConfig:
 
 
 def uses_fast_path(config: Config) -> bool:
-    """Whether a Config asks for the fast path and this machine has what it needs."""
-    return config.fast_path and fast_path.is_supported()
+    """Whether a Config asks for the fast path and this machine has what it needs, without DDP."""
+    return config.fast_path and fast_path.is_supported() and "LOCAL_RANK" not in os.environ
 
 
 def sft_config(config: Config) -> SFTConfig:
@@ -121,8 +124,25 @@ def sft_config(config: Config) -> SFTConfig:
         metric_for_best_model="eval_loss",
         seed=config.seed,
         disable_tqdm=True,
-        report_to="none",
+        report_to=config.report_to,
     )
+
+
+def prepare_tracker(config: Config) -> None:
+    """Tell the tracker of `report_to`, if any, to keep its files in run_dir, a folder a run.
+
+    Both read their folder from the environment alone. Raises ConfigError when it is not installed.
+    """
+    variables = {"tensorboard": "TENSORBOARD_LOGGING_DIR", "trackio": "TRACKIO_DIR"}
+    if config.report_to not in variables:
+        return
+    if importlib.util.find_spec(config.report_to) is None:
+        raise ConfigError(
+            f"REPORT_TO is {config.report_to!r}, and that package is not installed: run `pip "
+            f'install {config.report_to}`, or set REPORT_TO = "none"'
+        )
+    folder = config.run_dir / config.report_to / checkpoints.folder_of(config).name
+    os.environ[variables[config.report_to]] = str(folder)
 
 
 def load_dataset(config: Config) -> DatasetDict:
@@ -136,6 +156,7 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
 
     Raises ValueError for a model that carries an adapter already.
     """
+    prepare_tracker(config)
     fast = uses_fast_path(config)
     trainer = (fast_path.FastTrainer if fast else SFTTrainer)(
         model=models.without_adapter(model),
@@ -157,6 +178,7 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
     if fast:
         trainer.data_collator = fixed_collator(config, tokenizer)  # trl takes none when it packs
         trainer.kept_layers = config.kept_layers
+    trainer.made_from = (config, tokenizer, dataset)
     checkpoints.resume_in_own_type(trainer.model)
     trainer.remove_callback(PrinterCallback)  # LogLines prints the same numbers, readable
     if config.fp16:
@@ -188,35 +210,65 @@ def out_of_memory_advice(trainer: SFTTrainer):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(next_rung(trainer.args, trainer.model.config)) from error
+        config, model_config = trainer.made_from[0], trainer.model.config
+        saved = memory_saved(config, next_rung(config), model_config) / memory.GIB
+        raise OutOfMemory(
+            f"the GPU's memory is full: set {in_words(next_rung(config))}, which saves about "
+            f"{saved:.1f} GiB; training goes on from the last checkpoint of the new settings"
+        ) from error
 
 
-def next_rung(args: SFTConfig, model_config) -> str:
-    """What to change first when a step does not fit: what costs least speed, and what it saves."""
-    run = memory.Run(
-        rank=1,
-        batch=args.per_device_train_batch_size,
-        length=args.max_length,
-        checkpointing=getattr(args, CHECKPOINTING),
+def next_rung(config: Config) -> dict:
+    """What to change first when a step does not fit: what costs least speed. Fields and values.
+
+    Halving the rows of a batch and doubling the batches of a step leaves the step's rows the same.
+    """
+    rows, eval_rows = config.per_device_train_batch_size, config.per_device_eval_batch_size
+    if not config.activation_checkpointing:
+        return {"activation_checkpointing": True}
+    if rows > 1:
+        return {
+            "per_device_train_batch_size": rows // 2,
+            "grad_acc_steps": 2 * config.grad_acc_steps,
+            "per_device_eval_batch_size": max(1, eval_rows // 2),
+        }
+    return {"max_length": config.max_length // 2}
+
+
+def in_words(changes: dict) -> str:
+    """Changes of a Config as one would write them into a parameters cell."""
+    return ", ".join(f"{name.upper()} = {value}" for name, value in changes.items())
+
+
+def memory_saved(config: Config, changes: dict, model_config) -> int:
+    """Predicted bytes by which the changes make a step smaller."""
+    before, after = (
+        memory.estimate(model_config, memory.Run.from_config(each)).total
+        for each in (config, dataclasses.replace(config, **changes))
     )
-    halved = {"length": run.length // 2} if args.packing else {"batch": run.batch // 2}
-    rungs = [
-        (not run.checkpointing, {"checkpointing": True}, "ACTIVATION_CHECKPOINTING = True"),
-        (
-            args.packing or run.batch > 1,
-            halved,
-            "half the PER_DEVICE_TRAIN_BATCH_SIZE and GRAD_ACC_STEPS = "
-            f"{2 * args.gradient_accumulation_steps}, the same rows a step",
-        ),
-        (True, {"length": run.length // 2}, f"MAX_LENGTH = {run.length // 2}"),
-    ]
-    changes, advice = next(rung[1:] for rung in rungs if rung[0])
-    before = memory.estimate(model_config, run).total
-    saved = before - memory.estimate(model_config, dataclasses.replace(run, **changes)).total
-    return (
-        f"the GPU's memory is full: set {advice}, which saves about {saved / memory.GIB:.1f} GiB; "
-        "training goes on from the last checkpoint of the new settings"
-    )
+    return before - after
+
+
+def one_rung_down(trainer: SFTTrainer) -> SFTTrainer:
+    """A trainer of the next rung's settings, on the same model with its adapter taken off."""
+    config, tokenizer, dataset = trainer.made_from
+    changes = next_rung(config)
+    print(f"starting again with {in_words(changes)}", flush=True)
+    base = trainer.model.unload()
+    base.given_to_an_adapter = False
+    # What the failed step held, before the new trainer asks for memory: a notebook may still have
+    # the old one.
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    gc.collect()
+    torch.cuda.empty_cache()
+    smaller = build_trainer(dataclasses.replace(config, **changes), base, tokenizer, dataset)
+    own = tuple(type(callback) for callback in smaller.callback_handler.callbacks)
+    for callback in trainer.callback_handler.callbacks:
+        if not isinstance(callback, own):  # added by a notebook, as the live chart is
+            callback.trainer = smaller
+            smaller.add_callback(callback)
+    return smaller
 
 
 def kernels(trainer: SFTTrainer):
@@ -226,18 +278,46 @@ def kernels(trainer: SFTTrainer):
     return contextlib.nullcontext()
 
 
-@memory_decorator
-@time_decorator
 def fine_tune(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
     """Train, going on from the last complete checkpoint if there is one.
 
     Returns the trainer and its metrics: eval_loss_before, eval_loss_after (nats per token of the
-    answers), train_tokens_per_second (padding not counted), and what the decorators add.
+    answers), train_tokens_per_second (padding not counted), and what the decorators add. With
+    `fit_to_memory`, a step that does not fit makes way for a trainer of the next rung, which is
+    then the one returned; without it, OutOfMemory names that rung.
     """
+    while True:
+        try:
+            return train_once(trainer)
+        except OutOfMemory as full:
+            if not trainer.made_from[0].fit_to_memory:
+                raise
+            print(full, flush=True)
+        # Out here the error is gone, and with it the tensors of the step that it interrupted.
+        trainer = one_rung_down(trainer)
+
+
+def loss_before(trainer: SFTTrainer) -> float:
+    """The validation loss, measured such that training can follow.
+
+    accelerate marks a model that it has prepared for an evaluation as prepared, and under DDP
+    would then train it unwrapped: every process on its own, without a word.
+    """
+    loss = trainer.evaluate()["eval_loss"]
+    if trainer.accelerator.num_processes > 1:
+        trainer.model._is_accelerate_prepared = False
+        trainer.accelerator._models.clear()
+    return loss
+
+
+@memory_decorator
+@time_decorator
+def train_once(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
+    """`fine_tune` with the settings that the trainer has."""
     checkpoint = checkpoints.latest(Path(trainer.args.output_dir))
     stoppable = callback_of(trainer, checkpoints.StopAtStepEdge)
     with kernels(trainer), out_of_memory_advice(trainer), stoppable:
-        before = trainer.evaluate()["eval_loss"]
+        before = loss_before(trainer)
         if checkpoint and checkpoints.is_finished(checkpoint):
             checkpoints.restore_finished(trainer, checkpoint)
         else:
@@ -326,6 +406,8 @@ class LogLines(TrainerCallback):
     """Prints one line for each logging step and each evaluation, headless or not."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
         if "loss" in logs:
             print(
                 f"step {state.global_step:>4}/{state.max_steps}   loss {float(logs['loss']):.3f}   "
@@ -344,8 +426,16 @@ class LogLines(TrainerCallback):
 def save_adapter(trainer: SFTTrainer, tokenizer, config: Config) -> Path:
     """Write adapter, tokenizer and training log to run_dir/adapter, whole or not at all.
 
-    The checkpoints have done their duty then and are removed.
+    The checkpoints have done their duty then and are removed. Under DDP the first process does it.
     """
+    checkpoints.wait_for_all()  # another may still be reading its best checkpoint
+    if trainer.is_world_process_zero():
+        _write_adapter(trainer, tokenizer, config)
+    checkpoints.wait_for_all()
+    return config.adapter_dir
+
+
+def _write_adapter(trainer: SFTTrainer, tokenizer, config: Config) -> None:
     with artefacts.whole_folder(config.adapter_dir) as draft:
         trainer.model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
@@ -354,4 +444,44 @@ def save_adapter(trainer: SFTTrainer, tokenizer, config: Config) -> Path:
         (draft / integrity.TRAINING_LOG).write_text(json.dumps(log, indent=1, default=float))
         integrity.seal(draft)
     shutil.rmtree(config.checkpoints_dir, ignore_errors=True)
-    return config.adapter_dir
+
+
+def for_this_process(config: Config) -> Config:
+    """The Config with the GPU of this process, when `accelerate launch` started several.
+
+    Raises ConfigError for FIT_TO_MEMORY: one process alone would start again.
+    """
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None:
+        return config
+    if config.fit_to_memory:
+        raise ConfigError("FIT_TO_MEMORY is True, and it works in one process only: set it False")
+    if config.device == "cpu":
+        return config
+    return dataclasses.replace(config, device_map={"": int(rank)})
+
+
+def train(config: Config) -> dict:
+    """What notebook 04 does, in one call: train on notebook 02's dataset, save, record metrics/04.
+
+    In every process of DDP, of which the first one writes. Returns the metrics.
+    """
+    config = for_this_process(config)
+    # The first process comes first: it may have a model to fetch, or a dataset to tokenize.
+    with sft_config(config).main_process_first():
+        tokenizer, dataset = models.load_tokenizer(config.model_name), load_dataset(config)
+    before = memory.current_memory_bytes()
+    trainer = build_trainer(config, models.load_model(config), tokenizer, dataset)
+    trainable, every = trainer.model.get_nb_trainable_parameters()
+    trainer, metrics = fine_tune(trainer)
+    save_adapter(trainer, tokenizer, config)
+    longest = max(len(ids) for ids in trainer.train_dataset["input_ids"])
+    run = memory.Run.from_config(trainer.made_from[0], length=longest)
+    metrics |= {
+        "trainable_parameters": trainable,
+        "trainable_percent": 100 * trainable / every,
+        "peak_memory_bytes_predicted": memory.estimate(trainer.model.config, run, before).total,
+    }
+    if trainer.is_world_process_zero():
+        config.record("04", metrics)
+    return metrics

@@ -107,7 +107,7 @@ def rank_slider(matrix: np.ndarray, truncate: Callable, start: int = 8) -> ipywi
     figure, image = rank_figure(matrix, truncate, [start]), ipywidgets.HTML()
     _, picture, spectrum, error = figure.axes
     point, mark = spectrum.lines[-1], error.lines[-1]
-    draw_over = _background(figure, [picture, point, mark])
+    draw_over = background(figure, [picture, point, mark])
     singular_values = np.linalg.svd(matrix, compute_uv=False)
 
     def redraw(change=None):
@@ -125,7 +125,7 @@ def rank_slider(matrix: np.ndarray, truncate: Callable, start: int = 8) -> ipywi
     return ipywidgets.VBox([slider, image])
 
 
-def _background(figure: Figure, moving: Sequence[Artist]) -> Callable[[], bytes]:
+def background(figure: Figure, moving: Sequence[Artist]) -> Callable[[], bytes]:
     """Draw all of a figure but its moving artists once; the function returned adds them, as PNG.
 
     A step takes 10 ms so, and 170 ms with a new figure. pyplot forgets the figure.

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from helpers import checkpoints, training
+from helpers import checkpoints, live, training
 from helpers.artefacts import DiskFull
 from tests.faults.train_tiny import build, outcome, tiny_config
 
@@ -182,7 +182,10 @@ def test_a_loss_that_is_no_number_stops_the_run(config):
     ("changes", "advice"),
     [
         ({"activation_checkpointing": False}, "ACTIVATION_CHECKPOINTING = True"),
-        ({"activation_checkpointing": True}, "half the PER_DEVICE_TRAIN_BATCH_SIZE"),
+        (
+            {"activation_checkpointing": True},
+            "PER_DEVICE_TRAIN_BATCH_SIZE = 1, GRAD_ACC_STEPS = 2, PER_DEVICE_EVAL_BATCH_SIZE = 2",
+        ),
         (
             {"activation_checkpointing": True, "per_device_train_batch_size": 1},
             "MAX_LENGTH = 200",
@@ -198,6 +201,54 @@ def test_a_full_gpu_is_answered_with_the_next_rung(config, monkeypatch, changes,
     monkeypatch.setattr(trainer, "train", full)
     with pytest.raises(training.OutOfMemory, match=f"set {advice}.* saves about .* GiB"):
         training.fine_tune(trainer)
+
+
+class Card:
+    """A GPU of a given size: a step with more rows, or without checkpointing, does not fit."""
+
+    def __init__(self, monkeypatch, rows):
+        self.rows, self.asked = rows, []
+        self.step = training.SFTTrainer.training_step
+        monkeypatch.setattr(training.SFTTrainer, "training_step", self._training_step())
+
+    def _training_step(card):
+        def training_step(trainer, *args, **kwargs):
+            arguments = trainer.args
+            settings = (arguments.activation_checkpointing, arguments.per_device_train_batch_size)
+            card.asked.append((*settings, arguments.gradient_accumulation_steps))
+            if not settings[0] or settings[1] > card.rows:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return card.step(trainer, *args, **kwargs)
+
+        return training_step
+
+
+def test_a_run_may_take_the_rungs_by_itself(config, monkeypatch, capsys):
+    card = Card(monkeypatch, rows=1)
+    small = dataclasses.replace(config, fit_to_memory=True, per_device_train_batch_size=4)
+    first = build(small)
+    view = live.chart(first)
+    trainer, metrics = training.fine_tune(first)
+    assert f"step {small.max_steps} of {small.max_steps}" in view.value  # it follows the last one
+    assert list(dict.fromkeys(card.asked)) == [
+        (False, 4, 1),
+        (True, 4, 1),
+        (True, 2, 2),
+        (True, 1, 4),
+    ]
+    assert trainer.state.global_step == small.max_steps and metrics["exec_time_seconds"] > 0
+    said = capsys.readouterr().out
+    assert said.count("the GPU's memory is full: set ") == 3
+    assert "starting again with ACTIVATION_CHECKPOINTING = True\n" in said
+
+
+def test_a_run_that_took_rungs_is_the_run_that_began_there(config, monkeypatch):
+    rung = {"activation_checkpointing": True, "per_device_train_batch_size": 1, "grad_acc_steps": 2}
+    expected, _ = finish(dataclasses.replace(config, **rung, per_device_eval_batch_size=2))
+    shutil.rmtree(config.checkpoints_dir)
+    Card(monkeypatch, rows=1)
+    found, _ = finish(dataclasses.replace(config, fit_to_memory=True))
+    assert found == expected
 
 
 # -- A process that is killed.

@@ -1,14 +1,17 @@
 """Training and merging on a tiny model: what is trained, saved, resumed, merged and measured."""
 
+import dataclasses
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from helpers import checkpoints, memory, merging, models, prompts, training
-from helpers.config import Config
+from helpers.config import Config, ConfigError
 from tests.faults.train_tiny import write_dataset
 from tests.notebook_code import definitions_from
 
@@ -55,8 +58,6 @@ def test_the_loss_falls_on_the_answer_and_its_end_alone(config, tokenizer):
 
 
 def test_the_article_profile_counts_the_prompt_too(config, tokenizer):
-    import dataclasses
-
     whole = dataclasses.replace(config, completion_only_loss=False)
     batch = next(iter(trainer_for(whole, tokenizer).get_train_dataloader()))
     padding = batch["attention_mask"] == 0
@@ -89,8 +90,6 @@ def test_the_adapter_is_saved_whole_and_the_checkpoints_are_gone(trained, config
 
 
 def test_other_settings_have_other_checkpoints(config):
-    import dataclasses
-
     folders = {
         checkpoints.folder_of(config),
         checkpoints.folder_of(dataclasses.replace(config, lora_r=8)),
@@ -110,6 +109,33 @@ def test_adapters_are_float32_where_bfloat16_is_not_to_be_had(config, tokenizer)
             parameter.data = parameter.data.to(torch.bfloat16)
     training.keep_adapter_in_float32(tuned)
     assert {p.dtype for p in tuned.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "trackio"])
+def test_a_tracker_that_is_not_installed_is_named(config, tokenizer, monkeypatch, package):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"REPORT_TO is '{package}', .*pip install {package}"):
+        training.prepare_tracker(dataclasses.replace(config, report_to=package))
+
+
+def test_a_tracker_keeps_its_files_in_the_run_folder(config, monkeypatch):
+    for package, name in (("tensorboard", "TENSORBOARD_LOGGING_DIR"), ("trackio", "TRACKIO_DIR")):
+        monkeypatch.setenv(name, "elsewhere")
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+        tracked = dataclasses.replace(config, report_to=package)
+        training.prepare_tracker(tracked)
+        assert config.run_dir / package in Path(os.environ[name]).parents
+        assert training.sft_config(tracked).report_to == [package]
+        assert checkpoints.folder_of(tracked) == checkpoints.folder_of(config)
+
+
+def test_tensorboard_gets_the_log(config, tokenizer, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
+    trainer = trainer_for(dataclasses.replace(config, report_to="tensorboard"), tokenizer)
+    training.fine_tune(trainer)
+    (events,) = (config.run_dir / "tensorboard").rglob("events.out.*")
+    assert b"train/learning_rate" in events.read_bytes()
 
 
 # -- Merging
@@ -177,8 +203,6 @@ def test_merging_by_parts_needs_a_16_bit_target(trained, config, tokenizer):
 
 
 def test_a_model_that_does_not_fit_the_gpu_is_merged_on_the_cpu(trained, config, monkeypatch):
-    import dataclasses
-
     on_gpu = dataclasses.replace(config, device_map={"": 0})
     needed = merging.bytes_needed(config, "16bit")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed - 1, needed))

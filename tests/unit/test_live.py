@@ -1,0 +1,99 @@
+"""The live chart: it follows the log, is drawn fast and not too often, and leaves no figure."""
+
+import time
+
+import matplotlib.pyplot as plt
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from helpers import live, models, training
+from tests.faults.train_tiny import write_dataset
+
+PNG_AS_DATA = 'src="data:image/png;base64,iVBORw0KGgo'
+
+
+def history(last: int) -> list[dict]:
+    """A log line each 5 steps, an evaluation each 10."""
+    entries = []
+    for step in range(5, last + 1, 5):
+        line = {"learning_rate": 1e-3, "grad_norm": 1.0, "num_tokens": 100.0 * step}
+        entries.append({"step": step, "loss": 2 - step / 1000, **line})
+        entries += [{"step": step, "eval_loss": 2.5}] if step % 10 == 0 else []
+    return entries
+
+
+def step_log(last: int) -> list[dict]:
+    return [
+        {"step": n, "seconds": 0.5, "memory_bytes": 2**30, "peak_memory_bytes": 2**30}
+        for n in range(1, last + 1)
+    ]
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "step_log", lambda trainer: step_log(400))
+    chart = live.LiveChart(trainer=None)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+
+    def call(event: str, step: int):
+        state = TrainerState(global_step=step, max_steps=400, log_history=history(step))
+        getattr(chart, event)(arguments, state, TrainerControl())
+        return chart.view.value
+
+    return call
+
+
+def test_it_draws_the_log_and_says_it_in_words(call, monkeypatch):
+    monkeypatch.setattr(live, "SECONDS_BETWEEN_PICTURES", 0)
+    open_before = plt.get_fignums()
+    call("on_train_begin", 0)
+    first, second = call("on_log", 20), call("on_log", 40)
+    assert PNG_AS_DATA in first and PNG_AS_DATA in second
+    assert first.split("base64,")[1] != second.split("base64,")[1]
+    for words in (
+        "step 40 of 400",
+        "training loss 1.96 nats per",
+        "rate 0.001,",
+        "speed 200 ",
+        " left.",
+    ):
+        assert words in second.split('alt="')[1].split('"')[0], words
+    assert "; done." in call("on_train_end", 400)
+    assert plt.get_fignums() == open_before
+
+
+def test_it_is_drawn_once_a_second_at_most_and_at_the_end(call):
+    call("on_train_begin", 0)
+    first = call("on_log", 20)
+    assert call("on_log", 25) == first
+    assert call("on_train_end", 25) != first
+
+
+def test_a_picture_takes_less_than_a_tenth_of_a_second(call, monkeypatch):
+    monkeypatch.setattr(live, "SECONDS_BETWEEN_PICTURES", 0)
+    call("on_train_begin", 0)
+    call("on_log", 395)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call("on_log", 400)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.1, times
+
+
+def test_speed_is_counted_through_a_resume():
+    entries = [{"step": 5, "loss": 1.0, "num_tokens": 500.0}]
+    entries += [{"step": 10, "loss": 1.0, "num_tokens": 250.0}]  # trl began at zero again
+    assert live.speeds(entries, step_log(10)) == [(5, 200.0), (10, 100.0)]
+
+
+def test_training_feeds_the_chart_and_still_prints_its_lines(tiny_config, tokenizer, capsys):
+    write_dataset(tiny_config, rows=8, held_out=2)
+    trainer = training.build_trainer(
+        tiny_config, models.load_model(tiny_config), tokenizer, training.load_dataset(tiny_config)
+    )
+    view = live.chart(trainer)
+    assert "img" not in view.value
+    training.fine_tune(trainer)
+    assert "step 2 of 2" in view.value and "speed" in view.value and "done" in view.value
+    assert "step    2/2   loss" in capsys.readouterr().out
