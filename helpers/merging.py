@@ -20,7 +20,13 @@ from transformers import AutoConfig
 
 from helpers import artefacts, hub, memory, models, prompts
 from helpers.config import ALL_LINEAR_TARGETS, PROJECT_DIR, Config
-from helpers.integrity import ADAPTER_WEIGHTS, check_adapter, read_metrics
+from helpers.integrity import (
+    ADAPTER_WEIGHTS,
+    check_adapter,
+    check_merged,
+    read_metrics,
+    seal_merged,
+)
 
 MERGES = ("16bit", "dequantized", "4bit")
 GENERAL_TEXT = PROJECT_DIR / "data" / "general.txt"
@@ -82,14 +88,16 @@ def save_merged(model, tokenizer, config: Config) -> Path:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with artefacts.whole_folder(config.merged_dir, size) as draft:
         model.save_pretrained(draft)
-        _save_tokenizer(tokenizer, draft, config)
+        _finish(draft, tokenizer, config)
     return config.merged_dir
 
 
-def _save_tokenizer(tokenizer, folder: Path, config: Config) -> None:
+def _finish(folder: Path, tokenizer, config: Config) -> None:
+    """Add what belongs to the weights of a merged model: tokenizer, chat template, seal."""
     tokenizer.save_pretrained(folder)
     template = prompts.chat_template(config.system_message)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    seal_merged(folder, config)
 
 
 def merge_by_parts(config: Config, into: str, tokenizer, part_bytes: int = 10**9) -> Path:
@@ -116,7 +124,7 @@ def merge_by_parts(config: Config, into: str, tokenizer, part_bytes: int = 10**9
         shape = AutoConfig.from_pretrained(base)
         shape.dtype = getattr(torch, config.bnb_4bit_compute_dtype)
         shape.save_pretrained(draft)
-        _save_tokenizer(tokenizer, draft, config)
+        _finish(draft, tokenizer, config)
     return config.merged_dir
 
 
@@ -208,7 +216,7 @@ def push_model(config: Config) -> str:
 
     In one commit, so that nothing is left half-uploaded. Raises NotLoggedIn without a login.
     """
-    folder = config.require(config.merged_dir, "05")
+    folder = check_merged(config)
     name = hub.own_repository(config.hf_hub_model_name)
     (folder / "README.md").write_text(model_card(config), encoding="utf-8")
     api = huggingface_hub.HfApi()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import curation, inference, integrity, merging, models, training
+from helpers import curation, export, inference, integrity, merging, models, training
 from helpers.integrity import ArtefactError, ArtefactWarning
 from tests.faults.finished_run import contents, copy_run, make_run
 
@@ -160,6 +160,60 @@ def test_the_same_dataset_written_anew_is_the_same(config):
     with warnings.catch_warnings():
         warnings.simplefilter("error", ArtefactWarning)
         merging.load_tuned(config)
+
+
+# -- The merged model.
+
+
+def train_again(config):
+    """Another adapter over the one that lies there, as notebook 04 writes it."""
+    flip_a_bit(config.run_dir / ADAPTER, 1)
+    integrity.seal(config.adapter_dir)
+
+
+@pytest.fixture
+def merged(config, tokenizer):
+    merging.save_merged(merging.merge(config, "16bit"), tokenizer, config)
+    return config
+
+
+def test_a_merged_model_is_sealed_and_accepted(merged, tokenizer):
+    command = ["sha256sum", "--check", "--strict", "--quiet", integrity.SEAL]
+    assert subprocess.run(command, cwd=merged.merged_dir).returncode == 0
+    assert integrity.check_merged(merged) == merged.merged_dir
+    merging.merge_by_parts(merged, "16bit", tokenizer)
+    assert integrity.check_merged(merged) == merged.merged_dir
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        integrity.check_merged,
+        lambda config: inference.load(config, "merged"),
+        lambda config: inference.load(config, "requantized"),
+        merging.push_model,
+        export.export_gguf,
+    ],
+)
+def test_a_merge_of_an_earlier_adapter_is_refused_wherever_it_is_used(merged, use):
+    train_again(merged)
+    words = "merged was merged from another adapter than notebook 04 has written since: .*05 again"
+    refuses(merged, use, words)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "merge.json"])
+def test_one_flipped_bit_in_the_merged_model_is_found(merged, name, seed):
+    flip_a_bit(merged.merged_dir / name, seed)
+    words = f"{name} is damaged or changed since it was written: run notebook 05 again"
+    refuses(merged, lambda config: inference.load(config, "merged"), words)
+
+
+def test_a_merged_model_from_elsewhere_has_no_record_and_loads(merged):
+    train_again(merged)
+    for name in (integrity.SEAL, integrity.MERGE_RECORD):
+        (merged.merged_dir / name).unlink()
+    inference.load(merged, "merged")
 
 
 # -- Dataset.
