@@ -24,7 +24,6 @@ from helpers.integrity import (
     ADAPTER_WEIGHTS,
     check_adapter,
     check_merged,
-    read_metrics,
     seal_merged,
 )
 
@@ -218,35 +217,8 @@ def push_model(config: Config) -> str:
     """
     folder = check_merged(config)
     name = hub.own_repository(config.hf_hub_model_name)
-    (folder / "README.md").write_text(model_card(config), encoding="utf-8")
+    (folder / "README.md").write_text(hub.model_card(config), encoding="utf-8")
     api = huggingface_hub.HfApi()
     api.create_repo(name, exist_ok=True)
     api.upload_folder(repo_id=name, folder_path=folder, commit_message="Merged model and tokenizer")
     return name
-
-
-def model_card(config: Config) -> str:
-    """The README.md of the merged model, filled in from the metrics of the run."""
-    numbers = {
-        name: value
-        for lesson, metrics in read_metrics(config).items()
-        for name, value in metrics.items()
-        if lesson >= "04"
-    }
-    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in numbers.items())
-    return f"""---
-base_model: {config.model_name}
-tags: [qlora, code, python]
----
-# {config.new_model_name}
-
-{config.model_name}, tuned by QLoRA (rank {config.lora_r} on {", ".join(config.target_modules)}) on
-`{config.data_source}` and merged ({config.merge_into}).
-System message: "{config.system_message}"
-
-| measured | value |
-|---|---|
-{rows}
-
-It answers in the form of its training data. Whether its code is right has to be tested.
-"""

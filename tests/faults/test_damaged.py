@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import curation, export, inference, integrity, merging, models, training
+from helpers import curation, export, hub, inference, integrity, merging, models, training
 from helpers.integrity import ArtefactError, ArtefactWarning
 from tests.faults.finished_run import contents, copy_run, make_run
 
@@ -63,7 +63,7 @@ def test_an_undamaged_run_loads_without_a_word(config):
         warnings.simplefilter("error", ArtefactWarning)
         merging.load_tuned(config)
         assert len(training.load_dataset(config)["train"]) == 16
-        assert "| eval_loss_after | 1.5 |" in merging.model_card(config)
+        assert "| eval_loss_after | 1.5 |" in hub.model_card(config)
 
 
 def test_the_seal_is_what_sha256sum_checks(config):
@@ -267,7 +267,7 @@ def test_what_a_library_leaves_beside_the_dataset_is_no_damage(config):
 def test_damaged_metrics_are_named_and_the_others_stay(config, data, words):
     (config.metrics_dir / "04.json").write_bytes(data)
     refuses(config, integrity.read_metrics, words)
-    refuses(config, merging.model_card, words)
+    refuses(config, hub.model_card, words)
     assert json.loads((config.metrics_dir / "05.json").read_text()) == {"eval_loss_merged": 1.6}
 
 
