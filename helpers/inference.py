@@ -2,6 +2,7 @@
 
 import gc
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Thread
 
@@ -10,6 +11,7 @@ from transformers import TextIteratorStreamer
 
 from helpers import merging, models, prompts
 from helpers.config import LINKED_LIST_PROMPT, Config
+from helpers.integrity import check_merged
 
 # What `ask` calls a model, and the article's two names for the first two.
 MODELS = {
@@ -46,7 +48,7 @@ def load(config: Config, which: str):
     if MODELS[which] == "tuned":
         return merging.load_tuned(config)
     in_4_bits = which == "requantized" or config.merge_into == "4bit"
-    folder = config.require(config.merged_dir, "05")
+    folder = check_merged(config)
     if not in_4_bits:
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         config = merging.with_room(config, size)
@@ -60,16 +62,27 @@ def answer_alone(
     model = load(config, which)
     answers = answer_all(model, tokenizer, rendered_prompts, config, temperature)
     del model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     return answers
 
 
+def free_memory() -> None:
+    """Give back what a deleted model held, also on the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def chat_prompt(tokenizer, user: str, system: str) -> str | None:
-    """A request in the model's own chat template, without BOS; None for a model that has none."""
+    """A request in the model's own chat template, without BOS; None for a model that has none.
+
+    A control token that the user spells gets a space after its first character, and is text.
+    """
     if not tokenizer.chat_template:
         return None
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            user = user.replace(token.content, f"{token.content[0]} {token.content[1:]}")
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return text.removeprefix(tokenizer.bos_token or "")  # the tokenizer writes it again
@@ -91,8 +104,8 @@ def answer_all(
     answers, start = {}, time.perf_counter()
     for first in range(0, len(by_length), config.generation_batch_size):
         batch = by_length[first : first + config.generation_batch_size]
-        texts = [rendered_prompts[i] for i in batch]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+        ids = {"input_ids": [prompts.encode_prompt(tokenizer, rendered_prompts[i]) for i in batch]}
+        inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt")
         output = model.generate(**inputs.to(model.device), **options)
         for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             answers[i] = _answer(rendered_prompts[i], ids, tokenizer)
@@ -100,22 +113,29 @@ def answer_all(
 
 
 def stream(model, tokenizer, rendered_prompt: str, config: Config):
-    """Yield an answer piece by piece, as it is generated."""
+    """Yield an answer piece by piece, as it is generated; the generator returns the Answer."""
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    inputs = tokenizer(rendered_prompt, return_tensors="pt").to(model.device)
-    options = {**inputs, **_options(tokenizer, config), "streamer": streamer}
-    worker = Thread(target=model.generate, kwargs=options, daemon=True)
-    worker.start()
+    ids = torch.tensor([prompts.encode_prompt(tokenizer, rendered_prompt)], device=model.device)
+    options = {"attention_mask": torch.ones_like(ids), **_options(tokenizer, config)}
+    result = Future()
+
+    def generate():
+        try:
+            result.set_result(model.generate(ids, streamer=streamer, **options))
+        except Exception as error:  # raised again below; without an end the reader waits for ever
+            result.set_exception(error)
+            streamer.end()
+
+    Thread(target=generate, daemon=True).start()
     yield from streamer
-    worker.join()
+    return _answer(rendered_prompt, result.result()[0, ids.shape[1] :].tolist(), tokenizer)
 
 
 def ask(config: Config, which: str, question: str = LINKED_LIST_PROMPT):
     """Yield the answer of one of MODELS to a question, in the training template."""
+    prompt = prompts.render_prompt(question, config.system_message)
     model, tokenizer = load(config, which), models.load_tokenizer(config.model_name)
-    yield from stream(
-        model, tokenizer, prompts.render_prompt(question, config.system_message), config
-    )
+    yield from stream(model, tokenizer, prompt, config)
 
 
 def _options(tokenizer, config: Config, temperature: float = 0.0) -> dict:

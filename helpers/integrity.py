@@ -18,6 +18,7 @@ from helpers.config import Config
 SEAL = "SHA256SUMS"
 ADAPTER_WEIGHTS, ADAPTER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 TRAINING_LOG, TOKENIZER = "training_log.json", "tokenizer.json"
+MERGE_RECORD = "merge.json"
 POINTER = b"version https://git-lfs"
 
 
@@ -120,6 +121,34 @@ def check_adapter(config: Config) -> Path:
     other = _other_recipe(config, folder) or _other_settings(config, settings)
     for complaint in (*other, *_other_dataset(config, folder)):
         warnings.warn(f"{complaint}, or {_again('04')}", ArtefactWarning, stacklevel=3)
+    return folder
+
+
+def seal_merged(folder: Path, config: Config) -> None:
+    """Seal a merged model, with the SHA-256 of the adapter in it, if the run folder has one."""
+    adapter = config.adapter_dir / ADAPTER_WEIGHTS
+    if adapter.is_file():
+        record = json.dumps({"adapter_sha256": sha256(adapter)})
+        (folder / MERGE_RECORD).write_text(record, encoding="utf-8")
+    seal(folder)
+
+
+def check_merged(config: Config) -> Path:
+    """The merged model's folder, when it is whole and made from the adapter that lies beside it.
+
+    Raises FileNotFoundError and ArtefactError. One without a record of its adapter came from
+    elsewhere and is taken as it is.
+    """
+    folder = config.require(config.merged_dir, "05")
+    check_seal(folder, "05")
+    check_model(str(folder))
+    record, adapter = folder / MERGE_RECORD, config.adapter_dir / ADAPTER_WEIGHTS
+    if record.is_file() and adapter.is_file():
+        if _read(record, _again("05")).get("adapter_sha256") != sha256(adapter):
+            raise ArtefactError(
+                f"the model in {folder} was merged from another adapter than notebook 04 has "
+                f"written since: {_again('05')}"
+            )
     return folder
 
 

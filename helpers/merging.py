@@ -20,7 +20,12 @@ from transformers import AutoConfig
 
 from helpers import artefacts, hub, memory, models, prompts
 from helpers.config import ALL_LINEAR_TARGETS, PROJECT_DIR, Config
-from helpers.integrity import ADAPTER_WEIGHTS, check_adapter, read_metrics
+from helpers.integrity import (
+    ADAPTER_WEIGHTS,
+    check_adapter,
+    check_merged,
+    seal_merged,
+)
 
 MERGES = ("16bit", "dequantized", "4bit")
 GENERAL_TEXT = PROJECT_DIR / "data" / "general.txt"
@@ -82,14 +87,16 @@ def save_merged(model, tokenizer, config: Config) -> Path:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with artefacts.whole_folder(config.merged_dir, size) as draft:
         model.save_pretrained(draft)
-        _save_tokenizer(tokenizer, draft, config)
+        _finish(draft, tokenizer, config)
     return config.merged_dir
 
 
-def _save_tokenizer(tokenizer, folder: Path, config: Config) -> None:
+def _finish(folder: Path, tokenizer, config: Config) -> None:
+    """Add what belongs to the weights of a merged model: tokenizer, chat template, seal."""
     tokenizer.save_pretrained(folder)
     template = prompts.chat_template(config.system_message)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    seal_merged(folder, config)
 
 
 def merge_by_parts(config: Config, into: str, tokenizer, part_bytes: int = 10**9) -> Path:
@@ -116,7 +123,7 @@ def merge_by_parts(config: Config, into: str, tokenizer, part_bytes: int = 10**9
         shape = AutoConfig.from_pretrained(base)
         shape.dtype = getattr(torch, config.bnb_4bit_compute_dtype)
         shape.save_pretrained(draft)
-        _save_tokenizer(tokenizer, draft, config)
+        _finish(draft, tokenizer, config)
     return config.merged_dir
 
 
@@ -208,37 +215,10 @@ def push_model(config: Config) -> str:
 
     In one commit, so that nothing is left half-uploaded. Raises NotLoggedIn without a login.
     """
-    folder = config.require(config.merged_dir, "05")
+    folder = check_merged(config)
     name = hub.own_repository(config.hf_hub_model_name)
-    (folder / "README.md").write_text(model_card(config), encoding="utf-8")
+    (folder / "README.md").write_text(hub.model_card(config), encoding="utf-8")
     api = huggingface_hub.HfApi()
     api.create_repo(name, exist_ok=True)
     api.upload_folder(repo_id=name, folder_path=folder, commit_message="Merged model and tokenizer")
     return name
-
-
-def model_card(config: Config) -> str:
-    """The README.md of the merged model, filled in from the metrics of the run."""
-    numbers = {
-        name: value
-        for lesson, metrics in read_metrics(config).items()
-        for name, value in metrics.items()
-        if lesson >= "04"
-    }
-    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in numbers.items())
-    return f"""---
-base_model: {config.model_name}
-tags: [qlora, code, python]
----
-# {config.new_model_name}
-
-{config.model_name}, tuned by QLoRA (rank {config.lora_r} on {", ".join(config.target_modules)}) on
-`{config.data_source}` and merged ({config.merge_into}).
-System message: "{config.system_message}"
-
-| measured | value |
-|---|---|
-{rows}
-
-It answers in the form of its training data. Whether its code is right has to be tested.
-"""

@@ -116,6 +116,16 @@ def encode(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
     return {"input_ids": input_ids, "labels": ignored + input_ids[len(prompt_ids) :]}
 
 
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Token ids of a rendered prompt, BOS first.
+
+    The training template is plain text, so what spells a control token in it was typed, and stays
+    text. Any other prompt is in a chat template, whose control tokens are its own.
+    """
+    typed = prompt.startswith(OPEN_USER)
+    return tokenizer(prompt, split_special_tokens=typed)["input_ids"]
+
+
 def verify(tokenizer, prompt: str, completion: str) -> list[str]:
     """What is wrong with a training row, one sentence each; an empty list when it is well formed.
 

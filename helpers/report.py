@@ -166,16 +166,18 @@ def _merge_rows(metrics: dict) -> list[tuple]:
     return [(name, f"{value:.4f}") for name, value in found.items()]
 
 
-def score_rows(metrics: dict) -> list[tuple]:
-    """(what, base, tuned) as text such as 0.50 [0.30, 0.70], for the scores that were taken."""
+def score_rows(metrics: dict, models: Sequence[str] = ("base", "tuned")) -> list[tuple]:
+    """(what, a text such as 0.50 [0.30, 0.70] for each model) of the scores that were taken."""
     from helpers import evaluation  # loads torch, so only a run that has scores does it
 
-    def with_interval(rate: float) -> str:
-        low, high = evaluation.interval(round(rate * metrics["problems"]), metrics["problems"])
+    def with_interval(rate: float, model: str) -> str:
+        fewer = model in ("merged", "requantized")
+        problems = metrics["problems_merged" if fewer else "problems"]
+        low, high = evaluation.interval(round(rate * problems), problems)
         return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
 
     return [
-        (what, *(with_interval(metrics[f"{name}_rate_{which}"]) for which in ("base", "tuned")))
+        (what, *(with_interval(metrics[f"{name}_rate_{model}"], model) for model in models))
         for name, what in SCORES.items()
         if f"{name}_rate_base" in metrics
     ]

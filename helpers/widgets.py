@@ -19,12 +19,27 @@ from IPython.display import display
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
 
 from helpers import memory, plots, prompts
+from helpers.markdown import FENCE
 from helpers.untrusted import visible
 
 # JupyterLab breaks such text within words, and nbconvert's pages set no fixed-width font for it.
 WRAPPED = "white-space:pre-wrap;overflow-wrap:anywhere;word-break:normal;font-family:monospace"
+# Code brings its own background, so that its colours can be read in a light and in a dark theme.
+CODE = "display:block;background:#f6f6f6;color:#000;padding:2px 6px"
+CODE_STYLE = "xcode"  # the one of pygments whose every colour has a contrast of 4.5 or more on it
+BADGE = "border:1px solid;border-radius:4px;padding:0 5px;margin-right:4px;white-space:nowrap"
+# Fields of evaluation.Score, and what an answer that has it or lacks it is said to do.
+VERDICTS = {
+    "stops": ("stops by itself", "does not stop"),
+    "parses": ("code that parses", "no code that parses"),
+    "steps": ("explains in steps", "no steps"),
+    "passes": ("passes its tests", "fails its tests"),
+}
 
 
 def figure_png(figure: Figure) -> bytes:
@@ -199,25 +214,62 @@ def will_it_fit(models: dict, cards: dict[str, int], run: memory.Run) -> ipywidg
     return ipywidgets.VBox([ipywidgets.HBox([model, card]), sentence, image])
 
 
-def show_side_by_side(question: str, base: str, tuned: str) -> None:
-    """Display two answers in two columns, as text: generated HTML or script is shown, never run."""
+def answer_html(text: str) -> str:
+    """An answer in fixed width, the code in its fences coloured. Every character is text."""
+    text, parts, end = visible(text), [], 0
+    lexer = PythonLexer(stripnl=False, ensurenl=False)
+    formatter = HtmlFormatter(nowrap=True, noclasses=True, style=CODE_STYLE)
+    for block in FENCE.finditer(text):
+        parts.append(html.escape(text[end : block.start(3)]))
+        parts.append(f'<span style="{CODE}">{highlight(block[3], lexer, formatter)}</span>')
+        end = block.end(3)
+    return f'<pre style="{WRAPPED}">{"".join(parts)}{html.escape(text[end:])}</pre>'
+
+
+def badges(score) -> list[str]:
+    """What an `evaluation.Score` says of an answer, each as a mark and words."""
+    found = {name: getattr(score, name) for name in VERDICTS}
+    words = [
+        f"\u2713 {VERDICTS[name][0]}" if value else f"\u2717 {VERDICTS[name][1]}"
+        for name, value in found.items()
+        if value is not None
+    ]
+    return words if found["passes"] is not None else [*words, "- not tested"]
+
+
+def _badges_html(score) -> str:
+    return " ".join(f'<span style="{BADGE}">{badge}</span>' for badge in badges(score))
+
+
+def show_side_by_side(question: str, base: str, tuned: str, scores: Sequence = ()) -> None:
+    """Display two answers in two columns, as text: generated HTML or script is shown, never run.
+
+    `scores`, the `evaluation.Score` of each, stand under them in words.
+    """
+    answers = [base, tuned]
+    under = [_badges_html(score) for score in scores] or ["", ""]
+    below = ["\n" + ", ".join(badges(score)) for score in scores] or ["", ""]
     # The style is for JupyterLab, the attributes for GitHub, which strips styles.
     left = "style='text-align:left;vertical-align:top' align='left' valign='top'"
     heads = "".join(f"<th scope='col' {left}>{name}</th>" for name in ("base", "tuned"))
-    cells = "".join(f"<td {left}>{_escaped(text)}</td>" for text in (base, tuned))
+    cells = "".join(
+        f"<td {left}>{answer_html(text)}{marks}</td>"
+        for text, marks in zip(answers, under, strict=True)
+    )
     # The question in <pre>, or its dollars would be read as formulas.
     table = f"{_escaped(question)}<table><tr>{heads}</tr><tr>{cells}</tr></table>"
-    plain = visible(f"{question}\n\n-- base\n{base}\n\n-- tuned\n{tuned}")
+    plain = visible(f"{question}\n\n-- base\n{base}{below[0]}\n\n-- tuned\n{tuned}{below[1]}")
     display({"text/html": table, "text/plain": plain}, raw=True)
 
 
 def side_by_side(
-    answerers: dict[str, Callable[[str], Iterable[str]]], question: str = ""
+    answerers: dict[str, Callable[[str], Iterable]], question: str = ""
 ) -> ipywidgets.VBox:
     """A field for a question and a button; every answerer streams into a column of its own.
 
-    An answerer takes the question and yields its answer piece by piece. One after the other, so
-    that they do not compete for the processor. Its twin is `show_side_by_side`.
+    An answerer takes the question and yields its answer piece by piece, and last, if it can, its
+    `evaluation.Score`. One after the other, so that they do not compete for the processor. Its twin
+    is `show_side_by_side`.
     """
     wide = ipywidgets.Layout(width="100%")
     field = ipywidgets.Textarea(value=question, description="question", rows=3, layout=wide)
@@ -230,10 +282,14 @@ def side_by_side(
             for column in columns.values():
                 column.value = ""
             for name, stream in answerers.items():
-                text = f"{name}\n\n"
+                text, marks = f"{name}\n\n", ""
+                columns[name].value = _escaped(f"{text}(the model is being loaded)")
                 for piece in stream(field.value):
-                    text += piece
-                    columns[name].value = _escaped(text)
+                    if isinstance(piece, str):
+                        text += piece
+                    else:
+                        marks = _badges_html(piece)
+                    columns[name].value = answer_html(text) + marks
         except Exception as error:  # raised again, but in a callback it would reach a log only
             columns[name].value = _escaped(f"{name} gave no answer: {error}")
             raise

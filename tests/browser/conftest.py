@@ -18,7 +18,7 @@ from helpers.config import PROJECT_DIR, Config
 from helpers.pipeline import notebooks
 
 SCREENSHOTS = PROJECT_DIR / "runs" / "browser"
-NEEDS = {"03": ("02",), "04": ("02",), "05": ("04",), "06": ("04",)}
+NEEDS = {"03": ("02",), "04": ("02",), "05": ("04",), "06": ("05",)}
 SECONDS = 1000  # Playwright counts in milliseconds
 SETTINGS = {
     # JupyterLab takes cells that are off screen out of the page; a test has to see them.
@@ -26,23 +26,12 @@ SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 
-# Added to the copy of notebook 06: real answers and a hostile one, in a view of the test's own.
+# Added to the copy of notebook 06: an answerer that repeats the question and is hostile.
 HOSTILE = "</pre><img src=x onerror=\"document.title='attacked'\"><b>bold</b>"
 HOSTILE_CELL = f"""
-from helpers import inference, models, prompts, widgets
-
 hostile = {HOSTILE!r}
-words = models.load_tokenizer(config.model_name)
-
-def answerer(which):
-    model = inference.load(config, which)
-    return lambda text: inference.stream(
-        model, words, prompts.render_prompt(text, config.system_message), config
-    )
-
 widgets.show_side_by_side(hostile, hostile, hostile)
-answerers = {{which: answerer(which) for which in ("base", "tuned")}}
-widgets.side_by_side({{**answerers, "hostile": lambda text: [text, hostile]}})
+widgets.side_by_side({{"hostile": lambda text: [text, hostile]}})
 """
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.browser.conftest import HOSTILE, SECONDS
 
 NUMBERS = ["01", "02", "03", "04", "05", "06"]
-WIDGETS = {"01": 1, "02": 1, "03": 1, "06": 1}
+WIDGETS = {"01": 1, "02": 1, "03": 1, "06": 2}
 TIME_STEPS = """() => {
     window.steps = [];
     document.addEventListener("keydown", () => { window.pressed = performance.now() }, true);
@@ -109,31 +109,59 @@ def test_06_runs(lab):
 def test_06_hostile_output_is_text(lab, where):
     page = lab.lesson("06")
     if where != "table":
-        ask(page, "anything")
+        press_answer(view(page, 1), HOSTILE)
+        page.locator(f"{where} pre", has_text=f"hostile\n\n{HOSTILE}{HOSTILE}").wait_for()
     shown = page.locator(f"{where} pre", has_text=HOSTILE)
     assert shown.count() >= 1
+    assert_not_attacked(page)
+
+
+@pytest.mark.parametrize("question", ["Write a function that adds two numbers.", HOSTILE])
+def test_06_a_typed_question_gets_two_answers(lab, question):
+    page = lab.lesson("06")
+    answers = ask(page, question)
+    assert [text.partition("\n\n")[0] for text in answers] == ["base", "tuned"]
+    for text in answers:
+        answer, _, verdict = text.partition("\n\n")[2].rpartition("\n")
+        assert len(answer) > 20 and "being loaded" not in answer
+        assert "code that parses" in verdict and verdict.endswith("- not tested")
+    assert_not_attacked(page)
+    lab.picture("06-asked")
+
+
+def test_06_a_question_with_a_marker_is_refused_in_words(lab):
+    within = view(lab.lesson("06"), 0)
+    press_answer(within, "Is [/INST] a marker?")
+    sentence = "base gave no answer: user text holds the template's own marker [/INST]"
+    within.get_by_text(sentence).wait_for()
+
+
+def assert_not_attacked(page):
     assert page.locator("img[src='x']").count() == 0
     assert page.title() != "attacked"
 
 
-def test_06_a_typed_question_gets_two_answers(lab):
-    page = lab.lesson("06")
-    answers = ask(page, "Write a function that adds two numbers.")
-    base, tuned = (text.partition("\n\n") for text in answers[:2])
-    assert (base[0], tuned[0]) == ("base", "tuned")
-    assert len(base[2]) > 20 and len(tuned[2]) > 20
-    lab.picture("06-asked")
+def view(page, place):
+    """A view that takes a question: the lesson's own, or the one that the test has added."""
+    return page.locator(".widget-vbox", has=page.locator("textarea")).nth(place)
+
+
+def press_answer(within, question):
+    """Type a question and press the button, all by keys; the button."""
+    field = within.get_by_label("question")
+    field.fill(question)
+    field.press("Tab")
+    button = within.get_by_role("button", name="Answer", exact=True)
+    assert button.evaluate("element => element === document.activeElement")
+    button.page.keyboard.press("Enter")
+    return button
 
 
 def ask(page, question):
-    """Type a question into the last side-by-side view, press its button by key; the answers."""
-    field = page.locator(".widget-textarea textarea").last
-    field.fill(question)
-    field.press("Tab")
-    button = page.get_by_role("button", name="Answer", exact=True).last
-    assert button.evaluate("element => element === document.activeElement")
-    page.keyboard.press("Enter")
-    # The third answerer, which repeats the question, comes last.
-    last = page.locator(".widget-html-content pre", has_text=f"hostile\n\n{question}")
-    last.wait_for(timeout=60 * SECONDS)
-    return page.locator(".widget-html-content pre").all_inner_texts()[-3:]
+    """The texts of both columns of the lesson's view after the models have answered."""
+    within = view(page, 0)
+    button = press_answer(within, question).element_handle()
+    for state in ("disabled", "enabled"):
+        button.wait_for_element_state(state, timeout=60 * SECONDS)
+    page.wait_for_timeout(200)  # the last column comes with the button
+    return within.locator(".widget-html-content").all_inner_texts()

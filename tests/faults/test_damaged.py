@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import curation, inference, integrity, merging, models, training
+from helpers import curation, export, hub, inference, integrity, merging, models, training
 from helpers.integrity import ArtefactError, ArtefactWarning
 from tests.faults.finished_run import contents, copy_run, make_run
 
@@ -63,7 +63,7 @@ def test_an_undamaged_run_loads_without_a_word(config):
         warnings.simplefilter("error", ArtefactWarning)
         merging.load_tuned(config)
         assert len(training.load_dataset(config)["train"]) == 16
-        assert "| eval_loss_after | 1.5 |" in merging.model_card(config)
+        assert "| eval_loss_after | 1.5 |" in hub.model_card(config)
 
 
 def test_the_seal_is_what_sha256sum_checks(config):
@@ -173,6 +173,60 @@ def test_the_same_dataset_written_anew_is_the_same(config):
         merging.load_tuned(config)
 
 
+# -- The merged model.
+
+
+def train_again(config):
+    """Another adapter over the one that lies there, as notebook 04 writes it."""
+    flip_a_bit(config.run_dir / ADAPTER, 1)
+    integrity.seal(config.adapter_dir)
+
+
+@pytest.fixture
+def merged(config, tokenizer):
+    merging.save_merged(merging.merge(config, "16bit"), tokenizer, config)
+    return config
+
+
+def test_a_merged_model_is_sealed_and_accepted(merged, tokenizer):
+    command = ["sha256sum", "--check", "--strict", "--quiet", integrity.SEAL]
+    assert subprocess.run(command, cwd=merged.merged_dir).returncode == 0
+    assert integrity.check_merged(merged) == merged.merged_dir
+    merging.merge_by_parts(merged, "16bit", tokenizer)
+    assert integrity.check_merged(merged) == merged.merged_dir
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        integrity.check_merged,
+        lambda config: inference.load(config, "merged"),
+        lambda config: inference.load(config, "requantized"),
+        merging.push_model,
+        export.export_gguf,
+    ],
+)
+def test_a_merge_of_an_earlier_adapter_is_refused_wherever_it_is_used(merged, use):
+    train_again(merged)
+    words = "merged was merged from another adapter than notebook 04 has written since: .*05 again"
+    refuses(merged, use, words)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "merge.json"])
+def test_one_flipped_bit_in_the_merged_model_is_found(merged, name, seed):
+    flip_a_bit(merged.merged_dir / name, seed)
+    words = f"{name} is damaged or changed since it was written: run notebook 05 again"
+    refuses(merged, lambda config: inference.load(config, "merged"), words)
+
+
+def test_a_merged_model_from_elsewhere_has_no_record_and_loads(merged):
+    train_again(merged)
+    for name in (integrity.SEAL, integrity.MERGE_RECORD):
+        (merged.merged_dir / name).unlink()
+    inference.load(merged, "merged")
+
+
 # -- Dataset.
 
 
@@ -224,7 +278,7 @@ def test_what_a_library_leaves_beside_the_dataset_is_no_damage(config):
 def test_damaged_metrics_are_named_and_the_others_stay(config, data, words):
     (config.metrics_dir / "04.json").write_bytes(data)
     refuses(config, integrity.read_metrics, words)
-    refuses(config, merging.model_card, words)
+    refuses(config, hub.model_card, words)
     assert json.loads((config.metrics_dir / "05.json").read_text()) == {"eval_loss_merged": 1.6}
 
 

@@ -9,7 +9,7 @@ from helpers import pipeline
 from helpers.__main__ import main
 from helpers.config import ConfigError
 from helpers.curation import curate
-from helpers.merging import model_card
+from helpers.hub import model_card
 from tests.faults.staging import record_cell, run_notebooks, write_notebook
 
 CANARY = "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"

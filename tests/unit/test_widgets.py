@@ -1,13 +1,17 @@
 """The views: each redraws when its control moves, and its static twin draws the same settings."""
 
 import base64
+import re
 from io import BytesIO
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from pygments.styles import get_style_by_name
+from selectolax.lexbor import LexborHTMLParser
 
 from helpers import memory, widgets
+from helpers.evaluation import Score
 
 PNG_AS_DATA = 'src="data:image/png;base64,iVBORw0KGgo'
 HOSTILE = "</pre><img src=x onerror=alert(1)>"
@@ -120,6 +124,96 @@ def test_side_by_side_streams_every_answer_as_text():
     assert "base" in left.value and "short" in left.value
     assert "You asked: Why &lt;b&gt;?" in right.value and "<img" not in right.value
     assert len(set(seen)) == 3, "each piece is shown as it comes"
+
+
+CODED = """1. Import <it>.
+
+```python
+import os  # "a" & <b>
+
+
+def add(a, b=1):
+\treturn f"{a}" + b'\\x00'
+```
+
+Done, `a < b`.
+```python
+cut = "off"""
+
+
+def text_of(html):
+    return LexborHTMLParser(html).body.text()
+
+
+def test_fenced_code_is_coloured_and_no_character_changes():
+    html = widgets.answer_html(CODED)
+    assert text_of(html) == CODED
+    assert html.startswith("<pre ") and "font-family:monospace" in html
+    coloured = LexborHTMLParser(html).css("span[style^=color]")
+    assert {"import", "def", "return"} <= {node.text() for node in coloured}
+    assert not [node for node in coloured if "cut" in node.text() or "Done" in node.text()]
+    assert "class=" not in html, "GitHub and the report have no style sheet for it"
+
+
+@pytest.mark.parametrize("code", ["", "\n\n", "\n  x = 1\n\n", "<b>no Python</b> $ ? \\\n"])
+def test_blocks_keep_their_blank_lines_and_what_is_no_python(code):
+    text = f"```\n{code}```\n````python\n```\n{code}````"
+    assert text_of(widgets.answer_html(text)) == text
+
+
+def luminance(colour):
+    """Relative luminance of #rrggbb, as WCAG 2 defines it."""
+    parts = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_every_colour_of_code_can_be_read_on_its_own_background():
+    background = re.search(r"background:(#\w{6})", widgets.CODE)[1]
+    colours = {f"#{look['color']}" for _, look in get_style_by_name(widgets.CODE_STYLE)}
+    for colour in colours - {"#None", "#"}:
+        contrast = (luminance(background) + 0.05) / (luminance(colour) + 0.05)
+        assert contrast >= 4.5, colour
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What show_side_by_side displays, by MIME type."""
+    bundles = []
+    monkeypatch.setattr(widgets, "display", lambda data, raw: bundles.append(data))
+
+    def show(*arguments):
+        widgets.show_side_by_side(*arguments)
+        return bundles[-1]
+
+    return show
+
+
+def test_scores_stand_under_each_answer_in_words(shown):
+    bad = Score(False, False, False, False, False, False)
+    good = Score(True, True, True, True, True, None)
+    bundle = shown("Why?", "because", CODED, [bad, good])
+    left, right = LexborHTMLParser(bundle["text/html"]).css("td")
+    lacking = ["\u2717 does not stop", "\u2717 no code that parses", "\u2717 no steps"]
+    lacking.append("\u2717 fails its tests")
+    having = ["\u2713 stops by itself", "\u2713 code that parses", "\u2713 explains in steps"]
+    having.append("- not tested")
+    assert left.text().endswith(" ".join(lacking)) and right.text().endswith(" ".join(having))
+    base, tuned = bundle["text/plain"].split("\n\n-- tuned\n")
+    assert base == f"Why?\n\n-- base\nbecause\n{', '.join(lacking)}"
+    assert tuned == f"{CODED}\n{', '.join(having)}"
+    assert "\u2717" not in shown("Why?", "because", "so")["text/html"], "none without scores"
+
+
+def test_side_by_side_ends_with_the_score_and_colours_code():
+    score = Score(True, True, True, True, False, None)
+    answerers = {"tuned": lambda question: ["```python\n", "def f(): pass\n", "```", score]}
+    _, button, columns = widgets.side_by_side(answerers).children
+    button.click()
+    html = columns.children[0].value
+    assert text_of(html).startswith("tuned\n\n```python\ndef f(): pass\n```")
+    assert text_of(html).endswith("\u2717 no steps - not tested")
+    assert '<span style="color' in html
 
 
 def test_side_by_side_shows_an_error_and_can_be_used_again():
