@@ -27,9 +27,8 @@ HALF = {"fp16": True, "bf16": False, "bnb_4bit_compute_dtype": "float16"}
 
 
 def settings(run_dir: Path, steps: int) -> Config:
-    return Config.from_profile(
-        "demo", run_dir=run_dir, device_map={"": 0}, max_steps=steps, log_steps=1, **HALF
-    )
+    to_the_end = {"early_stopping_patience": 10**7, "max_steps": steps, "log_steps": 1}
+    return Config.from_profile("demo", run_dir=run_dir, device_map={"": 0}, **to_the_end, **HALF)
 
 
 class Watch(TrainerCallback):
