@@ -32,7 +32,7 @@ WRAPPED = "white-space:pre-wrap;overflow-wrap:anywhere;word-break:normal;font-fa
 # Code brings its own background, so that its colours can be read in a light and in a dark theme.
 CODE = "display:block;background:#f6f6f6;color:#000;padding:2px 6px"
 CODE_STYLE = "xcode"  # the one of pygments whose every colour has a contrast of 4.5 or more on it
-BADGE = "border:1px solid;border-radius:4px;padding:0 5px;margin-right:4px;white-space:nowrap"
+BADGE = "display:inline-block;border:1px solid;border-radius:4px;padding:0 5px;margin:1px 4px 1px 0"
 # Fields of evaluation.Score, and what an answer that has it or lacks it is said to do.
 VERDICTS = {
     "stops": ("stops by itself", "does not stop"),
