@@ -69,7 +69,8 @@ def _config(parameters: dict, recipe: str, seed: int) -> Config:
 
 def _found(output: Path, parameters: dict) -> dict:
     """What the file holds, or a beginning; ConfigError for another comparison than this one."""
-    facts = {**environment(), "parameters": json.loads(json.dumps(parameters))}
+    settings = {name: value for name, value in parameters.items() if name != "RUN_DIR"}
+    facts = {**environment(), "parameters": json.loads(json.dumps(settings))}
     if not output.exists():
         artefacts.writable(output.parent)
         return {"what": "Recipes trained on the same data", **facts, "runs": []}
