@@ -6,7 +6,7 @@ HELPERS := $(VENV_PYTHON) -m helpers
 RUN := $(HELPERS) run --profile $(PROFILE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup run test test-faults record lab generate_dataset push_dataset \
+.PHONY: help install setup run test test-slow test-faults record lab generate_dataset push_dataset \
 	fine_tune merge_models push_model new_model_inference llama2_inference all
 
 help:     ## list the targets
@@ -21,7 +21,10 @@ run: install  ## execute the six notebooks with PROFILE and write the report
 test: install  ## style, units, notebooks, and the fast half of the faults
 	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check . && $(VENV_PYTHON) -m pytest -m "not slow"
 
-test-faults: install  ## kills, interrupts, full disks, bad networks: all of them
+test-slow: install  ## what `make test` leaves out: kills at every write, full disks, bad networks
+	@$(VENV_PYTHON) -m pytest -m slow
+
+test-faults: install  ## every fault, fast and slow
 	@$(VENV_PYTHON) -m pytest tests/faults
 
 record: run  ## put the outputs of a demo run into the committed notebooks
