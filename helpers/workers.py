@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from threading import Thread
 
 from tqdm import tqdm
 
@@ -20,8 +19,8 @@ START_METHOD = SERVER if SERVER in multiprocessing.get_all_start_methods() else 
 class Workers:
     """One pool of processes for all passes; a single worker is this process itself.
 
-    `prepare` is called once in each worker when it starts, which is while this process still reads
-    the source.
+    `prepare` is called once in each worker when it starts. The fork server imports while this
+    process still reads the source.
     """
 
     def __init__(self, count: int, progress: bool = False, prepare: Callable = os.getpid):
@@ -36,13 +35,7 @@ class Workers:
                 context.set_forkserver_preload(["helpers.curation"])
                 forkserver.ensure_running()
             self.pool = ProcessPoolExecutor(self.count, context, self.prepare)
-            Thread(target=self._start, daemon=True).start()
         return self
-
-    def _start(self) -> None:
-        """Give each process one empty task: else it starts with the first real one."""
-        for _ in range(self.count):
-            self.pool.submit(os.getpid)
 
     def __exit__(self, *error) -> None:
         if self.pool is not None:
