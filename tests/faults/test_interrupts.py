@@ -15,11 +15,13 @@ from helpers.config import PROJECT_DIR
 from tests.faults.staging import record_cell, run_notebooks, write_notebook
 
 COMMAND = """
+import signal
 import sys
 from pathlib import Path
 from helpers import pipeline
 from helpers.__main__ import main
 pipeline.NOTEBOOKS_DIR = Path(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignored"
 sys.exit(main(["run", "--profile", "smoke", "--run-dir", sys.argv[2]]))
 """
 # Says which process runs it, then waits, unless it is to go through.
