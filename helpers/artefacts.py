@@ -149,3 +149,8 @@ def _who(owner: Path) -> str:
     except (OSError, ValueError):  # it is just starting or just ending
         return "another process"
     return f"process {record['pid']}, which started at {record['started']}"
+
+
+def public_name(name: str) -> str:
+    """A path's last part, a Hub id as it is: no card tells where a disk keeps its files."""
+    return Path(name).name if Path(name).expanduser().is_absolute() else name

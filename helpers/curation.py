@@ -703,8 +703,9 @@ def dataset_card(config: Config, report: Report, partitions: Partitions) -> str:
     licence = (
         partitions.licence.lower().replace(" ", "-") if partitions.licence in known else "other"
     )
-    source = _source_name(config.data_source)
-    benchmarks = ", ".join(map(_source_name, config.benchmarks))
+    source = artefacts.public_name(config.data_source)
+    benchmarks = ", ".join(map(artefacts.public_name, config.benchmarks))
+    model = artefacts.public_name(config.model_name)
     return f"""---
 license: {licence}
 language: [en]
@@ -731,15 +732,10 @@ adds the first, the trainer the second), and for attribution `question_id`, `ans
 - Near duplicates: MinHash of word pairs, similarity {config.near_duplicate_similarity} or more.
 - Benchmarks kept out: {benchmarks}.
 - Split by group: {report.validation_leaks} validation rows have a near duplicate in training.
-- At most {config.max_length} tokens of `{_source_name(config.model_name)}`. Seed {config.seed}.
+- At most {config.max_length} tokens of `{model}`. Seed {config.seed}.
 - System message of every row: "{config.system_message}"
 - Answers were written by people. Code was parsed, not executed: check what you use.
 """
-
-
-def _source_name(source: str) -> str:
-    """A path's last part, anything else as it is: no card tells where a disk keeps its files."""
-    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _size_category(rows: int) -> str:

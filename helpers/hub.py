@@ -1,11 +1,11 @@
 """Uploads to the Hugging Face Hub, under the name of the user who is logged in; a model's card."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 
+from helpers import artefacts
 from helpers.config import Config
 from helpers.integrity import read_metrics
 
@@ -47,7 +47,7 @@ def own_repository(name: str) -> str:
 
 def model_card(config: Config) -> str:
     """The README.md of the merged model: recipe, numbers of the run, limits and licences."""
-    metrics, base = read_metrics(config), _last_part(config.model_name)
+    metrics, base = read_metrics(config), artefacts.public_name(config.model_name)
     known = (both for part, both in LICENCES.items() if part in base.lower())
     tag, licence = next(known, UNKNOWN_LICENCE)
     numbers = [
@@ -131,7 +131,7 @@ def _data_licence(config: Config) -> str:
     """What the rows that were trained on say of their licence, and how it is met."""
     from datasets import load_from_disk
 
-    source = f"`{_last_part(config.data_source)}`"
+    source = f"`{artefacts.public_name(config.data_source)}`"
     if not config.dataset_dir.exists():
         return f"{source}, under the licence of its source."
     rows = load_from_disk(str(config.dataset_dir))["train"]
@@ -145,8 +145,3 @@ def _data_licence(config: Config) -> str:
 def _table(heads: Sequence[str], rows: Iterable[Sequence]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def _last_part(name: str) -> str:
-    """A path's last part, a Hub id as it is: no card tells where a disk keeps its files."""
-    return Path(name).name if Path(name).expanduser().is_absolute() else name

@@ -1,6 +1,5 @@
 """Answers: many prompts in batches, or one streamed. Greedy, so that a second run agrees."""
 
-import gc
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from threading import Thread
 import torch
 from transformers import TextIteratorStreamer
 
-from helpers import merging, models, prompts
+from helpers import memory, merging, models, prompts
 from helpers.config import LINKED_LIST_PROMPT, Config
 from helpers.integrity import check_merged
 
@@ -62,15 +61,8 @@ def answer_alone(
     model = load(config, which)
     answers = answer_all(model, tokenizer, rendered_prompts, config, temperature)
     del model
-    free_memory()
+    memory.free_memory()
     return answers
-
-
-def free_memory() -> None:
-    """Give back what a deleted model held, also on the GPU."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def chat_prompt(tokenizer, user: str, system: str) -> str | None:

@@ -116,12 +116,9 @@ def curves(history: list[dict], steps: list[dict]) -> list[list[tuple[int, float
 def speeds(history: list[dict], steps: list[dict]) -> list[tuple[int, float]]:
     """(step, tokens per second since the log line before), evaluations not counted."""
     seconds = {item["step"]: item["seconds"] for item in steps}
-    pairs, last_step, last_tokens = [], 0, 0.0
-    for entry in [entry for entry in history if "loss" in entry]:
-        step, tokens = entry["step"], float(entry["num_tokens"])
-        # After a resume trl counts from zero again.
-        counted = tokens - last_tokens if tokens > last_tokens else tokens
+    pairs, last_step = [], 0
+    for step, tokens in training.token_counts(history):
         taken = sum(seconds.get(number, 0.0) for number in range(last_step + 1, step + 1))
-        pairs += [(step, counted / taken)] if taken else []
-        last_step, last_tokens = step, tokens
+        pairs += [(step, tokens / taken)] if taken else []
+        last_step = step
     return pairs

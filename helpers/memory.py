@@ -7,6 +7,7 @@ knows layers of Llama's kind: four attention projections, a gated MLP, RMSNorm, 
 
 import copy
 import dataclasses
+import gc
 import json
 import math
 import sys
@@ -619,6 +620,12 @@ def reset_peak_memory() -> bool:
     except OSError:
         return False
     return True
+
+
+def free_memory() -> None:
+    """Give back what deleted models and tensors held, also on a GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def _on_gpu() -> bool:

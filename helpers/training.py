@@ -7,7 +7,6 @@ here; the lesson that reads them is notebook 04.
 import contextlib
 import dataclasses
 import functools
-import gc
 import importlib.util
 import json
 import math
@@ -211,9 +210,10 @@ def out_of_memory_advice(trainer: SFTTrainer):
         yield
     except torch.OutOfMemoryError as error:
         config, model_config = trainer.made_from[0], trainer.model.config
-        saved = memory_saved(config, next_rung(config), model_config) / memory.GIB
+        changes = next_rung(config)
+        saved = memory_saved(config, changes, model_config) / memory.GIB
         raise OutOfMemory(
-            f"the GPU's memory is full: set {in_words(next_rung(config))}, which saves about "
+            f"the GPU's memory is full: set {in_words(changes)}, which saves about "
             f"{saved:.1f} GiB; training goes on from the last checkpoint of the new settings"
         ) from error
 
@@ -260,8 +260,7 @@ def one_rung_down(trainer: SFTTrainer) -> SFTTrainer:
     # the old one.
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
-    gc.collect()
-    torch.cuda.empty_cache()
+    memory.free_memory()
     smaller = build_trainer(dataclasses.replace(config, **changes), base, tokenizer, dataset)
     own = tuple(type(callback) for callback in smaller.callback_handler.callbacks)
     for callback in trainer.callback_handler.callbacks:
@@ -346,13 +345,20 @@ def callback_of(trainer: SFTTrainer, kind: type) -> TrainerCallback:
 
 def tokens_per_second(trainer: SFTTrainer) -> float:
     """Tokens that trl counted up to its last log line, over the seconds of those steps."""
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    counts = [float(entry["num_tokens"]) for entry in entries]
-    # After a resume trl counts from zero again.
-    pairs = zip([0.0, *counts], counts, strict=False)
-    tokens = sum(now - before if now > before else now for before, now in pairs)
-    last = entries[-1]["step"]
+    counts = token_counts(trainer.state.log_history)
+    tokens, last = sum(number for _, number in counts), counts[-1][0]
     return tokens / sum(item["seconds"] for item in step_log(trainer) if item["step"] <= last)
+
+
+def token_counts(history: list[dict]) -> list[tuple[int, float]]:
+    """(step, tokens since the log line before) for each log line of training."""
+    counts, before = [], 0.0
+    for entry in [entry for entry in history if "loss" in entry]:
+        now = float(entry["num_tokens"])
+        # After a resume trl counts from zero again.
+        counts.append((entry["step"], now - before if now > before else now))
+        before = now
+    return counts
 
 
 class StepLog(TrainerCallback, ExportableState):

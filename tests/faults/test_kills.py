@@ -59,6 +59,19 @@ def kill_everywhere(tmp_path, template, watched, job, *arguments, check):
     return points
 
 
+def whole_or_earlier(artefact, pattern, earlier, new):
+    """A check for `kill_everywhere`: what stands there is the earlier result or the new one."""
+
+    def check(folder, ended):
+        path = folder / artefact
+        found = folder_hashes(path, pattern) if path.exists() else "nothing"
+        assert found == new if ended else found in (earlier, new, "nothing")
+        # Between two renames there is nothing under the name for a moment, and nothing is lost.
+        assert found != "nothing" or (folder / f".{artefact}.earlier").exists()
+
+    return check
+
+
 # -- Curation.
 
 
@@ -89,13 +102,7 @@ def test_curation(tmp_path, questions):
     new = folder_hashes(tmp_path / "new" / "dataset", "*.arrow")
     assert earlier != new
 
-    def check(folder, ended):
-        dataset = folder / "dataset"
-        found = folder_hashes(dataset, "*.arrow") if dataset.exists() else "nothing"
-        assert found == new if ended else found in (earlier, new, "nothing")
-        # Between two renames there is nothing under the name for a moment, and nothing is lost.
-        assert found != "nothing" or (folder / ".dataset.earlier").exists()
-
+    check = whole_or_earlier("dataset", "*.arrow", earlier, new)
     points = kill_everywhere(tmp_path, template, "", curate_job, questions, check=check)
     assert {"os.rename dataset", "os.mkdir .dataset.partial/train"} <= set(points)
 
@@ -119,12 +126,7 @@ def test_training(tmp_path, tiny_model_dir):
     new = folder_hashes(tmp_path / "new" / "adapter", "*.safetensors")
     assert earlier != new
 
-    def check(folder, ended):
-        adapter = folder / "adapter"
-        found = folder_hashes(adapter, "*.safetensors") if adapter.exists() else "nothing"
-        assert found == new if ended else found in (earlier, new, "nothing")
-        assert found != "nothing" or (folder / ".adapter.earlier").exists()
-
+    check = whole_or_earlier("adapter", "*.safetensors", earlier, new)
     points = kill_everywhere(tmp_path, template, "", training_job, tiny_model_dir, check=check)
     assert "os.rename adapter" in points
     assert any(name.endswith("checkpoint-2/SHA256SUMS") for name in points), points
@@ -164,11 +166,10 @@ def test_merging(tmp_path, with_adapter, tiny_model_dir):
     new = folder_hashes(tmp_path / "new" / "merged")
     assert earlier != new
 
+    check_merged = whole_or_earlier("merged", "*", earlier, new)
+
     def check(folder, ended):
-        merged = folder / "merged"
-        found = folder_hashes(merged) if merged.exists() else "nothing"
-        assert found == new if ended else found in (earlier, new, "nothing")
-        assert found != "nothing" or (folder / ".merged.earlier").exists()
+        check_merged(folder, ended)
         assert folder_hashes(folder / "adapter") == adapter
 
     points = kill_everywhere(tmp_path, with_adapter, "", merge_job, tiny_model_dir, check=check)
