@@ -126,8 +126,9 @@ class Config:
     model_name: str = field(default="meta-llama/Llama-2-7b-hf", metadata=not_blank())
     device_map: dict = field(default_factory=lambda: {"": 0}, metadata=one_device())
     use_4bit: bool = True
+    # "auto": what the machine computes fastest; it decides over fp16 and bf16 too.
     bnb_4bit_compute_dtype: str = field(
-        default="float16", metadata=one_of("float16", "bfloat16", "float32")
+        default="float16", metadata=one_of("auto", "float16", "bfloat16", "float32")
     )
     bnb_4bit_compute_quant_type: str = field(default="nf4", metadata=one_of("nf4", "fp4"))
     use_nested_quant: bool = False
@@ -425,6 +426,12 @@ CONTRADICTIONS = (
         "FP16 is True and the model is on the CPU, which cannot train in float16: set BF16 instead",
     ),
     (
+        ("bnb_4bit_compute_dtype", "fp16", "bf16"),
+        lambda dtype, fp16, bf16: dtype == "auto" and (fp16 or bf16),
+        "BNB_4BIT_COMPUTE_DTYPE is {!r}, which decides over FP16 ({}) and BF16 ({}) by itself: "
+        "name the dtype, or leave both out",
+    ),
+    (
         ("save_steps", "eval_steps"),
         lambda save_steps, eval_steps: save_steps % eval_steps != 0,
         "SAVE_STEPS is {} and EVAL_STEPS is {}: the best checkpoint is kept, so each must have "
@@ -447,7 +454,7 @@ EMBEDDED = {
     "model_name": "smollm2-135m",
     "data_source": "sample",
     "device_map": {"": "cpu"},
-    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_compute_dtype": "auto",
 }
 
 DEMO = {
@@ -465,7 +472,6 @@ DEMO = {
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "optim": "adamw_torch_fused",
-    "bf16": True,
     "activation_checkpointing": False,
     "completion_only_loss": True,
     "merge_into": "dequantized",

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 
-from helpers import artefacts
+from helpers import artefacts, precision
 from helpers.config import Config
 from helpers.integrity import read_metrics
 
@@ -95,11 +95,12 @@ system message "{config.system_message}"
 
 def _recipe(config: Config) -> list[tuple]:
     double = ", double quantization" if config.use_nested_quant else ""
-    packed = f"{config.bnb_4bit_compute_quant_type}{double}, computed in"
+    computed = str(precision.compute_dtype(config)).removeprefix("torch.")
+    packed = f"{config.bnb_4bit_compute_quant_type}{double}, computed in {computed}"
     steps = "" if config.max_steps == -1 else f", at most {config.max_steps} steps"
     rows = config.per_device_train_batch_size * config.grad_acc_steps
     return [
-        ("base in 4 bits", f"{packed} {config.bnb_4bit_compute_dtype}"),
+        ("base in 4 bits", packed),
         ("adapter", f"rank {config.lora_r}, alpha {config.lora_alpha}"),
         ("adapter on", ", ".join(config.target_modules)),
         ("length of training", f"{config.num_epochs} epoch(s){steps}, {rows} rows a step"),

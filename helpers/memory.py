@@ -18,6 +18,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
+from helpers import answer_head, precision
 from helpers.config import ALL_LINEAR_TARGETS, ATTENTION_TARGETS, PROJECT_DIR, Config
 
 GIB = 2**30
@@ -103,9 +104,9 @@ class Run:
             optimizer=config.optim,
             checkpointing=config.activation_checkpointing,
             accumulation=config.grad_acc_steps,
-            compute_bytes=torch.finfo(getattr(torch, config.bnb_4bit_compute_dtype)).bits // 8,
-            adapter_bytes=4 if config.fp16 else 2,
-            autocast=config.fp16 or config.bf16,
+            compute_bytes=precision.compute_dtype(config).itemsize,
+            adapter_bytes=precision.adapter_dtype(config).itemsize,
+            autocast=any(precision.autocast(config).values()),
             device="cpu" if config.device == "cpu" else "cuda",
         )
 
@@ -406,20 +407,18 @@ def loss_bytes(model_config, run: Run) -> int:
     """The most that the loss holds at once.
 
     "full": transformers upcasts the logits; in the backward pass log-softmax, its gradient and
-    the gradient of the logits stand side by side, in float32. "chunked": one 16-bit tile and the
-    gradient of the hidden states in float32; without Triton (a CPU) also seven and a quarter
-    float32 tiles, the temporaries alive at once in `_backward_tile` (y, z, log p, p, grad, two
-    products, a boolean mask).
+    the gradient of the logits stand side by side, in float32. "chunked": on a GPU one 16-bit tile
+    of trl's and the gradient of the hidden states in float32; on a CPU three float32 tiles of
+    `answer_head` (logits, probabilities, a product) and the derivative by the hidden states.
     """
+    width, words = model_config.hidden_size, model_config.vocab_size
     if run.loss == "full":
-        return 3 * FLOAT32 * run.tokens * model_config.vocab_size
-    rows = min(run.tokens, TILE_TOKENS)
-    gradient = run.tokens * model_config.hidden_size * FLOAT32
-    tiles = rows * TILE_WORDS * run.compute_bytes
+        return 3 * FLOAT32 * run.tokens * words
     if run.device == "cpu":
-        words = min(TILE_WORDS, model_config.vocab_size)
-        tiles += round(7.25 * FLOAT32) * rows * words
-    return gradient + tiles
+        tile = min(run.tokens, answer_head.TILE_TOKENS) * words
+        return run.tokens * width * run.compute_bytes + 3 * FLOAT32 * tile
+    tile = min(run.tokens, TILE_TOKENS) * TILE_WORDS
+    return run.tokens * width * FLOAT32 + tile * run.compute_bytes
 
 
 def backward_bytes(model_config, run: Run) -> int:

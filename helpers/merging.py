@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from helpers import artefacts, hub, memory, models, prompts
+from helpers import artefacts, hub, memory, models, precision, prompts
 from helpers.config import ALL_LINEAR_TARGETS, PROJECT_DIR, Config
 from helpers.integrity import (
     ADAPTER_WEIGHTS,
@@ -54,7 +54,15 @@ def merge(config: Config, into: str):
     base = models.load_model(config, quantized=into != "16bit")
     if into == "dequantized":
         base = base.dequantize()
-    return load_tuned(config, base).merge_and_unload().eval()
+    merged = load_tuned(config, base).merge_and_unload().eval()
+    return merged if into == "4bit" else rounded(merged, config)
+
+
+def rounded(model, config: Config):
+    """The model with its weights rounded to what is saved, in the format that it computes in."""
+    for dtype in (precision.storage_dtype(config), precision.compute_dtype(config)):
+        precision.cast(model.parameters(), dtype)
+    return model
 
 
 def with_room(config: Config, needed: int) -> Config:
@@ -65,7 +73,7 @@ def with_room(config: Config, needed: int) -> Config:
 
 
 def bytes_needed(config: Config, into: str) -> int:
-    """What a merge into 16 bits holds: all weights in 16 bits, the adapter, the 4-bit base if used.
+    """What a merge into 16 bits holds: all weights unpacked, the adapter, the 4-bit base if used.
 
     On a CPU it may be less, for pages of a mapped file that nobody reads are not in memory.
     """
@@ -84,9 +92,15 @@ def save_merged(model, tokenizer, config: Config) -> Path:
     chat template that goes with it is the one of training, not the base model's own. Raises
     DiskFull and InUse.
     """
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    stored = precision.storage_dtype(config)
+    is_packed = any(p.dtype == torch.uint8 for p in model.parameters())
+    size = sum(p.nbytes if is_packed else p.numel() * stored.itemsize for p in model.parameters())
     with artefacts.whole_folder(config.merged_dir, size) as draft:
+        if not is_packed:
+            precision.cast(model.parameters(), stored)
         model.save_pretrained(draft)
+        if not is_packed:
+            precision.cast(model.parameters(), precision.compute_dtype(config))
         _finish(draft, tokenizer, config)
     return config.merged_dir
 
@@ -121,7 +135,7 @@ def merge_by_parts(config: Config, into: str, tokenizer, part_bytes: int = 10**9
         index = {"metadata": {}, "weight_map": places}
         (draft / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
         shape = AutoConfig.from_pretrained(base)
-        shape.dtype = getattr(torch, config.bnb_4bit_compute_dtype)
+        shape.dtype = precision.storage_dtype(config)
         shape.save_pretrained(draft)
         _finish(draft, tokenizer, config)
     return config.merged_dir
@@ -137,12 +151,14 @@ def _save_part(part: dict[str, torch.Tensor], folder: Path, number: int) -> dict
 def _merged_weight(name: str, W: torch.Tensor, adapter: dict, config: Config, into: str):
     """One tensor of the base, through 4 bits if wanted, plus its update if it has one."""
     layer = name.removesuffix(".weight")
-    W = W.to(getattr(torch, config.bnb_4bit_compute_dtype))
+    stored = precision.storage_dtype(config)
+    W = W.to(precision.compute_dtype(config))
     if into == "dequantized" and layer.endswith(ALL_LINEAR_TARGETS):
         W = through_4_bits(W, config)
     if not layer.endswith(config.target_modules):
-        return W
-    return W + update_of(layer, adapter, config).to(W.dtype)  # rounded, then added, as in peft
+        return W.to(stored)
+    update = update_of(layer, adapter, config).to(W.dtype)  # rounded, then added, as in peft
+    return (W + update).to(stored)
 
 
 def through_4_bits(W: torch.Tensor, config: Config) -> torch.Tensor:

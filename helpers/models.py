@@ -18,7 +18,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from helpers import artefacts
+from helpers import artefacts, precision
 from helpers.config import PROJECT_DIR, Config
 from helpers.integrity import check_code, check_model
 
@@ -164,7 +164,7 @@ def quantization_config(config: Config) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.bnb_4bit_compute_quant_type,
-        bnb_4bit_compute_dtype=getattr(torch, config.bnb_4bit_compute_dtype),
+        bnb_4bit_compute_dtype=precision.compute_dtype(config),
         bnb_4bit_use_double_quant=config.use_nested_quant,
     )
 
@@ -192,7 +192,7 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
         AutoModelForCausalLM.from_pretrained,
         check_model,
         use_safetensors=True,
-        dtype=getattr(torch, config.bnb_4bit_compute_dtype),
+        dtype=precision.compute_dtype(config),
         device_map=config.device_map,
         **options,
     )

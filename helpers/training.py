@@ -22,7 +22,16 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
-from helpers import artefacts, checkpoints, fast_path, integrity, memory, models
+from helpers import (
+    answer_head,
+    artefacts,
+    checkpoints,
+    fast_path,
+    integrity,
+    memory,
+    models,
+    precision,
+)
 from helpers.config import Config, ConfigError
 
 EXPLOSION = 3.0  # nats above the first loss, twenty times less likely words: it will not return
@@ -89,8 +98,8 @@ def sft_config(config: Config) -> SFTConfig:
     return SFTConfig(
         output_dir=str(checkpoints.folder_of(config)),
         use_cpu=config.device == "cpu",
-        fp16=config.fp16,
-        bf16=config.bf16 and not fast,  # the fast path computes in the model's own bfloat16
+        # The fast path computes in the model's own bfloat16.
+        **({"fp16": False, "bf16": False} if fast else precision.autocast(config)),
         num_train_epochs=config.num_epochs,
         max_steps=config.max_steps,
         per_device_train_batch_size=1 if config.packing else rows,
@@ -180,8 +189,10 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
     trainer.made_from = (config, tokenizer, dataset)
     checkpoints.resume_in_own_type(trainer.model)
     trainer.remove_callback(PrinterCallback)  # LogLines prints the same numbers, readable
-    if config.fp16:
-        keep_adapter_in_float32(trainer.model)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    precision.cast(trained, precision.adapter_dtype(config))
+    if config.device == "cpu":
+        answer_head.score_answers_alone(trainer.model.get_base_model())
     return trainer
 
 
@@ -190,13 +201,6 @@ def fixed_collator(config: Config, tokenizer) -> fast_path.FixedCollator:
     return fast_path.FixedCollator(
         tokenizer.pad_token_id, padding_free=True, tokens=tokens, longest=config.max_length
     )
-
-
-def keep_adapter_in_float32(model) -> None:
-    """Undo trl's cast of the adapter to bfloat16, which cards before Ampere do not have."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
 
 
 class OutOfMemory(RuntimeError):
@@ -271,9 +275,11 @@ def one_rung_down(trainer: SFTTrainer) -> SFTTrainer:
 
 
 def kernels(trainer: SFTTrainer):
-    """The context to train and evaluate in: fused kernels for the fast path, else nothing."""
+    """The context to train and evaluate in: fused kernels, as far as the device has them."""
     if isinstance(trainer, fast_path.FastTrainer):
         return fast_path.fused_kernels(trainer.model)
+    if trainer.args.use_cpu and trainer.made_from[0].lora_dropout == 0:
+        return fast_path.in_place_adapters(trainer.model)
     return contextlib.nullcontext()
 
 

@@ -136,7 +136,7 @@ def test_metrics_are_written_whole_and_must_be_finite(tmp_path):
 
 # -- Recipes
 
-PLACE = ("model_name", "data_source", "device_map", "bnb_4bit_compute_dtype", "max_length", "bf16")
+PLACE = ("model_name", "data_source", "device_map", "bnb_4bit_compute_dtype", "max_length")
 
 
 @pytest.mark.parametrize("profile", PROFILES)

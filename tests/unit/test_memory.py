@@ -150,7 +150,8 @@ trainer = training.build_trainer(
     config, model, tokenizer, DatasetDict(train=rows, validation=rows.select(range(2)))
 )
 memory.reset_peak_memory()
-trainer.train()
+with training.kernels(trainer):
+    trainer.train()
 run = memory.Run.from_config(config, length)
 predicted = memory.estimate(model.config, run, baseline)
 print(json.dumps({"length": length, "peak": memory.peak_memory_bytes(), "total": predicted.total}))

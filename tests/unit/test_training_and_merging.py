@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from helpers import checkpoints, memory, merging, models, prompts, training
+from helpers import checkpoints, memory, merging, models, precision, prompts, training
 from helpers.config import Config, ConfigError
 from tests.faults.train_tiny import write_dataset
 from tests.notebook_code import definitions_from
@@ -107,7 +107,7 @@ def test_adapters_are_float32_where_bfloat16_is_not_to_be_had(config, tokenizer)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
-    training.keep_adapter_in_float32(tuned)
+    precision.cast([p for p in tuned.parameters() if p.requires_grad], torch.float32)
     assert {p.dtype for p in tuned.parameters() if p.requires_grad} == {torch.float32}
 
 
