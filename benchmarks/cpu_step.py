@@ -1,4 +1,4 @@
-"""A training step of profile `demo` on a CPU: this project's output layer and adapters against trl's.
+"""A training step of profile `demo` on a CPU: our output layer and adapters against trl's.
 
 Same model, same batches, taken in turns in one process:  python benchmarks/cpu_step.py RUN_DIR
 RUN_DIR holds notebook 02's dataset. Writes benchmarks/results/cpu_step.json.
@@ -9,12 +9,9 @@ import json
 import statistics
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
-import torch
-
-from helpers import answer_head, fast_path, manifest, models, precision, training
+from helpers import answer_head, fast_path, models, precision, report, training
 from helpers.config import Config
 
 RESULT = Path(__file__).parent / "results" / "cpu_step.json"
@@ -56,9 +53,7 @@ def main(run_dir: str) -> None:
                 speeds[way].append(count / seconds_of(trainer, batch))
     ratios = [ours / trl for ours, trl in zip(speeds["ours"], speeds["trl"], strict=True)]
     result = {
-        "hardware": manifest.hardware(),
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
+        **report.environment(),
         "dtype": str(precision.compute_dtype(config)),
         "tokens_per_second": {way: statistics.median(found) for way, found in speeds.items()},
         "ratios": ratios,

@@ -85,20 +85,25 @@ def build(config):
     return trainer
 
 
-def test_the_adapter_layer_equals_pefts_forward_and_backward(tmp_path):
-    layers = [m for m in build(tiny_config(tmp_path)).model.modules() if isinstance(m, Linear4bit)]
+# bfloat16 rounds at 4e-3
+@pytest.mark.parametrize("dtype, rounding", [("bfloat16", 1e-2), ("float32", 1e-5)])
+def test_the_adapter_layer_equals_pefts_forward_and_backward(tmp_path, dtype, rounding):
+    config = tiny_config(tmp_path, bnb_4bit_compute_dtype=dtype, bf16=dtype == "bfloat16")
+    layers = [m for m in build(config).model.modules() if isinstance(m, Linear4bit)]
     for layer in layers[: len(ALL_LINEAR_TARGETS)]:
         results = []
         for forward in (layer.forward, lambda x, layer=layer: fast_path.lora_forward(layer, x)):
             torch.manual_seed(1)
-            x = torch.randn(1, 12, layer.in_features).bfloat16().requires_grad_()
+            x = torch.randn(
+                1, 12, layer.in_features, dtype=getattr(torch, dtype), requires_grad=True
+            )
             layer.zero_grad()
             output = forward(x)
             output.float().square().sum().backward()
             down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             results.append((output.detach(), x.grad, down.grad.clone(), up.grad.clone()))
         for ours, pefts in zip(*results, strict=True):
-            assert relative_error(ours, pefts) < 1e-2  # bfloat16 rounds at 4e-3
+            assert relative_error(ours, pefts) < rounding
 
 
 def relative_error(ours, theirs) -> float:

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from helpers import hub, merging, models
+from helpers import hub, merging, models, precision
 from helpers.curation import curate
 
 SCORES = {"problems": 32, "problems_merged": 16, "stop_rate_base": 5 / 32, "stop_rate_merged": 0.25}
@@ -113,8 +113,9 @@ def test_the_card_names_the_licence_of_the_data_and_its_authors_columns(tiny_con
 
 def test_the_card_tells_the_recipe_and_the_limits_and_no_path(tiny_config):
     card = hub.model_card(tiny_config)
+    computed = str(precision.compute_dtype(tiny_config)).removeprefix("torch.")
     for words in (
-        "| base in 4 bits | nf4, double quantization, computed in bfloat16 |",
+        f"| base in 4 bits | nf4, double quantization, computed in {computed} |",
         "2 steps, 2 rows a step",
         "| seed | 42 |",
         "has to be tested",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from helpers import models
+from helpers import models, precision
 from helpers.config import Config
 
 
@@ -72,9 +72,8 @@ def test_quantization_follows_the_config(tiny_config):
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 14
     assert layers[0].weight.quant_type == "nf4" and layers[0].weight.quant_state.nested
-    assert {p.dtype for p in models.load_model(tiny_config, quantized=False).parameters()} == {
-        torch.bfloat16
-    }
+    dtypes = {p.dtype for p in models.load_model(tiny_config, quantized=False).parameters()}
+    assert dtypes == {precision.compute_dtype(tiny_config)}
 
 
 # -- hazards of 4-bit weights on a CPU

@@ -204,7 +204,7 @@ def test_merging_by_parts_needs_a_16_bit_target(trained, config, tokenizer):
 
 def test_a_model_that_does_not_fit_the_gpu_is_merged_on_the_cpu(trained, config, monkeypatch):
     on_gpu = dataclasses.replace(config, device_map={"": 0})
-    needed = merging.bytes_needed(config, "16bit")
+    needed = merging.bytes_needed(on_gpu, "16bit")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed - 1, needed))
     assert merging.merge(on_gpu, "16bit").device.type == "cpu"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed, needed))
