@@ -1,6 +1,6 @@
-"""A training step of profile `demo` on a CPU: our output layer and adapters against trl's.
+"""A training step of profile `demo` on a CPU: this project's trainer against trl's own.
 
-Same model, same batches, taken in turns in one process:  python benchmarks/cpu_step.py RUN_DIR
+Same weights, same batches, taken in turns in one process:  python benchmarks/cpu_step.py RUN_DIR
 RUN_DIR holds notebook 02's dataset. Writes benchmarks/results/cpu_step.json.
 """
 
@@ -11,25 +11,28 @@ import sys
 import time
 from pathlib import Path
 
-from helpers import answer_head, fast_path, models, precision, report, training
+from trl import SFTTrainer
+
+from helpers import models, precision, report, training
 from helpers.config import Config
 
 RESULT = Path(__file__).parent / "results" / "cpu_step.json"
 BATCHES = 6
 
 
-def trainer_of(config, head=answer_head.score_answers_alone):
-    """A trainer of the Config; head=None keeps trl's own output layer."""
-    own = answer_head.score_answers_alone
-    answer_head.score_answers_alone = head or (lambda model: None)
-    try:
-        model = models.load_model(config)
-        dataset = training.load_dataset(config)
-        return training.build_trainer(
-            config, model, models.load_tokenizer(config.model_name), dataset
-        )
-    finally:
-        answer_head.score_answers_alone = own
+def trl_trainer(config, tokenizer, dataset) -> SFTTrainer:
+    """trl's trainer with the same settings; its adapter is given the format that ours has."""
+    trainer = SFTTrainer(
+        model=models.load_model(config),
+        args=training.sft_config(config),
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["validation"],
+        processing_class=tokenizer,
+        peft_config=training.lora_config(config),
+    )
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    precision.cast(trained, precision.adapter_dtype(config))
+    return trainer
 
 
 def seconds_of(trainer, batch) -> float:
@@ -41,22 +44,22 @@ def seconds_of(trainer, batch) -> float:
 
 def main(run_dir: str) -> None:
     config = Config.from_profile("demo", run_dir=run_dir)
-    ways = {"trl": trainer_of(config, head=None), "ours": trainer_of(config)}
-    batches = list(itertools.islice(ways["ours"].get_train_dataloader(), BATCHES))
-    tokens = [int(batch["attention_mask"].sum()) for batch in batches]
+    tokenizer, dataset = models.load_tokenizer(config.model_name), training.load_dataset(config)
+    ours = training.build_trainer(config, models.load_model(config), tokenizer, dataset)
+    ways = {"trl": trl_trainer(config, tokenizer, dataset), "ours": ours}
+    batches = list(itertools.islice(ours.get_train_dataloader(), BATCHES))
     speeds = {way: [] for way in ways}
-    with fast_path.in_place_adapters(ways["ours"].model):
+    with training.kernels(ours):
         for trainer in ways.values():
             seconds_of(trainer, batches[0])  # warm up
-        for batch, count in zip(batches, tokens, strict=True):
-            for way, trainer in ways.items():
-                speeds[way].append(count / seconds_of(trainer, batch))
-    ratios = [ours / trl for ours, trl in zip(speeds["ours"], speeds["trl"], strict=True)]
+        for batch, (way, trainer) in itertools.product(batches, ways.items()):
+            tokens = int(batch["attention_mask"].sum())
+            speeds[way].append(tokens / seconds_of(trainer, batch))
     result = {
         **report.environment(),
         "dtype": str(precision.compute_dtype(config)),
         "tokens_per_second": {way: statistics.median(found) for way, found in speeds.items()},
-        "ratios": ratios,
+        "ratios": [ours / trl for ours, trl in zip(speeds["ours"], speeds["trl"], strict=True)],
     }
     print(json.dumps(result, indent=1))
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
