@@ -1,8 +1,8 @@
 """The loss on a CPU: the output layer applied to the graded positions alone, in tiles of its cache.
 
 On a GPU trl does so itself. On other devices it projects every position, prompt and padding
-included, onto the whole vocabulary in tiles of hundreds of megabytes: in profile `demo` that is
-more than a third of a training step. It knows nothing of recipes or data.
+included, onto the whole vocabulary in tiles of more than a hundred megabytes: in profile `demo`
+that is more than a third of a training step. It knows nothing of recipes or data.
 """
 
 import functools

@@ -178,10 +178,12 @@ def summed_loss(head, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
 
 # -- Kernels.
 
+# For each type of module, what makes its new forward.
+ADAPTER_IN_PLACE = {Linear4bit: lambda layer: partial(lora_forward, layer)}
 
-@contextmanager
+
 def fused_kernels(model):
-    """Replace the small operations of a Llama with adapters by fused ones, and put them back.
+    """A context in which the small operations of a Llama with adapters are fused ones.
 
     Attention over packed rows (flash), RMSNorm (PyTorch's kernel), rotation and gate (compiled),
     adapters that add into the base layer's output in place.
@@ -197,19 +199,16 @@ def fused_kernels(model):
         modeling_llama.LlamaMLP: lambda mlp: partial(mlp_forward, mlp),
         modeling_llama.LlamaAttention: lambda attention: partial(attention_forward, attention),
     }
-    with swapped(model, swaps):
-        yield model
+    return swapped(model, swaps)
 
 
-@contextmanager
 def in_place_adapters(model):
-    """Of the fused kernels the one that also helps a CPU: the adapters', which must not drop out.
+    """The same with the one that also helps a CPU: the adapters', which must not drop out.
 
     Fewer passes over memory, and fewer short-lived tensors between those kept for the backward
     pass, which would leave holes in the C library's heap.
     """
-    with swapped(model, ADAPTER_IN_PLACE):
-        yield model
+    return swapped(model, ADAPTER_IN_PLACE)
 
 
 @contextmanager
@@ -219,7 +218,7 @@ def swapped(model, swaps: dict):
     for module in found:
         module.forward = swaps[type(module)](module)
     try:
-        yield
+        yield model
     finally:
         for module in found:
             del module.forward
@@ -304,6 +303,3 @@ class LowRankUpdate(torch.autograd.Function):
         up_gradient = (gradient.T @ low) * ctx.scale
         shape = (*gradient_shape[:-1], -1)
         return input_gradient.view(shape), low_gradient.T @ flat, up_gradient, None, None, None
-
-
-ADAPTER_IN_PLACE = {Linear4bit: lambda layer: partial(lora_forward, layer)}

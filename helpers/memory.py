@@ -262,7 +262,7 @@ def linear_parameters(model_config) -> int:
 
 
 def other_parameters(model_config) -> int:
-    """Weights kept in 16 bits: embedding, head (unless tied to it), two norms a layer, one more."""
+    """Weights that stay unpacked: embedding, head (unless tied), two norms a layer, one more."""
     tables = 1 if model_config.tie_word_embeddings else 2
     norms = 2 * model_config.num_hidden_layers + 1
     return (tables * model_config.vocab_size + norms) * model_config.hidden_size
@@ -284,8 +284,9 @@ def quantized_bytes(parameters: int, double: bool) -> int:
 def footprint_bytes(model_config, other_bytes: int = 2) -> int:
     """What transformers' `get_memory_footprint()` says of a 4-bit model: parameters and buffers.
 
-    The packed weights, the 16-bit rest, and the two float32 tables of rotary frequencies. The
-    quantization constants are attributes of the packed weights, not parameters: it leaves them out.
+    The packed weights, the rest at `other_bytes` each, and the two float32 tables of rotary
+    frequencies. The quantization constants are attributes of the packed weights, not parameters: it
+    leaves them out.
     """
     packed = linear_parameters(model_config) // 2
     rotary = 2 * (head_width(model_config) // 2) * FLOAT32

@@ -55,14 +55,10 @@ def merge(config: Config, into: str):
     if into == "dequantized":
         base = base.dequantize()
     merged = load_tuned(config, base).merge_and_unload().eval()
-    return merged if into == "4bit" else rounded(merged, config)
-
-
-def rounded(model, config: Config):
-    """The model with its weights rounded to what is saved, in the format that it computes in."""
-    for dtype in (precision.storage_dtype(config), precision.compute_dtype(config)):
-        precision.cast(model.parameters(), dtype)
-    return model
+    # Rounded to what is saved, in the format that the machine computes in.
+    precision.cast(merged.parameters(), precision.storage_dtype(config))
+    precision.cast(merged.parameters(), precision.compute_dtype(config))
+    return merged
 
 
 def with_room(config: Config, needed: int) -> Config:
@@ -93,14 +89,11 @@ def save_merged(model, tokenizer, config: Config) -> Path:
     DiskFull and InUse.
     """
     stored = precision.storage_dtype(config)
-    is_packed = any(p.dtype == torch.uint8 for p in model.parameters())
-    size = sum(p.nbytes if is_packed else p.numel() * stored.itemsize for p in model.parameters())
+    size = sum(p.numel() * min(p.element_size(), stored.itemsize) for p in model.parameters())
     with artefacts.whole_folder(config.merged_dir, size) as draft:
-        if not is_packed:
-            precision.cast(model.parameters(), stored)
+        precision.cast(model.parameters(), stored)
         model.save_pretrained(draft)
-        if not is_packed:
-            precision.cast(model.parameters(), precision.compute_dtype(config))
+        precision.cast(model.parameters(), precision.compute_dtype(config))
         _finish(draft, tokenizer, config)
     return config.merged_dir
 

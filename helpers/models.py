@@ -172,9 +172,9 @@ def quantization_config(config: Config) -> BitsAndBytesConfig:
 def load_model(config: Config, quantized: bool = True, source: str | Path | None = None):
     """The base model of a Config, or the one in `source`, in eval mode, all on `config.device_map`.
 
-    quantized=True gives 4-bit linear layers (if `config.use_4bit`), False 16-bit ones. Raises
-    ModelUnavailable for a model that cannot be had or a device that is not there, ArtefactError for
-    a damaged one.
+    quantized=True gives 4-bit linear layers (if `config.use_4bit`), False plain ones; whatever is
+    not packed lies in `precision.compute_dtype`. Raises ModelUnavailable for a model that cannot be
+    had or a device that is not there, ArtefactError for a damaged one.
     """
     name = str(source or config.model_name)
     if config.device.startswith("cuda") and not torch.cuda.is_available():

@@ -49,9 +49,10 @@ def adapter_dtype(config: Config) -> torch.dtype:
 
 
 def cast(parameters: Iterable[torch.nn.Parameter], dtype: torch.dtype) -> None:
-    """Put parameters into another format, in place.
+    """Put parameters into another format, in place; packed weights are bytes and stay.
 
     Not `model.to(dtype)`: that also rounds buffers, such as the rotary frequencies.
     """
     for parameter in parameters:
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

@@ -189,8 +189,9 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
     trainer.made_from = (config, tokenizer, dataset)
     checkpoints.resume_in_own_type(trainer.model)
     trainer.remove_callback(PrinterCallback)  # LogLines prints the same numbers, readable
-    trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    precision.cast(trained, precision.adapter_dtype(config))
+    if precision.adapter_dtype(config) == torch.float32:  # trl has made it bfloat16
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        precision.cast(trained, torch.float32)
     if config.device == "cpu":
         answer_head.score_answers_alone(trainer.model.get_base_model())
     return trainer

@@ -86,7 +86,7 @@ def test_a_value_that_makes_no_sense_is_named_with_its_rule(name, value, rule):
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [
-        ({"FP16": True}, "FP16 and BF16 are both True"),
+        ({"FP16": True, "BF16": True}, "FP16 and BF16 are both True"),
         ({"FP16": True, "BF16": False}, "the model is on the CPU, which cannot train in float16"),
         ({"SAVE_STEPS": 50, "EVAL_STEPS": 40}, "SAVE_STEPS is 50 and EVAL_STEPS is 40"),
         (

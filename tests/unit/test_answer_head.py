@@ -51,7 +51,7 @@ def scores_and_gradient(model, batch):
     return found, model.model.layers[0].mlp.up_proj.weight.grad
 
 
-@pytest.mark.parametrize("tile", [7, 128])  # 190 graded positions: several tiles, the last short
+@pytest.mark.parametrize("tile", [7, 128])  # 170 graded positions: several tiles, the last short
 def test_scores_and_gradients_are_those_of_trl(plain, batch, monkeypatch, tile):
     monkeypatch.setattr(answer_head, "TILE_TOKENS", tile)
     theirs, their_gradient = scores_and_gradient(with_trl(plain), batch)
