@@ -6,7 +6,6 @@ that is more than a third of a training step. It knows nothing of recipes or dat
 """
 
 import functools
-from types import SimpleNamespace
 
 import torch
 
@@ -57,6 +56,9 @@ def score_answers_alone(model) -> None:
     label_mask, each [rows, length - 1] and zero where the label is ignored, as trl's own head does.
     Other calls are left alone.
     """
+    # Imported here: helpers.memory reads the size of a tile from this module, and trl is slow.
+    from trl.trainer.utils import FusedCausalLMOutput
+
     forward = model.forward
 
     @functools.wraps(forward)
@@ -71,7 +73,8 @@ def score_answers_alone(model) -> None:
         log_probs, entropy, is_top1 = (
             score.new_zeros(mask.shape).masked_scatter(mask, score) for score in scores
         )
-        return SimpleNamespace(
+        # Not any object will do: DDP looks for the tensors in it.
+        return FusedCausalLMOutput(
             log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
         )
 

@@ -56,6 +56,7 @@ def test_scores_and_gradients_are_those_of_trl(plain, batch, monkeypatch, tile):
     monkeypatch.setattr(answer_head, "TILE_TOKENS", tile)
     theirs, their_gradient = scores_and_gradient(with_trl(plain), batch)
     ours, our_gradient = scores_and_gradient(with_ours(plain), batch)
+    assert type(ours) is type(theirs)  # DDP finds the tensors in no other one
     for name in ("log_probs", "entropy"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
     assert torch.equal(ours.is_top1, theirs.is_top1)
