@@ -168,6 +168,9 @@ def _merge_rows(metrics: dict) -> list[tuple]:
 
 def score_rows(metrics: dict, models: Sequence[str] = ("base", "tuned")) -> list[tuple]:
     """(what, a text such as 0.50 [0.30, 0.70] for each model) of the scores that were taken."""
+    taken = [name for name in SCORES if f"{name}_rate_base" in metrics]
+    if not taken:
+        return []
     from helpers import evaluation  # loads torch, so only a run that has scores does it
 
     def with_interval(rate: float, model: str) -> str:
@@ -177,9 +180,8 @@ def score_rows(metrics: dict, models: Sequence[str] = ("base", "tuned")) -> list
         return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
 
     return [
-        (what, *(with_interval(metrics[f"{name}_rate_{model}"], model) for model in models))
-        for name, what in SCORES.items()
-        if f"{name}_rate_base" in metrics
+        (SCORES[name], *(with_interval(metrics[f"{name}_rate_{model}"], model) for model in models))
+        for name in taken
     ]
 
 
