@@ -195,7 +195,7 @@ def select_pairs(config: Config, work: Path, workers: Workers) -> tuple[Report, 
     """
     started = time.perf_counter()
     with bar(workers.progress, "reading", "B") as shown:
-        partitions = open_source(config.data_source, work, config.seed, shown.move_to)
+        partitions = open_source(config.data_source, work, config.seed, shown.advance)
     read = time.perf_counter()
     report = Report(partitions.questions, partitions.answers, partitions.quarantined)
     if report.quarantined:

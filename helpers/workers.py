@@ -48,7 +48,7 @@ class Workers:
             try:
                 results = self.pool.map(function, numbers) if self.pool else map(function, numbers)
                 for number, result in enumerate(results, 1):
-                    shown.move_to(total * number // partitions.count)
+                    shown.advance(total * number // partitions.count - shown.bar.n)
                     yield result
             except BrokenProcessPool as error:
                 raise DataError(
@@ -73,6 +73,6 @@ class bar:
     def __exit__(self, *error):
         self.bar.close()
 
-    def move_to(self, done: int, total: int | None = None) -> None:
+    def advance(self, by: int, total: int | None = None) -> None:
         self.bar.total = total or self.bar.total
-        self.bar.update(done - self.bar.n)
+        self.bar.update(by)
