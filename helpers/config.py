@@ -184,8 +184,9 @@ class Config:
     packing: bool = False
     # On a GPU from Ampere on: fused kernels and one recorded graph a step (helpers/fast_path.py).
     fast_path: bool = False
-    # With activation_checkpointing: the last layers that keep their activations all the same.
-    kept_layers: int = field(default=0, metadata=between(0, 1000))
+    # On the fast path: the last layers that keep their activations in spite of checkpointing. None:
+    # these, checkpointing, and how many of a step's rows go at a time are planned to the card.
+    kept_layers: int | None = field(default=None, metadata=between(0, 1000))
     max_length: int = field(default=512, metadata=between(16, 2**17))
     completion_only_loss: bool = False
     save_steps: int = field(default=50, metadata=between(1, 10**7))
@@ -488,7 +489,7 @@ PROFILES: dict[str, dict] = {
     "demo": DEMO,
     "smoke": {
         **DEMO,
-        "max_train_rows": 16,
+        "max_train_rows": 8,
         "max_steps": 2,
         "per_device_train_batch_size": 2,
         "grad_acc_steps": 1,
@@ -496,7 +497,7 @@ PROFILES: dict[str, dict] = {
         "eval_steps": 1,
         "log_steps": 1,
         "comparison_rows": 2,
-        "max_new_tokens": 24,
+        "max_new_tokens": 12,
         "evaluation_problems": 2,
     },
     "colab_t4": {

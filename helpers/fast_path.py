@@ -20,10 +20,10 @@ from transformers.models.llama import modeling_llama
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from helpers.memory import LOSS_CHUNK
 from helpers.prompts import IGNORED_LABEL
 
 SHORTEST_MEAN_ROW = 32  # tokens: how many rows a batch has room for
-LOSS_CHUNK = 1024  # tokens whose logits exist at one time
 WARM_UP_PASSES = 2  # kernels choose their algorithms and compile before anything is recorded
 # A recorded pass cannot look at random states, so a checkpoint must not save them: no dropout.
 CHECKPOINT_OPTIONS = {
@@ -91,9 +91,18 @@ class FastTrainer(SFTTrainer):
             self.graph = StepGraph(bare_model, inputs, self.kept_layers)
         return self.graph(inputs)
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        inputs.pop("used_tokens", None)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of an evaluation: mean nats over the batch's graded tokens.
+
+        In the chunks of the training step. trl's tiles need 1.3 GB, which would come on top of the
+        memory that the recording keeps.
+        """
+        inputs = dict(inputs)
+        inputs.pop("used_tokens")
+        labels = inputs.pop("labels")
+        graded = (labels[0, 1:] != IGNORED_LABEL).sum()
+        loss = packed_loss(self.accelerator.unwrap_model(model), inputs, labels) / graded
+        return (loss, {}) if return_outputs else loss
 
 
 class StepGraph:
@@ -108,6 +117,8 @@ class StepGraph:
         self.inputs = {k: v.clone() if torch.is_tensor(v) else v for k, v in inputs.items()}
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         choose_checkpoints(model.get_base_model().model.layers, kept_layers)
+        for parameter in self.parameters:  # now, not between activations that will leave gaps
+            parameter.grad = torch.zeros_like(parameter)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -138,11 +149,7 @@ class StepGraph:
     def _forward_backward(self) -> torch.Tensor:
         inputs = dict(self.inputs)
         labels, graded = inputs.pop("labels"), inputs.pop("graded")
-        base = self.model.get_base_model()
-        hidden = base.model(**inputs, use_cache=False).last_hidden_state[0, :-1]
-        chunks = zip(hidden.split(LOSS_CHUNK), labels[0, 1:].split(LOSS_CHUNK), strict=True)
-        head = partial(summed_loss, base.lm_head)
-        loss = sum(checkpoint(head, h, y, **CHECKPOINT_OPTIONS) for h, y in chunks) / graded
+        loss = packed_loss(self.model, inputs, labels) / graded
         loss.backward()
         return loss.detach()
 
@@ -167,6 +174,15 @@ class Recomputing:
 
     def __exit__(self, *error):
         Recomputing.active = False
+
+
+def packed_loss(model, inputs: dict, labels: torch.Tensor) -> torch.Tensor:
+    """Nats over all graded tokens of one packed row, labels [1, tokens], summed chunk by chunk."""
+    base = model.get_base_model()
+    hidden = base.model(**inputs, use_cache=False).last_hidden_state[0, :-1]
+    chunks = zip(hidden.split(LOSS_CHUNK), labels[0, 1:].split(LOSS_CHUNK), strict=True)
+    head = partial(summed_loss, base.lm_head)
+    return sum(checkpoint(head, h, y, **CHECKPOINT_OPTIONS) for h, y in chunks)
 
 
 def summed_loss(head, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -29,6 +30,13 @@ FLOAT32 = 4
 # trl 1.16 projects to the vocabulary in tiles of 4,096 tokens by 32,768 words
 # (kernels/chunked_logprob.py).
 TILE_TOKENS, TILE_WORDS = 4096, 32768
+LOSS_CHUNK = 1024  # tokens whose logits exist at one time on the fast path
+# Its three streams (of the warm-up, the recording and all else) each give cuBLAS and cuBLASLt
+# 32 MiB to work in, the size that torch chooses on an H100; older cards get 8.
+GRAPH_WORKSPACES = 3 * 2 * 32 * 2**20
+# A margin, for what the allocator reserves beyond what it needs because a gap is too small for the
+# next tensor: the most that was measured (benchmarks/results/caps.json).
+GAPS = 1_200_000_000
 # Bytes of state a parameter needs: two moments. "torch" keeps them in the parameter's own type,
 # bitsandbytes in 32 bits, or in 8 bits with one 32-bit constant for 256 values.
 EIGHT_BIT_STATE = 2 * (1 + FLOAT32 / NESTED_BLOCK)
@@ -57,8 +65,9 @@ class Run:
 
     `length` is that of the longest batch, padding included, in tokens. `upcast` says that peft's
     `prepare_model_for_kbit_training` ran: embeddings, norms, head and hidden states are float32.
-    `loss` is "full" (transformers: logits of all positions) or "chunked" (trl 1.16). Raises
-    ValueError for an unknown quantization, optimizer, loss or device.
+    `loss` is "full" (transformers: logits of all positions) or "chunked" (trl 1.16). `fast` is
+    `helpers.fast_path`, whose batch is packed into one row of `tokens`. Raises ValueError for an
+    unknown quantization, optimizer, loss or device.
     """
 
     quantization: str = "nf4-double"  # or "nf4", "16bit"
@@ -69,6 +78,8 @@ class Run:
     length: int = 512
     optimizer: str = "adamw_bnb_8bit"
     checkpointing: bool = True
+    # With checkpointing: the last layers that keep their activations all the same.
+    kept_layers: int = 0
     # Checkpoints wait in the host's memory (SFTConfig(activation_offloading=)).
     offload: bool = False
     accumulation: int = 1
@@ -78,6 +89,7 @@ class Run:
     # Inputs of the adapter are cast to the compute type, not to the adapter's.
     autocast: bool = True
     loss: str = "chunked"
+    fast: bool = False
     device: str = "cuda"
 
     def __post_init__(self):
@@ -103,10 +115,12 @@ class Run:
             length=length or config.max_length,
             optimizer=config.optim,
             checkpointing=config.activation_checkpointing,
+            kept_layers=config.kept_layers or 0,
             accumulation=config.grad_acc_steps,
             compute_bytes=precision.compute_dtype(config).itemsize,
             adapter_bytes=precision.adapter_dtype(config).itemsize,
-            autocast=any(precision.autocast(config).values()),
+            autocast=not config.fast_path and any(precision.autocast(config).values()),
+            fast=config.fast_path,
             device="cpu" if config.device == "cpu" else "cuda",
         )
 
@@ -349,11 +363,12 @@ def layer_activation_bytes(model_config, run: Run) -> int:
     attention, the gate and the adapters.
     """
     hidden = model_config.hidden_size
-    # RMSNorm keeps its input in float32, and one reciprocal root for each token.
-    norms = 2 * (hidden + 1) * FLOAT32
+    # RMSNorm keeps its input, transformers' own in float32, and one reciprocal root for each token.
+    norms = 2 * (hidden * (run.stream_bytes if run.fast else FLOAT32) + FLOAT32)
     per_token = norms + _attention_bytes(model_config, run) + _gate_bytes(model_config, run)
     per_token += _adapter_input_bytes(model_config, run)
-    mask = run.batch * run.length**2 * run.stream_bytes  # the boolean mask, made additive
+    # The boolean mask, made additive; flash attention reads the rows' bounds instead.
+    mask = 0 if run.fast else run.batch * run.length**2 * run.stream_bytes
     return per_token * run.tokens + mask
 
 
@@ -364,8 +379,8 @@ def _attention_bytes(model_config, run: Run) -> int:
 
 
 def _gate_bytes(model_config, run: Run) -> int:
-    """The gate before and after SiLU, and the branch it multiplies."""
-    return 3 * model_config.intermediate_size * run.stream_bytes
+    """The gate before and after SiLU, and the branch it multiplies; fused, no gate after."""
+    return (2 if run.fast else 3) * model_config.intermediate_size * run.stream_bytes
 
 
 def _adapter_input_bytes(model_config, run: Run) -> int:
@@ -395,24 +410,32 @@ def checkpoint_bytes(model_config, run: Run) -> int:
 
 def held_bytes(model_config, run: Run) -> int:
     """Activations kept between forward and backward, over all layers, and the last norm's input."""
-    layers = model_config.num_hidden_layers
+    layers, state = model_config.num_hidden_layers, checkpoint_bytes(model_config, run)
     last_norm = run.tokens * model_config.hidden_size * FLOAT32
+    if run.fast:  # its input, and its output for the loss, which is taken in chunks
+        last_norm = 2 * state
+    layer = layer_activation_bytes(model_config, run)
     if not run.checkpointing:
         # The embedding is frozen, so nothing is kept for the norm that follows it.
-        return layers * layer_activation_bytes(model_config, run)
+        return layers * layer + (last_norm if run.fast else 0)
+    kept = min(run.kept_layers, layers)
     # Offloaded, one checkpoint is in use while the next one travels.
-    return last_norm + (2 if run.offload else layers) * checkpoint_bytes(model_config, run)
+    return last_norm + kept * layer + (2 if run.offload else layers - kept) * state
 
 
 def loss_bytes(model_config, run: Run) -> int:
     """The most that the loss holds at once.
 
+    The fast path keeps, for a chunk, log-softmax, its gradient and that of the logits in float32.
     "full": transformers upcasts the logits; in the backward pass log-softmax, its gradient and
     the gradient of the logits stand side by side, in float32. "chunked": on a GPU one 16-bit tile
     of trl's and the gradient of the hidden states in float32; on a CPU three float32 tiles of
     `answer_head` (logits, probabilities, a product) and the derivative by the hidden states.
     """
     width, words = model_config.hidden_size, model_config.vocab_size
+    if run.fast:
+        chunk = min(run.tokens, LOSS_CHUNK) * words
+        return run.tokens * width * run.compute_bytes + 3 * FLOAT32 * chunk
     if run.loss == "full":
         return 3 * FLOAT32 * run.tokens * words
     if run.device == "cpu":
@@ -426,12 +449,26 @@ def backward_bytes(model_config, run: Run) -> int:
     """What walking back through one layer needs besides its activations.
 
     The residual's gradient twice, three gradients as wide as the MLP's middle (base path, adapter
-    path, their sum), and the widest weight dequantized.
+    path, their sum), and the widest weight dequantized. The fast path has two of the three when it
+    dequantizes one: those of gate and up.
     """
     hidden, inner = model_config.hidden_size, model_config.intermediate_size
-    gradients = run.tokens * (2 * hidden + 3 * inner) * run.stream_bytes
+    wide = 2 if run.fast else 3
+    gradients = run.tokens * (2 * hidden + wide * inner) * run.stream_bytes
     widest = max(outputs * inputs for outputs, inputs in linear_shapes(model_config).values())
     return gradients + (0 if run.quantization == "16bit" else widest * run.compute_bytes)
+
+
+def evaluation_bytes(model_config, run: Run) -> int:
+    """What the fast path takes beside the memory that its recorded step keeps: an evaluation.
+
+    One layer's widest moment without gradients (residual, norm, the MLP's three wide tensors), the
+    last hidden state, and of a chunk the logits in 16 and 32 bits and their log-softmax.
+    """
+    hidden, inner = model_config.hidden_size, model_config.intermediate_size
+    layer = run.tokens * (3 * hidden + 3 * inner) * run.compute_bytes
+    head = min(run.tokens, LOSS_CHUNK) * model_config.vocab_size
+    return max(layer, head * (run.compute_bytes + 2 * FLOAT32))
 
 
 def mapped_file_bytes(model_config, run: Run) -> int:
@@ -448,12 +485,15 @@ def estimate(model_config, run: Run, baseline: int = 0) -> Estimate:
 
     `baseline` is what the process holds before the model is loaded (`current_memory_bytes()`
     after the imports) and matters on a CPU. On a GPU the result stands for
-    `torch.cuda.max_memory_allocated()`: the CUDA context, a few hundred MB, is not in it.
+    `torch.cuda.max_memory_allocated()`, on the fast path for `max_memory_reserved()`, because a
+    recorded step keeps its memory: the CUDA context, a few hundred MB, is in neither.
     """
     moments = _moments(model_config, run)
     name = max(moments, key=lambda moment: sum(moments[moment].values()))
     parts = dict(moments[name])
     parts["overhead"] += baseline + mapped_file_bytes(model_config, run)
+    if run.fast:
+        parts["overhead"] += evaluation_bytes(model_config, run) + GRAPH_WORKSPACES
     trained = lora_parameters(model_config, run.rank, run.targets)
     return Estimate(
         weights=weight_bytes(model_config, run),
@@ -469,10 +509,12 @@ def _moments(model_config, run: Run) -> dict[str, dict[str, int]]:
     layers = model_config.num_hidden_layers
     gradients = lora_parameters(model_config, run.rank, run.targets) * run.adapter_bytes
     # Before the first optimizer step of several accumulated batches the gradients are kept.
-    kept = gradients if run.accumulation > 1 else 0
+    # A recorded step always has them in one place.
+    kept = gradients if run.accumulation > 1 or run.fast else 0
     layer = layer_activation_bytes(model_config, run)
     held, back = held_bytes(model_config, run), backward_bytes(model_config, run)
-    recomputed = layer if run.checkpointing else 0
+    # Layers that keep their activations come first, and nothing is recomputed for them.
+    recomputed = layer if run.checkpointing and not run.kept_layers else 0
     one_layer = layer + (checkpoint_bytes(model_config, run) if run.checkpointing else 0)
     logits = loss_bytes(model_config, run)
 
@@ -504,18 +546,26 @@ def measured_steps(path: Path = MEASURED_STEPS) -> dict[str, tuple[Run, int]]:
 # -- A plan for a card
 
 
+def card_bytes() -> int:
+    """What torch may take of the GPU in use: its memory, or the share that the process is given."""
+    whole = torch.cuda.get_device_properties(None).total_memory
+    return round(whole * torch.cuda.get_per_process_memory_fraction())
+
+
 def plan(model_config, run: Run, card_bytes: int, reserve_bytes: int = GIB) -> Plan:
     """The fastest way to take `run`'s step of `run.batch` rows on a card of `card_bytes`.
 
     Tried: every power of two up to `run.batch` (the rest is accumulated), checkpointing on and off,
-    offloaded checkpoints, 8-bit AdamW plain and paged. `reserve_bytes` is kept free for the CUDA
-    context, the allocator's gaps and the desktop: a margin, not a prediction.
+    offloaded checkpoints (on the fast path: any number of kept layers), the run's own optimizer and
+    8-bit AdamW, plain and paged. `reserve_bytes` is kept free for the CUDA context, the desktop
+    and, off the fast path, the allocator's gaps: a margin, not a prediction.
     """
     room = card_bytes - reserve_bytes
-    candidates = sorted(_candidates(run), key=relative_cost)
+    layers = model_config.num_hidden_layers
+    candidates = sorted(_candidates(run, layers), key=partial(relative_cost, layers=layers))
     for candidate in candidates:
         predicted = estimate(model_config, candidate)
-        if predicted.total <= room:
+        if _fits(candidate, predicted, room):
             return Plan(True, candidate, predicted, _summary(candidate, predicted, room))
     smallest = min(candidates, key=lambda item: estimate(model_config, item).total)
     return Plan(
@@ -523,20 +573,29 @@ def plan(model_config, run: Run, card_bytes: int, reserve_bytes: int = GIB) -> P
     )
 
 
-def relative_cost(run: Run, ridge: int = 500) -> tuple[float, bool]:
+def _fits(run: Run, predicted: Estimate, room: int) -> bool:
+    return predicted.total + (GAPS if run.fast else 0) <= room
+
+
+def relative_cost(run: Run, ridge: int = 500, layers: int = 32) -> tuple[float, bool]:
     """How slow a run is for each token, to rank plans; not a time.
 
-    A frozen weight is passed twice, forward and backward, a third time to recompute, and moving
+    A frozen weight is passed twice, forward and backward, a third time to recompute unless its
+    layer is one of those that keep their activations, and moving
     checkpoints to the host counts as one more. A pass costs its tokens plus `ridge`, the tokens
     at which the arithmetic takes as long as unpacking the weights: (operations a byte) x 4.5
     bytes / 2 operations, at 160 to 300 operations a byte for cards from a T4 to an H100 (roofline
     model, Williams et al. 2009).
     """
-    passes = 2 + run.checkpointing + run.offload
+    passes = 2 + run.checkpointing * (1 - run.kept_layers / layers) + run.offload
     return passes * (1 + ridge / run.tokens), run.optimizer.startswith("paged")
 
 
-def _candidates(run: Run) -> list[Run]:
+def _candidates(run: Run, layers: int) -> list[Run]:
+    # checkpointing, kept layers, offload
+    ways = [(False, 0, False), (True, 0, False), (True, 0, True)]
+    if run.fast:
+        ways = [(False, 0, False), *((True, kept, False) for kept in range(layers))]
     batches = [2**power for power in range(run.batch.bit_length()) if 2**power <= run.batch]
     return [
         dataclasses.replace(
@@ -544,17 +603,20 @@ def _candidates(run: Run) -> list[Run]:
             batch=batch,
             accumulation=run.accumulation * math.ceil(run.batch / batch),
             checkpointing=checkpointing,
+            kept_layers=kept,
             offload=offload,
             optimizer=optimizer,
         )
         for batch in batches
-        for checkpointing, offload in ((False, False), (True, False), (True, True))
-        for optimizer in PLANNED_OPTIMIZERS
+        for checkpointing, kept, offload in ways
+        for optimizer in dict.fromkeys((run.optimizer, *PLANNED_OPTIMIZERS))
     ]
 
 
 def _summary(run: Run, predicted: Estimate, room: int) -> str:
     checkpoints = "with checkpointing" if run.checkpointing else "without checkpointing"
+    if run.kept_layers:
+        checkpoints += f" but for {run.kept_layers} layers"
     offloaded = ", checkpoints offloaded to the host" if run.offload else ""
     return (
         f"batch {run.batch} x {run.accumulation} accumulated, {checkpoints}{offloaded}, "
@@ -574,11 +636,12 @@ def _advice(model_config, smallest: Run, room: int) -> str:
         )
     length = smallest.length // 2
     while length >= 64:
-        if estimate(model_config, dataclasses.replace(smallest, length=length)).total <= room:
+        shorter = dataclasses.replace(smallest, length=length)
+        if _fits(shorter, estimate(model_config, shorter), room):
             return f"cut rows to {length} tokens: activations and logits shrink with the length"
         length //= 2
     small = dataclasses.replace(smallest, rank=8, targets=ATTENTION_TARGETS, length=64)
-    if estimate(model_config, small).total <= room:
+    if _fits(small, estimate(model_config, small), room):
         return "train fewer parameters: rank 8 on q_proj and v_proj, with short rows"
     return "the weights leave no room for a step: choose a smaller model or a larger card"
 

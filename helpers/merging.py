@@ -73,7 +73,7 @@ def bytes_needed(config: Config, into: str) -> int:
 
     On a CPU it may be less, for pages of a mapped file that nobody reads are not in memory.
     """
-    shape = AutoConfig.from_pretrained(models.resolve(config.model_name))
+    shape = models.load_shape(config.model_name)
     run = memory.Run.from_config(config)
     whole = memory.weight_bytes(shape, dataclasses.replace(run, quantization="16bit"))
     packed = memory.weight_bytes(shape, run) if into == "dequantized" else 0

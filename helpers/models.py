@@ -3,6 +3,7 @@
 It quantizes nothing itself (bitsandbytes does) and knows nothing of adapters (see training).
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from helpers import artefacts, precision
 from helpers.config import PROJECT_DIR, Config
@@ -146,6 +147,11 @@ def load_gguf(path: Path, dtype: torch.dtype):
     ).eval()
 
 
+def load_shape(model_name: str):
+    """transformers' config of a model: its shape without its weights. Raises ModelUnavailable."""
+    return _from_hub(model_name, AutoConfig.from_pretrained, check_code)
+
+
 def load_tokenizer(model_name: str):
     """The tokenizer of a model, right-padding, with a pad token that is not EOS.
 
@@ -157,6 +163,11 @@ def load_tokenizer(model_name: str):
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token
     return tokenizer
+
+
+def is_sharded() -> bool:
+    """Whether `accelerate launch` started this process under FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def quantization_config(config: Config) -> BitsAndBytesConfig:
@@ -182,17 +193,17 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
             f"profile {config.profile!r} puts {name} on {config.device}, and torch sees no GPU "
             "here: run it on a machine with one, or choose PROFILE = 'demo', which needs none"
         )
-    options = (
-        {"quantization_config": quantization_config(config)}
-        if quantized and config.use_4bit
-        else {}
-    )
+    dtype, options = precision.compute_dtype(config), {}
+    if quantized and config.use_4bit:
+        settings = options["quantization_config"] = quantization_config(config)
+        if is_sharded():  # FSDP moves numbers of one type, so the packed bytes must pass for such
+            settings.bnb_4bit_quant_storage = dtype
     model = _from_hub(
         name,
         AutoModelForCausalLM.from_pretrained,
         check_model,
         use_safetensors=True,
-        dtype=precision.compute_dtype(config),
+        dtype=dtype,
         device_map=config.device_map,
         **options,
     )

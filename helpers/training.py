@@ -34,6 +34,7 @@ from helpers import (
 )
 from helpers.config import Config, ConfigError
 
+CONTEXT_BYTES = 2**29  # what CUDA itself takes of a GPU, 0.3 to 0.5 GiB
 EXPLOSION = 3.0  # nats above the first loss, twenty times less likely words: it will not return
 
 # transformers 5.15, which Colab has, knows it by its old name.
@@ -153,6 +154,36 @@ def prepare_tracker(config: Config) -> None:
     os.environ[variables[config.report_to]] = str(folder)
 
 
+def planned(config: Config) -> Config:
+    """The Config with the fastest way to take its step that its GPU has room for, which is printed.
+
+    The rows of a step stay the same; how many go at a time, which layers keep their activations and
+    the optimizer are `memory.plan`'s. A Config that is off the fast path or names KEPT_LAYERS stays
+    as it is. Raises ConfigError when nothing fits: only the model's shape was loaded by then.
+    """
+    if config.kept_layers is not None or not uses_fast_path(config):
+        return config
+    room = memory.card_bytes()
+    shape, step = models.load_shape(config.model_name), memory.Run.from_config(config)
+    plan = memory.plan(shape, step, room, CONTEXT_BYTES)
+    if not plan.fits:
+        plain = memory.plan(shape, dataclasses.replace(step, fast=False), room)
+        way_out = f"set FAST_PATH = False, there is a slower way ({plain.advice})"
+        raise ConfigError(
+            f"{config.model_name} does not train on the fast path in {room / memory.GIB:.0f} GiB "
+            f"with rows of {config.max_length} tokens: {way_out if plain.fits else plan.advice}"
+        )
+    print(f"planned for {room / memory.GIB:.0f} GiB: {plan.advice}")
+    return dataclasses.replace(
+        config,
+        per_device_train_batch_size=plan.run.batch,
+        grad_acc_steps=plan.run.accumulation,
+        activation_checkpointing=plan.run.checkpointing,
+        kept_layers=plan.run.kept_layers,
+        optim=plan.run.optimizer,
+    )
+
+
 def load_dataset(config: Config) -> DatasetDict:
     """The train and validation rows that notebook 02 wrote, with only the columns that train."""
     dataset = load_from_disk(str(integrity.check_dataset(config)))
@@ -165,6 +196,7 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
     Raises ValueError for a model that carries an adapter already.
     """
     prepare_tracker(config)
+    config = planned(config)
     fast = uses_fast_path(config)
     trainer = (fast_path.FastTrainer if fast else SFTTrainer)(
         model=models.without_adapter(model),
@@ -185,7 +217,8 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
     )
     if fast:
         trainer.data_collator = fixed_collator(config, tokenizer)  # trl takes none when it packs
-        trainer.kept_layers = config.kept_layers
+        trainer.kept_layers = config.kept_layers or 0
+    trainer.args.eval_on_start = models.is_sharded()  # see loss_before
     trainer.made_from = (config, tokenizer, dataset)
     checkpoints.resume_in_own_type(trainer.model)
     trainer.remove_callback(PrinterCallback)  # LogLines prints the same numbers, readable
@@ -303,12 +336,15 @@ def fine_tune(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
         trainer = one_rung_down(trainer)
 
 
-def loss_before(trainer: SFTTrainer) -> float:
+def loss_before(trainer: SFTTrainer) -> float | None:
     """The validation loss, measured such that training can follow.
 
     accelerate marks a model that it has prepared for an evaluation as prepared, and under DDP
-    would then train it unwrapped: every process on its own, without a word.
+    would then train it unwrapped: every process on its own, without a word. FSDP shards a model
+    together with its optimizer only: there `eval_on_start` measures it, and this gives None.
     """
+    if models.is_sharded():
+        return None
     loss = trainer.evaluate()["eval_loss"]
     if trainer.accelerator.num_processes > 1:
         trainer.model._is_accelerate_prepared = False
@@ -328,6 +364,8 @@ def train_once(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
             checkpoints.restore_finished(trainer, checkpoint)
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if before is None:
+            before = next(x["eval_loss"] for x in trainer.state.log_history if "eval_loss" in x)
         # The best checkpoint is loaded; a run too short for an evaluation has none.
         after = trainer.state.best_metric or trainer.evaluate()["eval_loss"]
     # Ready to answer: trl turns the cache off, and without it writing is three times slower.
@@ -442,15 +480,16 @@ def save_adapter(trainer: SFTTrainer, tokenizer, config: Config) -> Path:
     The checkpoints have done their duty then and are removed. Under DDP the first process does it.
     """
     checkpoints.wait_for_all()  # another may still be reading its best checkpoint
+    weights = trainer.accelerator.get_state_dict(trainer.model)  # under FSDP all have a share
     if trainer.is_world_process_zero():
-        _write_adapter(trainer, tokenizer, config)
+        _write_adapter(trainer, tokenizer, config, weights)
     checkpoints.wait_for_all()
     return config.adapter_dir
 
 
-def _write_adapter(trainer: SFTTrainer, tokenizer, config: Config) -> None:
+def _write_adapter(trainer: SFTTrainer, tokenizer, config: Config, weights: dict) -> None:
     with artefacts.whole_folder(config.adapter_dir) as draft:
-        trainer.model.save_pretrained(draft)
+        trainer.model.save_pretrained(draft, state_dict=weights)
         tokenizer.save_pretrained(draft)
         log = {"history": trainer.state.log_history, "steps": step_log(trainer)}
         log |= {"dataset": integrity.dataset_fingerprint(config), "recipe": config.recipe}
@@ -484,6 +523,7 @@ def train(config: Config) -> dict:
     with sft_config(config).main_process_first():
         tokenizer, dataset = models.load_tokenizer(config.model_name), load_dataset(config)
     before = memory.current_memory_bytes()
+    config = planned(config)
     trainer = build_trainer(config, models.load_model(config), tokenizer, dataset)
     trainable, every = trainer.model.get_nb_trainable_parameters()
     trainer, metrics = fine_tune(trainer)

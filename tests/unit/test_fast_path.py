@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from peft.tuners.lora.bnb import Linear4bit
 
-from helpers import fast_path, models, training
-from helpers.config import ALL_LINEAR_TARGETS, PROBLEMS_FILE, Config
+from helpers import fast_path, memory, models, training
+from helpers.config import ALL_LINEAR_TARGETS, PROBLEMS_FILE, Config, ConfigError
 
 on_gpu = pytest.mark.skipif(
     not fast_path.is_supported(), reason="needs a GPU with bfloat16 and flash attention"
@@ -126,6 +127,55 @@ def one_step(tmp_path, fast: bool, **changes):
             loss = trainer.training_step(trainer.model, dict(batch), count)
     named = trainer.model.named_parameters()
     return loss.item(), {n: p.grad.float().clone() for n, p in named if p.grad is not None}
+
+
+def planned(tmp_path, monkeypatch, gib, **changes):
+    """`training.planned` of a Llama 2 7B on a card of `gib`; loading a weight is an error."""
+    monkeypatch.setattr(fast_path, "is_supported", lambda: True)
+    monkeypatch.setattr(memory, "card_bytes", lambda: gib * memory.GIB)
+    monkeypatch.setattr(models, "load_model", None)
+    memory.llama2_config("7B").save_pretrained(tmp_path)
+    settings = {"model_name": str(tmp_path), "run_dir": tmp_path / "run", **changes}
+    return training.planned(Config.from_profile("llama2_7b", **settings))
+
+
+def test_the_fast_path_is_planned_to_the_card_and_says_so(tmp_path, monkeypatch, capsys):
+    small, large = (planned(tmp_path, monkeypatch, gib) for gib in (12, 80))
+    assert (
+        "planned for 12 GiB: batch 4 x 4 accumulated, with checkpointing but"
+        in capsys.readouterr().out
+    )
+    for config in (small, large):  # a step's rows stay what the profile says
+        assert config.per_device_train_batch_size * config.grad_acc_steps == 16
+    assert 0 < small.kept_layers < 32 and small.activation_checkpointing
+    assert not large.activation_checkpointing and large.optim == "adamw_torch_fused"
+    assert training.planned(small) is small
+
+
+def test_a_card_that_is_too_small_is_refused_before_the_weights(tmp_path, monkeypatch):
+    with pytest.raises(
+        ConfigError, match="in 6 GiB with rows of 512 tokens: set FAST_PATH = False"
+    ):
+        planned(tmp_path, monkeypatch, 6)
+    with pytest.raises(ConfigError, match="in 3 GiB .* smaller model or a larger card"):
+        planned(tmp_path, monkeypatch, 3)
+
+
+def test_what_is_given_is_not_planned(tmp_path, monkeypatch):
+    assert planned(tmp_path, monkeypatch, 3, kept_layers=0).kept_layers == 0
+    assert planned(tmp_path, monkeypatch, 3, fast_path=False).kept_layers is None
+
+
+def test_the_loss_in_chunks_is_that_of_the_model(tmp_path, tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(fast_path, "LOSS_CHUNK", 5)
+    config = tiny_config(tmp_path, model_name=str(tiny_model_dir))
+    model = get_peft_model(models.load_model(config), training.lora_config(config)).eval()
+    ids = torch.arange(5, 28)[None]
+    labels = torch.where(ids % 4 > 0, ids, -100)
+    with torch.no_grad():
+        summed = fast_path.packed_loss(model, {"input_ids": ids}, labels)
+        mean = model(input_ids=ids, labels=labels).loss
+    assert (summed / (labels[0, 1:] != -100).sum()).item() == pytest.approx(mean.item(), rel=1e-3)
 
 
 @on_gpu

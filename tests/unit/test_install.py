@@ -57,7 +57,7 @@ def test_every_package_we_import_is_a_direct_requirement():
     required = {PIN.match(line).group(1).replace("-", "_").lower() for line in requirement_lines()}
     providers = packages_distributions()
     # kagglehub is for readers with Kaggle credentials; without it the error says how to get it.
-    own = {"helpers", "tests", "kagglehub", "unsloth"} | sys.stdlib_module_names
+    own = {"helpers", "tests", "benchmarks", "kagglehub", "unsloth"} | sys.stdlib_module_names
     for package in sorted(set(imported_packages()) - own):
         names = {name.replace("-", "_").lower() for name in providers.get(package, [])}
         assert names & required, f"{package} is imported, and no line of requirements.txt brings it"

@@ -241,6 +241,35 @@ def test_when_nothing_fits_the_plan_says_what_to_change(changes, card, advice):
     assert not plan.fits and advice in plan.advice
 
 
+FAST = memory.Run(batch=8, length=512, optimizer="adamw_torch_fused", autocast=False, fast=True)
+CAPS = json.loads((PROJECT_DIR / "benchmarks" / "results" / "caps.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("row", [row for row in CAPS if "steps" in row], ids=lambda r: r["cap_gib"])
+def test_the_fast_path_reserves_about_what_is_predicted(row):
+    predicted = memory.estimate(LLAMA, memory.Run(**row["run"])).total
+    assert predicted == pytest.approx(row["peak_reserved_bytes"], rel=0.10)
+    assert row["peak_reserved_bytes"] < predicted + memory.GAPS  # the planner's margin is enough
+    assert row["steps"] == 50
+
+
+def test_more_memory_lets_more_layers_keep_their_activations():
+    plans = [memory.plan(LLAMA, FAST, cap * memory.GIB, 2**29) for cap in (8, 12, 16)]
+    kept = [plan.run.kept_layers if plan.run.checkpointing else 32 for plan in plans]
+    assert 0 < kept[0] < kept[1] < kept[2] == 32
+    assert "with checkpointing but for" in plans[0].advice
+    for plan, cap in zip(plans, (8, 12, 16), strict=True):
+        assert plan.fits and plan.run.batch * plan.run.accumulation == 8
+        assert plan.estimate.total + memory.GAPS <= cap * memory.GIB - 2**29
+
+
+def test_what_ran_out_of_memory_is_refused():
+    caps = [row["cap_gib"] for row in CAPS if "out_of_memory" in row]
+    assert caps
+    for cap in caps:
+        assert not memory.plan(LLAMA, FAST, round(cap * memory.GIB), 2**29).fits
+
+
 def test_a_run_takes_its_settings_from_a_config():
     run = memory.Run.from_config(Config.from_profile("article"))
     assert (run.quantization, run.targets, run.length) == ("nf4", ATTENTION_TARGETS, 512)
