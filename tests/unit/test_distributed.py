@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import yaml
+from transformers.models.llama import modeling_llama
 
-from helpers import integrity, training
+from helpers import integrity, models, training
 from helpers.config import PROJECT_DIR, ConfigError
 from tests.faults.train_tiny import tiny_config, write_dataset
 
@@ -46,6 +49,27 @@ def test_two_processes_train_as_one_does_on_the_same_rows(tmp_path, tiny_model_d
     assert losses[1][-1] < losses[1][0] - 0.1
     for text in lines.values():  # the first process alone prints the log
         assert text.count("step    4/4   loss") == 1
+
+
+def test_under_fsdp_packed_bytes_pass_for_numbers(tmp_path, tiny_model_dir, monkeypatch):
+    """accelerate shards on GPUs only, so what a process does there is checked here one by one."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    config = tiny_config(tmp_path, tiny_model_dir, use_4bit=True)
+    write_dataset(config, rows=8, held_out=2)
+    model, dataset = models.load_model(config), training.load_dataset(config)
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.weight.dtype == layer.compute_dtype == torch.float32
+    trainer = training.build_trainer(
+        config, model, models.load_tokenizer(config.model_name), dataset
+    )
+    assert trainer.args.eval_on_start and training.loss_before(trainer) is None
+
+
+def test_the_fsdp_file_wraps_the_layers_of_a_llama():
+    settings = yaml.safe_load((PROJECT_DIR / "accelerate" / "fsdp_qlora.yaml").read_text())
+    assert settings["distributed_type"] == "FSDP" and settings["num_processes"] == 2
+    wrapped = settings["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"]
+    assert hasattr(modeling_llama, wrapped)
 
 
 def test_each_process_has_its_gpu(tmp_path, tiny_model_dir, monkeypatch):
