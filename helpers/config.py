@@ -489,7 +489,7 @@ PROFILES: dict[str, dict] = {
     "demo": DEMO,
     "smoke": {
         **DEMO,
-        "max_train_rows": 8,
+        "max_train_rows": 16,
         "max_steps": 2,
         "per_device_train_batch_size": 2,
         "grad_acc_steps": 1,

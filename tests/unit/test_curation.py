@@ -218,7 +218,7 @@ def test_a_leak_is_counted(dataset):
 def test_smoke_is_small(tmp_path):
     config = Config.from_profile("smoke", run_dir=tmp_path)
     report = curate(config)
-    assert (report.train_rows, report.validation_rows) == (8, 4)
+    assert (report.train_rows, report.validation_rows) == (16, 8)
 
 
 # -- The same result whatever the order and the number of processes.
@@ -635,7 +635,7 @@ def test_a_failed_run_keeps_the_old_dataset(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         curate(config)
     assert (config.dataset_dir / "README.md").read_text() == before
-    assert len(datasets.load_from_disk(str(config.dataset_dir))["train"]) == 8
+    assert len(datasets.load_from_disk(str(config.dataset_dir))["train"]) == 16
 
 
 def test_text_that_would_break_the_template_is_removed(folder, tmp_path, tokenizer):
