@@ -104,7 +104,12 @@ class Run:
 
     @classmethod
     def from_config(cls, config: Config, length: int | None = None) -> "Run":
-        """The Run of a Config under trl, whose adapters are bfloat16 (float32 with fp16=True)."""
+        """The Run of a Config under trl, whose adapters are bfloat16 (float32 with fp16=True).
+
+        `length` is that of the longest row. A packed batch is full, however long its rows are.
+        """
+        if config.packing:
+            length = config.max_length
         nested = "nf4-double" if config.use_nested_quant else "nf4"
         return cls(
             quantization=nested if config.use_4bit else "16bit",

@@ -264,6 +264,8 @@ def next_rung(config: Config) -> dict:
     rows, eval_rows = config.per_device_train_batch_size, config.per_device_eval_batch_size
     if not config.activation_checkpointing:
         return {"activation_checkpointing": True}
+    if config.kept_layers:
+        return {"kept_layers": config.kept_layers // 2}
     if rows > 1:
         return {
             "per_device_train_batch_size": rows // 2,

@@ -186,6 +186,7 @@ def test_a_loss_that_is_no_number_stops_the_run(config):
             {"activation_checkpointing": True},
             "PER_DEVICE_TRAIN_BATCH_SIZE = 1, GRAD_ACC_STEPS = 2, PER_DEVICE_EVAL_BATCH_SIZE = 2",
         ),
+        ({"activation_checkpointing": True, "kept_layers": 21}, "KEPT_LAYERS = 10"),
         (
             {"activation_checkpointing": True, "per_device_train_batch_size": 1},
             "MAX_LENGTH = 200",

@@ -275,6 +275,9 @@ def test_a_run_takes_its_settings_from_a_config():
     assert (run.quantization, run.targets, run.length) == ("nf4", ATTENTION_TARGETS, 512)
     assert run.checkpointing and run.optimizer == "paged_adamw_32bit" and run.device == "cuda"
     assert memory.Run.from_config(Config.from_profile("demo"), length=280).length == 280
+    # A packed batch is full, whatever the length of the rows that were laid end to end.
+    packed = memory.Run.from_config(Config.from_profile("llama2_7b"), length=4096)
+    assert packed.fast and packed.tokens == 8 * 512
 
 
 def test_an_unknown_optimizer_is_named():
