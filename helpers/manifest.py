@@ -33,7 +33,7 @@ def write(config: Config, parameters: dict, environment: dict[str, str]) -> Path
         "environment": environment,
         "parameters": parameters,
         "settings": {**dataclasses.asdict(config), "run_dir": None},
-        "versions": {name: version(name) for name in requirements()},
+        "versions": {name: _version(name) for name in requirements()},
         "code": code(),
         "data": data(config.data_source),
         "base_model": base_model(config.model_name),

@@ -7,7 +7,7 @@ import pytest
 
 from helpers import artefacts, manifest
 from helpers.__main__ import main
-from helpers.config import PROJECT_DIR
+from helpers.config import PROJECT_DIR, Config
 from tests.faults.staging import record_cell, run_notebooks, write_notebook
 
 SAVE = """from helpers.config import Config
@@ -53,6 +53,15 @@ def test_it_records_versions_hardware_parameters_and_hashes(finished):
     assert {"helpers/training.py", "constraints.txt", "notebooks/05_merging.ipynb"} <= set(
         record["code"]
     )
+
+
+def test_a_package_that_is_not_here_ends_no_run(tmp_path, monkeypatch):
+    """Colab has neither JupyterLab nor the test suite."""
+    monkeypatch.setattr(manifest, "requirements", lambda: ["torch", "no-such-package"])
+    manifest.write(Config.from_profile("smoke", run_dir=tmp_path), {}, {})
+    versions = json.loads((tmp_path / "manifest.json").read_text())["versions"]
+    assert versions["no-such-package"] == "not installed" and versions["torch"].startswith("2.")
+    assert manifest.verify(tmp_path) == 0
 
 
 def test_an_untouched_run_is_verified(run, capsys):
