@@ -94,8 +94,8 @@ class FastTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of an evaluation: mean nats over the batch's graded tokens.
 
-        In the chunks of the training step. trl's tiles need 1.3 GB, which would come on top of the
-        memory that the recording keeps.
+        In the chunks of the training step, as `memory.evaluation_bytes` counts it: this memory
+        comes on top of what the recording keeps.
         """
         inputs = dict(inputs)
         inputs.pop("used_tokens")
