@@ -11,13 +11,11 @@ context. Runs go side by side as far as the card holds them, for memory alone is
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -126,15 +124,10 @@ def main() -> None:
     rows = []
     for group in GROUPS:
         rows += side_by_side(options.folder, group)
-    import torch
+    from benchmarks.training import circumstances
 
-    packages = ("torch", "transformers", "trl", "peft", "bitsandbytes")
-    facts = {
-        "what": f"Llama 2's shape with random weights, planned for a cap, {STEPS} steps of 8 rows",
-        "hardware": torch.cuda.get_device_name(),
-        "date": f"{datetime.date.today()}",
-        "versions": {name: version(name) for name in packages},
-    }
+    what = f"Llama 2's shape with random weights, planned for a cap, {STEPS} steps of 8 rows"
+    facts = {"what": what, **circumstances()}
     RESULTS.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 
 

@@ -283,18 +283,25 @@ def compare(folder: Path, ways: list[str], options: argparse.Namespace) -> None:
         way: {name: statistics.median(r[name] for r in runs if r["way"] == way) for name in names}
         for way in dict.fromkeys(run["way"] for run in runs)
     }
-    import torch
-
-    packages = ("torch", "transformers", "trl", "peft", "bitsandbytes")
     facts = {
         "what": "A QLoRA training step at Llama 2 7B's shape, random weights, rank 64",
-        "hardware": torch.cuda.get_device_name(),
-        "date": f"{datetime.date.today()}",
-        "versions": {name: version(name) for name in packages},
+        **circumstances(),
         "medians": medians,
     }
     options.output.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
     print(json.dumps(medians, indent=1))
+
+
+def circumstances() -> dict:
+    """The GPU, the date and the versions that a file of results must name."""
+    import torch
+
+    packages = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+    return {
+        "hardware": torch.cuda.get_device_name(),
+        "date": f"{datetime.date.today()}",
+        "versions": {name: version(name) for name in packages},
+    }
 
 
 def main() -> None:

@@ -525,7 +525,7 @@ def train(config: Config) -> dict:
     with sft_config(config).main_process_first():
         tokenizer, dataset = models.load_tokenizer(config.model_name), load_dataset(config)
     before = memory.current_memory_bytes()
-    config = planned(config)
+    config = planned(config)  # here and not only in build_trainer: before the weights are loaded
     trainer = build_trainer(config, models.load_model(config), tokenizer, dataset)
     trainable, every = trainer.model.get_nb_trainable_parameters()
     trainer, metrics = fine_tune(trainer)
