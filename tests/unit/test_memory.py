@@ -248,8 +248,8 @@ CAPS = json.loads((PROJECT_DIR / "benchmarks" / "results" / "caps.json").read_te
 @pytest.mark.parametrize("row", [row for row in CAPS if "steps" in row], ids=lambda r: r["cap_gib"])
 def test_the_fast_path_reserves_about_what_is_predicted(row):
     predicted = memory.estimate(LLAMA, memory.Run(**row["run"])).total
-    assert predicted == pytest.approx(row["peak_reserved_bytes"], rel=0.10)
-    assert row["peak_reserved_bytes"] < predicted + memory.GAPS  # the planner's margin is enough
+    assert predicted == pytest.approx(row["peak_reserved_bytes"], rel=0.08)
+    assert row["peak_reserved_bytes"] < predicted + memory.MORE_GAPS  # the planner's margin is enough
     assert row["steps"] == 50
 
 
@@ -260,7 +260,7 @@ def test_more_memory_lets_more_layers_keep_their_activations():
     assert "with checkpointing but for" in plans[0].advice
     for plan, cap in zip(plans, (8, 12, 16), strict=True):
         assert plan.fits and plan.run.batch * plan.run.accumulation == 8
-        assert plan.estimate.total + memory.GAPS <= cap * memory.GIB - 2**29
+        assert plan.estimate.total + memory.MORE_GAPS <= cap * memory.GIB - 2**29
 
 
 def test_what_ran_out_of_memory_is_refused():
