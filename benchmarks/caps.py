@@ -1,12 +1,14 @@
 """Does the planner keep its word? Llama 2's shapes under caps of GPU memory.
 
-    python benchmarks/training.py make FOLDER                       random weights, 7B's shape
-    python benchmarks/caps.py one FOLDER --cap 8 --length 1024      plan, train, one JSON line
-    python benchmarks/caps.py one FOLDER --cap 4 --forced           train what the plan refuses
-    python benchmarks/caps.py all FOLDER                            every cap, to results/caps.json
+    python benchmarks/caps.py one 7B --cap 8 --length 1024          plan, train, one JSON line
+    python benchmarks/caps.py one 7B --cap 4 --way forced           train what the plan refuses
+    python benchmarks/caps.py group 1                               a group of GROUPS, added to
+                                                                    results/caps.json
 
 A cap is `torch.cuda.set_per_process_memory_fraction`: what torch may reserve, without the CUDA
-context. Runs go side by side as far as the card holds them, for memory alone is measured.
+context. Runs go side by side as far as a card of 80 GB holds them, for memory alone is measured.
+The weights are zeros, read from a file that is one hole: they take no disk, and memory does not
+depend on what they are.
 """
 
 import argparse
@@ -16,6 +18,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,112 +27,176 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 RESULTS = PROJECT / "benchmarks" / "results" / "caps.json"
-# (GiB, tokens of the longest row, trained though refused): what one GPU holds side by side.
+# (size, GiB, tokens of the longest row, way). Ways: "planned"; "plain" follows the advice off the
+# fast path; "forced" trains, though refused, as little at a time as it can.
 GROUPS = (
-    ((6, 512, 0), (8, 512, 0), (12, 512, 0), (16, 512, 0), (24, 512, 0)),
-    ((6, 1024, 0), (8, 1024, 0), (12, 1024, 0), (8, 2048, 0), (12, 2048, 0))
-    + ((4, 512, 1), (5, 2048, 1), (6, 4096, 1)),
+    tuple(
+        ("7B", cap, length, "planned") for cap in (24, 16, 12, 8, 6) for length in (512, 1024, 2048)
+    ),
+    (("70B", 48, 512, "planned"), ("13B", 16, 512, "planned"), ("13B", 12, 512, "planned")),
+    (("7B", 5, 512, "forced"), ("7B", 6, 1024, "forced"), ("7B", 6, 2048, "forced"))
+    + (("13B", 8, 512, "forced"), ("7B", 6, 512, "plain"), ("7B", 6, 1024, "plain")),
+    (("70B", 76, 512, "planned"),),
 )
 STEPS = 50
+TOKENS_PER_STEP = {"7B": 4096, "13B": 4096, "70B": 2048}
+CARD_GIB = 76  # what the runs of one moment may take together
 
 
-def one(folder: Path, cap: float, length: int, forced: bool) -> dict:
-    """Plan 8 rows a step for a cap in GiB, train STEPS steps, compare bytes."""
+def write_checkpoint(folder: Path, size: str) -> None:
+    """A Llama 2 of zeros with a tokenizer: a safetensors file that is a header and a hole."""
+    import math
+
+    from benchmarks.training import word_tokenizer
+    from helpers import memory
+
+    shape = memory.llama2_config(size)
+    shape.architectures = ["LlamaForCausalLM"]
+    shape.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    header, end = {}, 0
+    for name, dimensions in parameter_shapes(shape).items():
+        start, end = end, end + 2 * math.prod(dimensions)
+        header[name] = {"dtype": "BF16", "shape": dimensions, "data_offsets": [start, end]}
+    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def parameter_shapes(shape) -> dict[str, list[int]]:
+    """The shape of every parameter of a Llama by name."""
     import torch
-    from datasets import Dataset
+    from transformers import LlamaForCausalLM
 
-    from benchmarks.training import random_rows
-    from helpers import memory, models, training
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape)
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def one(size: str, cap: float, length: int, way: str) -> dict:
+    """Plan for a cap in GiB, train STEPS steps, compare bytes."""
+    import torch
+
+    from helpers import memory, training
     from helpers.config import Config, ConfigError
 
     whole = torch.cuda.get_device_properties(None).total_memory
     torch.cuda.set_per_process_memory_fraction(cap * memory.GIB / whole)
-    with tempfile.TemporaryDirectory() as run_dir:
+    found = {"size": size, "cap_gib": cap, "length": length, "way": way}
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder) / "model", size)
         config = Config.from_profile(
-            "llama2_7b", model_name=str(folder), run_dir=run_dir, max_length=length,
-            per_device_train_batch_size=8, grad_acc_steps=1, max_steps=STEPS, log_steps=10,
+            "llama2_7b", model_name=f"{folder}/model", run_dir=f"{folder}/run", max_length=length,
+            per_device_train_batch_size=TOKENS_PER_STEP[size] // length, grad_acc_steps=1,
+            fast_path=way != "plain", max_steps=STEPS, log_steps=10,
         )  # fmt: skip
-        shape = models.load_shape(str(folder))
-        room = memory.card_bytes()
-        step = memory.Run.from_config(config)
-        plan = memory.plan(shape, step, room, training.CONTEXT_BYTES)
-        found = {"cap_gib": cap, "length": length, "fits": plan.fits, "plan": plan.advice}
+        shape, room = memory.llama2_config(size), memory.torch_bytes()
+        if way == "plain":
+            plan = memory.plan(shape, memory.Run.from_config(config), room)
+            found |= {"plan": plan.advice, "fits": plan.fits}
+            config = follow(config, plan.run)
+        elif way == "forced":
+            plan = memory.plan(shape, memory.Run.from_config(config), room, reserve_bytes=0)
+            found |= {"plan": plan.advice, "fits": plan.fits}
+            config = follow(config, plan.run)
         try:
             config = training.planned(config)
         except ConfigError as refusal:
-            found["refusal"] = str(refusal)
-            if not forced:
-                return found
-            config = dataclasses.replace(
-                config, per_device_train_batch_size=1, kept_layers=0, optim=plan.run.optimizer
-            )
-        rows = random_rows(STEPS * 8 * length // 300, length)
-        data = Dataset.from_dict({"input_ids": rows, "labels": [[-100, *r[1:]] for r in rows]})
-        model = models.load_model(config)
-        torch.cuda.empty_cache()
-        found |= {"weights_bytes": torch.cuda.memory_allocated()}
-        found |= {"weights_reserved_bytes": torch.cuda.memory_reserved()}
-        found |= {"load_reserved_bytes": torch.cuda.max_memory_reserved()}
-        torch.cuda.reset_peak_memory_stats()
-        trainer = training.build_trainer(
-            config, model, models.load_tokenizer(str(folder)),
-            {"train": data, "validation": data.select(range(8))},
-        )  # fmt: skip
-        try:
-            with training.kernels(trainer):
-                trainer.train()
-        except torch.OutOfMemoryError as error:
-            return {**found, "out_of_memory": str(error)[:120]}
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            return {**found, "refusal": str(refusal)}
         step = memory.Run.from_config(config)
-        return {
-            **found,
-            "run": dataclasses.asdict(step),
-            "steps": trainer.state.global_step,
-            "losses": [round(float(loss), 3) for loss in losses],
-            "predicted_bytes": memory.estimate(shape, step).total,
-            "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
-            "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
-        }
+        found |= {"run": dataclasses.asdict(step)}
+        found |= {"predicted_bytes": memory.estimate(shape, step).total}
+        try:
+            return {**found, **train(config, size)}
+        except torch.OutOfMemoryError as error:
+            return {**found, "out_of_memory": str(error).split(". ")[0]}
 
 
-def side_by_side(folder: Path, cases: list[tuple]) -> list[dict]:
-    """Each (cap, length, forced) in a process of its own, all at the same time."""
-    processes = []
-    for cap, length, forced in cases:
-        command = [sys.executable, __file__, "one", str(folder), "--cap", str(cap)]
-        command += ["--length", str(length)] + ["--forced"] * forced
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-    found = []
-    for case, process in zip(cases, processes, strict=True):
-        lines = process.communicate()[0].splitlines()
-        row = json.loads(lines[-1]) if process.returncode == 0 else {"failed": case}
-        print(json.dumps(row), flush=True)
-        found.append(row)
-    return found
+def follow(config, run):
+    """The Config with what a plan says."""
+    return dataclasses.replace(
+        config,
+        per_device_train_batch_size=run.batch,
+        grad_acc_steps=run.accumulation,
+        activation_checkpointing=run.checkpointing,
+        kept_layers=run.kept_layers,
+        optim=run.optimizer,
+    )
+
+
+def train(config, size: str) -> dict:
+    """Train on rows of random words as notebook 04 does; bytes, steps and losses."""
+    import torch
+    from datasets import Dataset
+
+    from benchmarks.training import random_rows
+    from helpers import models, training
+
+    rows = random_rows(2 * STEPS * TOKENS_PER_STEP[size] // 300, config.max_length)
+    data = Dataset.from_dict({"input_ids": rows, "labels": [[-100, *r[1:]] for r in rows]})
+    model = models.load_model(config)
+    torch.cuda.empty_cache()
+    found = {"weights_bytes": torch.cuda.memory_allocated()}
+    found |= {"load_reserved_bytes": torch.cuda.max_memory_reserved()}
+    torch.cuda.reset_peak_memory_stats()
+    trainer = training.build_trainer(
+        config, model, models.load_tokenizer(config.model_name),
+        {"train": data, "validation": data.select(range(8))},
+    )  # fmt: skip
+    with training.kernels(trainer):
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        **found,
+        "steps": trainer.state.global_step,
+        "losses": [round(float(loss), 3) for loss in losses],
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+    }
+
+
+def side_by_side(cases: tuple) -> Iterator[dict]:
+    """Each case in a process of its own, as many at a time as the card holds."""
+    waiting, running = list(cases), {}
+    while waiting or running:
+        for case in list(waiting):
+            if sum(cap for _, cap, *_ in running) + case[1] <= CARD_GIB:
+                waiting.remove(case)
+                size, cap, length, way = map(str, case)
+                command = [sys.executable, __file__, "one", size, "--cap", cap]
+                command += ["--length", length, "--way", way]
+                running[case] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        ended = [case for case, process in running.items() if process.poll() is not None]
+        for case in ended:
+            process = running.pop(case)
+            lines = process.stdout.read().splitlines()
+            yield json.loads(lines[-1]) if process.returncode == 0 else {"failed": case}
+        time.sleep(1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["one", "all"])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("command", choices=["one", "group"])
+    parser.add_argument("what", help="7B, 13B or 70B; or the number of a group, from 1")
     parser.add_argument("--cap", type=float, default=24.0, help="GiB")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of the longest row")
-    parser.add_argument("--forced", action="store_true", help="train even if refused")
+    parser.add_argument("--length", type=int, default=512, help="tokens of the longest row")
+    parser.add_argument("--way", choices=["planned", "plain", "forced"], default="planned")
     options = parser.parse_args()
     if options.command == "one":
-        print(json.dumps(one(options.folder, options.cap, options.length, options.forced)))
+        print(json.dumps(one(options.what, options.cap, options.length, options.way)))
         return
-    rows = []
-    for group in GROUPS:
-        rows += side_by_side(options.folder, group)
     from benchmarks.training import circumstances
 
-    what = f"Llama 2's shape with random weights, planned for a cap, {STEPS} steps of 8 rows"
-    facts = {"what": what, **circumstances()}
-    RESULTS.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    facts = {"what": f"Llama 2's shapes, planned for a cap, {STEPS} steps", **circumstances()}
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    for row in side_by_side(GROUPS[int(options.what) - 1]):
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+        RESULTS.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -37,8 +36,7 @@ WARM_UP, STEPS = 4, 24  # steps in all, and how many at the start are not counte
 
 def make(folder: Path, shape: str) -> None:
     import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM
 
     from helpers import memory
 
@@ -46,14 +44,22 @@ def make(folder: Path, shape: str) -> None:
     with torch.device("cuda"):
         model = LlamaForCausalLM(memory.llama2_config(shape))
     model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+
+
+def word_tokenizer():
+    """A tokenizer of 32,000 words w3, w4, ... with Llama 2's special tokens."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 32000)}
-    PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
         pad_token="<unk>",
-    ).save_pretrained(folder)
+    )
 
 
 def row_lengths(count: int, longest: int) -> list[int]:

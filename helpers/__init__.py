@@ -11,6 +11,7 @@ have set yourself stays as it is.
 
 import logging
 import os
+import sys
 import warnings
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also read by transformers
@@ -19,6 +20,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # else trl reports each 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when a data loader forks
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # gives memory back sooner
+
+# GPU memory in pieces that can grow. Without, the fast path's recorded step leaves gaps: Llama 2 7B
+# ran out of 8 GiB, and needs 7.4 with it (benchmarks/caps.py). Windows does not have it.
+if sys.platform == "linux":
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 # Idle threads sleep. The default is to spin, and then a step takes five times as long or more as
 # soon as another program wants one of the cores.

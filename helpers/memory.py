@@ -34,9 +34,11 @@ LOSS_CHUNK = 1024  # tokens whose logits exist at one time on the fast path
 # Its three streams (of the warm-up, the recording and all else) each give cuBLAS and cuBLASLt
 # 32 MiB to work in, the size that torch chooses on an H100; older cards get 8.
 GRAPH_WORKSPACES = 3 * 2 * 32 * 2**20
-# A recorded step cannot give memory back, so gaps too small for the next tensor stay reserved. The
-# middle of 0.7 to 1.2 GB measured at rows of 512 tokens; a planner keeps the rest of it free.
-GAPS, MORE_GAPS = 900_000_000, 300_000_000
+# A recorded step cannot give memory back, so gaps too small for the next tensor stay reserved.
+# Measured, in sizes of the widest weight when it is dequantized: 8 to 13.3 (benchmarks/caps.py).
+# The middle is predicted, and the planner keeps the rest free.
+GAPS, MORE_GAPS = 10, 3.5
+CONTEXT_BYTES = 2**29  # what CUDA itself takes of a GPU, 0.3 to 0.5 GiB
 # Bytes of state a parameter needs: two moments. "torch" keeps them in the parameter's own type,
 # bitsandbytes in 32 bits, or in 8 bits with one 32-bit constant for 256 values.
 EIGHT_BIT_STATE = 2 * (1 + FLOAT32 / NESTED_BLOCK)
@@ -460,8 +462,14 @@ def backward_bytes(model_config, run: Run) -> int:
     hidden, inner = model_config.hidden_size, model_config.intermediate_size
     wide = 2 if run.fast else 3
     gradients = run.tokens * (2 * hidden + wide * inner) * run.stream_bytes
+    widest = 0 if run.quantization == "16bit" else widest_weight_bytes(model_config, run)
+    return gradients + widest
+
+
+def widest_weight_bytes(model_config, run: Run) -> int:
+    """The largest linear layer's weight, unpacked to be multiplied with."""
     widest = max(outputs * inputs for outputs, inputs in linear_shapes(model_config).values())
-    return gradients + (0 if run.quantization == "16bit" else widest * run.compute_bytes)
+    return widest * run.compute_bytes
 
 
 def evaluation_bytes(model_config, run: Run) -> int:
@@ -498,7 +506,8 @@ def estimate(model_config, run: Run, baseline: int = 0) -> Estimate:
     parts = dict(moments[name])
     parts["overhead"] += baseline + mapped_file_bytes(model_config, run)
     if run.fast:
-        parts["overhead"] += evaluation_bytes(model_config, run) + GRAPH_WORKSPACES + GAPS
+        parts["overhead"] += evaluation_bytes(model_config, run) + GRAPH_WORKSPACES
+        parts["overhead"] += GAPS * widest_weight_bytes(model_config, run)
     trained = lora_parameters(model_config, run.rank, run.targets)
     return Estimate(
         weights=weight_bytes(model_config, run),
@@ -551,10 +560,11 @@ def measured_steps(path: Path = MEASURED_STEPS) -> dict[str, tuple[Run, int]]:
 # -- A plan for a card
 
 
-def card_bytes() -> int:
-    """What torch may take of the GPU in use: its memory, or the share that the process is given."""
+def torch_bytes() -> int:
+    """What torch may take of the GPU in use: all but CUDA's own, or the share of this process."""
     whole = torch.cuda.get_device_properties(None).total_memory
-    return round(whole * torch.cuda.get_per_process_memory_fraction())
+    share = round(whole * torch.cuda.get_per_process_memory_fraction())
+    return min(share, whole - CONTEXT_BYTES)
 
 
 def plan(model_config, run: Run, card_bytes: int, reserve_bytes: int = GIB) -> Plan:
@@ -569,8 +579,8 @@ def plan(model_config, run: Run, card_bytes: int, reserve_bytes: int = GIB) -> P
     layers = model_config.num_hidden_layers
     candidates = sorted(_candidates(run, layers), key=partial(relative_cost, layers=layers))
     for candidate in candidates:
-        predicted = estimate(model_config, candidate)
-        if _fits(candidate, predicted, room):
+        if _fits(model_config, candidate, room):
+            predicted = estimate(model_config, candidate)
             return Plan(True, candidate, predicted, _summary(candidate, predicted, room))
     smallest = min(candidates, key=lambda item: estimate(model_config, item).total)
     return Plan(
@@ -578,8 +588,9 @@ def plan(model_config, run: Run, card_bytes: int, reserve_bytes: int = GIB) -> P
     )
 
 
-def _fits(run: Run, predicted: Estimate, room: int) -> bool:
-    return predicted.total + (MORE_GAPS if run.fast else 0) <= room
+def _fits(model_config, run: Run, room: int) -> bool:
+    margin = MORE_GAPS * widest_weight_bytes(model_config, run) if run.fast else 0
+    return estimate(model_config, run).total + margin <= room
 
 
 def relative_cost(run: Run, ridge: int = 500, layers: int = 32) -> tuple[float, bool]:
@@ -642,11 +653,11 @@ def _advice(model_config, smallest: Run, room: int) -> str:
     length = smallest.length // 2
     while length >= 64:
         shorter = dataclasses.replace(smallest, length=length)
-        if _fits(shorter, estimate(model_config, shorter), room):
+        if _fits(model_config, shorter, room):
             return f"cut rows to {length} tokens: activations and logits shrink with the length"
         length //= 2
     small = dataclasses.replace(smallest, rank=8, targets=ATTENTION_TARGETS, length=64)
-    if _fits(small, estimate(model_config, small), room):
+    if _fits(model_config, small, room):
         return "train fewer parameters: rank 8 on q_proj and v_proj, with short rows"
     return "the weights leave no room for a step: choose a smaller model or a larger card"
 

@@ -34,7 +34,6 @@ from helpers import (
 )
 from helpers.config import Config, ConfigError
 
-CONTEXT_BYTES = 2**29  # what CUDA itself takes of a GPU, 0.3 to 0.5 GiB
 EXPLOSION = 3.0  # nats above the first loss, twenty times less likely words: it will not return
 
 # transformers 5.15, which Colab has, knows it by its old name.
@@ -163,17 +162,20 @@ def planned(config: Config) -> Config:
     """
     if config.kept_layers is not None or not uses_fast_path(config):
         return config
-    room = memory.card_bytes()
+    room = memory.torch_bytes()
     shape, step = models.load_shape(config.model_name), memory.Run.from_config(config)
-    plan = memory.plan(shape, step, room, CONTEXT_BYTES)
+    plan = memory.plan(shape, step, room, reserve_bytes=0)
     if not plan.fits:
-        plain = memory.plan(shape, dataclasses.replace(step, fast=False), room)
-        way_out = f"set FAST_PATH = False, there is a slower way ({plain.advice})"
+        plain_step = memory.Run.from_config(dataclasses.replace(config, fast_path=False))
+        plain = memory.plan(shape, plain_step, room)
+        advice = plan.advice
+        if plain.fits and not plain.run.offload:  # no Config can ask for offloading
+            advice = f"set FAST_PATH = False, there is a slower way ({plain.advice})"
         raise ConfigError(
-            f"{config.model_name} does not train on the fast path in {room / memory.GIB:.0f} GiB "
-            f"with rows of {config.max_length} tokens: {way_out if plain.fits else plan.advice}"
+            f"{config.model_name} does not train on the fast path in {room / memory.GIB:.1f} GiB "
+            f"with rows of {config.max_length} tokens: {advice}"
         )
-    print(f"planned for {room / memory.GIB:.0f} GiB: {plan.advice}")
+    print(f"planned for {room / memory.GIB:.1f} GiB: {plan.advice}")
     return dataclasses.replace(
         config,
         per_device_train_batch_size=plan.run.batch,

@@ -130,9 +130,9 @@ def one_step(tmp_path, fast: bool, **changes):
 
 
 def planned(tmp_path, monkeypatch, gib, **changes):
-    """`training.planned` of a Llama 2 7B on a card of `gib`; loading a weight is an error."""
+    """`training.planned` of a Llama 2 7B with `gib` of a GPU; loading a weight is an error."""
     monkeypatch.setattr(fast_path, "is_supported", lambda: True)
-    monkeypatch.setattr(memory, "card_bytes", lambda: gib * memory.GIB)
+    monkeypatch.setattr(memory, "torch_bytes", lambda: round(gib * memory.GIB))
     monkeypatch.setattr(models, "load_model", None)
     memory.llama2_config("7B").save_pretrained(tmp_path)
     settings = {"model_name": str(tmp_path), "run_dir": tmp_path / "run", **changes}
@@ -142,7 +142,7 @@ def planned(tmp_path, monkeypatch, gib, **changes):
 def test_the_fast_path_is_planned_to_the_card_and_says_so(tmp_path, monkeypatch, capsys):
     small, large = (planned(tmp_path, monkeypatch, gib) for gib in (12, 80))
     assert (
-        "planned for 12 GiB: batch 4 x 4 accumulated, with checkpointing but"
+        "planned for 12.0 GiB: batch 4 x 4 accumulated, with checkpointing but"
         in capsys.readouterr().out
     )
     for config in (small, large):  # a step's rows stay what the profile says
@@ -154,10 +154,13 @@ def test_the_fast_path_is_planned_to_the_card_and_says_so(tmp_path, monkeypatch,
 
 def test_a_card_that_is_too_small_is_refused_before_the_weights(tmp_path, monkeypatch):
     with pytest.raises(
-        ConfigError, match="in 6 GiB with rows of 512 tokens: set FAST_PATH = False"
+        ConfigError, match="in 5.9 GiB with rows of 512 tokens: set FAST_PATH = False"
     ):
-        planned(tmp_path, monkeypatch, 6)
-    with pytest.raises(ConfigError, match="in 3 GiB .* smaller model or a larger card"):
+        planned(tmp_path, monkeypatch, 5.9)
+    # Off the fast path these rows would fit with offloaded checkpoints, which no Config can ask for.
+    with pytest.raises(ConfigError, match="with rows of 2048 tokens: cut rows to"):
+        planned(tmp_path, monkeypatch, 5.9, max_length=2048)
+    with pytest.raises(ConfigError, match="in 3.0 GiB .* smaller model or a larger card"):
         planned(tmp_path, monkeypatch, 3)
 
 

@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
@@ -241,16 +242,35 @@ def test_when_nothing_fits_the_plan_says_what_to_change(changes, card, advice):
     assert not plan.fits and advice in plan.advice
 
 
+TOKENS = {"7B": 4096, "13B": 4096, "70B": 2048}  # in a step of benchmarks/caps.py
 FAST = memory.Run(batch=8, length=512, optimizer="adamw_torch_fused", autocast=False, fast=True)
 CAPS = json.loads((PROJECT_DIR / "benchmarks" / "results" / "caps.json").read_text())["rows"]
 
 
-@pytest.mark.parametrize("row", [row for row in CAPS if "steps" in row], ids=lambda r: r["cap_gib"])
+def case_of(row) -> str:
+    return f"{row['size']} in {row['cap_gib']:g} GiB, {row['length']} tokens"
+
+
+@pytest.mark.parametrize("row", [row for row in CAPS if "steps" in row], ids=case_of)
 def test_the_fast_path_reserves_about_what_is_predicted(row):
-    predicted = memory.estimate(LLAMA, memory.Run(**row["run"])).total
-    assert predicted == pytest.approx(row["peak_reserved_bytes"], rel=0.08)
-    assert row["peak_reserved_bytes"] < predicted + memory.MORE_GAPS  # the planner's margin is enough
+    shape, run = memory.llama2_config(row["size"]), memory.Run(**row["run"])
+    predicted = memory.estimate(shape, run).total
+    assert predicted == pytest.approx(row["peak_reserved_bytes"], rel=0.03)
+    # The planner's margin is enough.
+    margin = memory.MORE_GAPS * memory.widest_weight_bytes(shape, run)
+    assert row["peak_reserved_bytes"] < predicted + margin
     assert row["steps"] == 50
+
+
+@pytest.mark.parametrize("row", [row for row in CAPS if row["way"] == "planned"], ids=case_of)
+def test_what_was_run_is_still_what_is_planned(row):
+    rows = TOKENS[row["size"]] // row["length"]
+    step = replace(FAST, batch=rows, length=row["length"])
+    room = round(row["cap_gib"] * memory.GIB)
+    plan = memory.plan(memory.llama2_config(row["size"]), step, room, reserve_bytes=0)
+    assert plan.fits == ("steps" in row)
+    if plan.fits:
+        assert asdict(plan.run) == {**row["run"], "targets": plan.run.targets}
 
 
 def test_more_memory_lets_more_layers_keep_their_activations():
@@ -260,14 +280,23 @@ def test_more_memory_lets_more_layers_keep_their_activations():
     assert "with checkpointing but for" in plans[0].advice
     for plan, cap in zip(plans, (8, 12, 16), strict=True):
         assert plan.fits and plan.run.batch * plan.run.accumulation == 8
-        assert plan.estimate.total + memory.MORE_GAPS <= cap * memory.GIB - 2**29
+        assert plan.estimate.total < cap * memory.GIB - 2**29
 
 
-def test_what_ran_out_of_memory_is_refused():
-    caps = [row["cap_gib"] for row in CAPS if "out_of_memory" in row]
-    assert caps
-    for cap in caps:
-        assert not memory.plan(LLAMA, FAST, round(cap * memory.GIB), 2**29).fits
+@pytest.mark.parametrize("row", [row for row in CAPS if row["way"] == "forced"], ids=case_of)
+def test_what_ran_out_of_memory_is_refused(row):
+    assert "out_of_memory" in row
+    room = round(row["cap_gib"] * memory.GIB)
+    assert not memory.plan(memory.llama2_config(row["size"]), FAST, room, reserve_bytes=0).fits
+
+
+def test_torch_has_what_cuda_leaves_or_the_share_it_is_given(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24 * memory.GIB)
+    )
+    for fraction, gib in ((1.0, 23.5), (0.5, 12.0)):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda f=fraction: f)
+        assert memory.torch_bytes() == gib * memory.GIB
 
 
 def test_a_run_takes_its_settings_from_a_config():
