@@ -310,9 +310,10 @@ def tokens_html(pieces: Sequence[str], learned: Sequence[bool]) -> str:
     for piece, counts in zip(pieces, learned, strict=True):
         tag, background = ("b", "#CFE8FA") if counts else ("span", "#E4E4E4")
         style = f"background:{background};color:#000;font-weight:normal;margin-right:1px"
+        style += ";padding-bottom:3px"  # else underscores are black on a dark page
         text = html.escape(visible(piece)).replace("\n", "&#8629;\n")
         spans.append(f'<{tag} style="{style}">{text}</{tag}>')
-    return f'<pre style="{WRAPPED}">{"".join(spans)}</pre>'
+    return f'<pre style="{WRAPPED};line-height:1.6">{"".join(spans)}</pre>'
 
 
 def dataset_page(row: dict, source: str, tokenizer) -> str:

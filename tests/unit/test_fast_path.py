@@ -157,7 +157,7 @@ def test_a_card_that_is_too_small_is_refused_before_the_weights(tmp_path, monkey
         ConfigError, match="in 5.9 GiB with rows of 512 tokens: set FAST_PATH = False"
     ):
         planned(tmp_path, monkeypatch, 5.9)
-    # Off the fast path these rows would fit with offloaded checkpoints, which no Config can ask for.
+    # Off the fast path they would fit with offloaded checkpoints, which no Config can ask for.
     with pytest.raises(ConfigError, match="with rows of 2048 tokens: cut rows to"):
         planned(tmp_path, monkeypatch, 5.9, max_length=2048)
     with pytest.raises(ConfigError, match="in 3.0 GiB .* smaller model or a larger card"):
