@@ -129,9 +129,7 @@ def on_gpu(folder: Path, prompts_asked: int, tokens: int, turns: int) -> dict:
         del model
         memory.free_memory()
     medians = pd.DataFrame(runs).groupby("model", sort=False).median().reset_index()
-    what = (
-        f"{prompts_asked} prompts of random words, {tokens} new tokens each, greedy; medians of 3"
-    )
+    what = f"{prompts_asked} prompts of random words, {tokens} new tokens, greedy, {turns} turns"
     return {
         "what": f"Llama 2 7B's shape with random weights; {what}",
         **circumstances(),
