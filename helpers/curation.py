@@ -18,10 +18,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import tokenizers
 
 from helpers import artefacts, prompts
 from helpers.config import Config
@@ -180,7 +182,7 @@ def curate(config: Config, workers: int | None = None, progress: bool = False) -
         count = workers or default_workers(config.data_source)
         with Workers(count, progress, partial(prepare_worker, config.benchmarks)) as pool:
             report, partitions = select_pairs(config, work, pool)
-            encoder = Encoder.of(load_tokenizer(config.model_name))
+            encoder = Encoder.of(load_tokenizer(config.model_name), work)
             render_rows(config, report, partitions, encoder, pool)
             _write_dataset(config, report, partitions, pool, draft)
         shutil.rmtree(work)
@@ -491,26 +493,37 @@ def deduplicate(pairs: Survivors, threshold: float, report: Report) -> dict[int,
 
 @dataclass(frozen=True)
 class Encoder:
-    """The part of a tokenizer that workers need; it reaches them without transformers."""
+    """The part of a tokenizer that workers need; it reaches them without transformers.
 
-    backend: object  # tokenizers.Tokenizer
+    The vocabulary travels as a file, which each worker reads once and not with every partition.
+    """
+
+    file: Path
     bos_token_id: int
     eos_token_id: int
     eos_token: str
     added_tokens_decoder: dict  # id -> tokenizers.AddedToken
 
     @classmethod
-    def of(cls, tokenizer) -> "Encoder":
+    def of(cls, tokenizer, folder: Path) -> "Encoder":
+        file = folder / "tokenizer.json"
+        tokenizer.backend_tokenizer.save(str(file))
         return cls(
-            tokenizer.backend_tokenizer,
+            file,
             tokenizer.bos_token_id,
             tokenizer.eos_token_id,
             tokenizer.eos_token,
             tokenizer.added_tokens_decoder,
         )
 
-    def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
-        return {"input_ids": [found.ids for found in self.backend.encode_batch(texts)]}
+    def __call__(self, texts: list[str]) -> SimpleNamespace:
+        """`encodings`, as transformers calls them: a `tokenizers.Encoding` for each text."""
+        return SimpleNamespace(encodings=_vocabulary(self.file).encode_batch(texts))
+
+
+@functools.lru_cache(maxsize=1)
+def _vocabulary(file: Path):
+    return tokenizers.Tokenizer.from_file(str(file))
 
 
 def render_rows(

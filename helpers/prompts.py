@@ -131,7 +131,7 @@ def verify(tokenizer, prompt: str, completion: str) -> list[str]:
 
     Checks the tags, exactly one BOS and one EOS and no other special token, that the prompt's
     tokens begin the whole text's tokens, and that the loss falls on the answer and on the EOS that
-    ends it.
+    ends it. The tokenizer must be a fast one, which knows from which characters a token comes.
     """
     ((_, problems),) = verify_rows(tokenizer, [(prompt, completion)])
     return problems
@@ -147,11 +147,11 @@ def verify_rows(
     """
     rows = iter(rows)
     while batch := list(itertools.islice(rows, batch_size)):
-        prompts = tokenizer([prompt for prompt, _ in batch])["input_ids"]
-        wholes = tokenizer([p + c + tokenizer.eos_token for p, c in batch])["input_ids"]
-        for (prompt, completion), prompt_ids, ids in zip(batch, prompts, wholes, strict=True):
+        wholes = tokenizer([p + c + tokenizer.eos_token for p, c in batch]).encodings
+        for (prompt, completion), whole in zip(batch, wholes, strict=True):
             problems = _template_problems(prompt + completion)
-            yield len(ids), problems + _token_problems(tokenizer, prompt_ids, ids)
+            problems += _token_problems(tokenizer, whole, len(prompt))
+            yield len(whole), problems
 
 
 def _template_problems(text: str) -> list[str]:
@@ -162,7 +162,14 @@ def _template_problems(text: str) -> list[str]:
     return []
 
 
-def _token_problems(tokenizer, prompt_ids: list[int], ids: list[int]) -> list[str]:
+def _token_problems(tokenizer, whole, seam: int) -> list[str]:
+    """What is wrong with the `tokenizers.Encoding` of a row whose prompt has `seam` characters.
+
+    The prompt need not be tokenized by itself: where one token ends at the seam and the next begins
+    there, nothing was merged across it, and each side has the tokens that it has alone. Were one
+    token to lie across, the prompt's own tokens could not begin the whole's.
+    """
+    ids = whole.ids
     bos, eos, problems = tokenizer.bos_token_id, tokenizer.eos_token_id, []
     added = tokenizer.added_tokens_decoder
     for token in sorted({*ids} & {*added} - {bos, eos}):
@@ -173,12 +180,13 @@ def _token_problems(tokenizer, prompt_ids: list[int], ids: list[int]) -> list[st
             problems.append(f"{ids.count(token)} {name} tokens, there must be exactly one")
     if ids[0] != bos or ids[-1] != eos:
         problems.append("the text does not begin with BOS and end with EOS")
-    if ids[: len(prompt_ids)] != prompt_ids:
+    last, first = whole.char_to_token(seam - 1), whole.char_to_token(seam)
+    if last == first:
         problems.append(
             "the prompt's tokens are not a prefix of the whole: a token merges across the seam"
         )
     # The labels are the tokens after the prompt: without the EOS the model would not learn to stop.
-    if len(ids) - len(prompt_ids) < 2 or ids[-1] != eos:
+    if len(ids) - first < 2 or ids[-1] != eos:
         problems.append("the answer and the final EOS are not both among the labels")
     return problems
 

@@ -39,7 +39,8 @@ def contained(part: set, whole: set) -> float:
 
 def jaccard(first: set, second: set) -> float:
     """Members in both divided by members in either, from 0 to 1."""
-    return len(first & second) / len(first | second) if first or second else 1.0
+    shared = len(first & second)
+    return shared / (len(first) + len(second) - shared) if first or second else 1.0
 
 
 def sketch(words: list[str], features: set[str], seed: int) -> dict[str, bytes | list[int]]:

@@ -1,6 +1,12 @@
 """Llama 2's template: rendered, parsed back, and verified on tokens."""
 
+import itertools
+
 import pytest
+import tokenizers
+from tokenizers import normalizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from helpers import prompts
 from helpers.prompts import Conversation, TemplateError
@@ -94,7 +100,7 @@ def test_a_tokenizer_that_adds_no_bos_fails(tokenizer):
         eos_token, added_tokens_decoder = tokenizer.eos_token, tokenizer.added_tokens_decoder
 
         def __call__(self, texts):
-            return {"input_ids": tokenizer(texts, add_special_tokens=False)["input_ids"]}
+            return tokenizer(texts, add_special_tokens=False)
 
     problems = prompts.verify(WithoutBos(), PROMPT, COMPLETION)
     assert any("0 BOS" in problem for problem in problems)
@@ -106,3 +112,36 @@ def test_rows_are_verified_in_order_and_across_batches(tokenizer):
     assert [bool(problems) for _, problems in found] == [False, True] * 5
     lengths = [len(prompts.encode(tokenizer, *row)["input_ids"]) for row in rows]
     assert [length for length, _ in found] == lengths
+
+
+@pytest.fixture(scope="module")
+def llama_like_tokenizer():
+    """Built as Llama 2's is: no words are split off first, a space is a letter, bytes at need."""
+    vocabulary = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    vocabulary.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=special)
+    texts = ["[INST] x [/INST] x ]x ll l]l 1a '", "[INST] <<SYS>> </SYS>> x] x]\n\nx"] * 50
+    vocabulary.train_from_iterator(texts, trainer)
+    bos = ("<s>", vocabulary.token_to_id("<s>"))
+    vocabulary.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=vocabulary, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def test_the_seam_is_judged_as_by_the_prompts_own_tokens(tokenizer, llama_like_tokenizer):
+    """`verify` looks at the whole alone; here the prompt is tokenized by itself as well."""
+    answers = ["", " x", "x", "]", "\n\nx", "  x", "ll", "\u00e9", " \U0001f600", "</SYS>"]
+    ends = ["", " ", "\n", "'", "\u00e9", "\U0001f600", "[/INST", "a", "1"]
+    for each in (tokenizer, llama_like_tokenizer):
+        merged = 0
+        for prompt, answer in itertools.product([f"[INST] x{end}" for end in ends], answers):
+            alone = each(prompt)["input_ids"]
+            whole = prompts.encode(each, prompt, answer)["input_ids"]
+            merged += whole[: len(alone)] != alone
+            problems = " ".join(prompts.verify(each, prompt, answer))
+            assert ("not a prefix" in problems) == (whole[: len(alone)] != alone), (prompt, answer)
+        assert merged > 3
