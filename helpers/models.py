@@ -19,7 +19,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from helpers import artefacts, precision
+from helpers import artefacts, downloads, precision
 from helpers.config import PROJECT_DIR, Config
 from helpers.integrity import check_code, check_model
 
@@ -51,13 +51,16 @@ def resolve(model_name: str) -> str:
 
 
 def local_folder(model_name: str) -> Path:
-    """The folder with a model's files, fetched from the Hub if need be; ModelUnavailable."""
+    """The folder with a model's files, fetched from the Hub; ModelUnavailable and DiskFull."""
     return _from_hub(model_name, _fetch, check_code)
 
 
 def _fetch(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
+    # First the small files: with them comes the list by which half a copy is known as such.
+    huggingface_hub.snapshot_download(name, allow_patterns=["*.json"])
+    downloads.fetch_weights(name)
     patterns = ["*.safetensors", "*.json"]
     return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
 
@@ -185,7 +188,7 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
 
     quantized=True gives 4-bit linear layers (if `config.use_4bit`), False plain ones; whatever is
     not packed lies in `precision.compute_dtype`. Raises ModelUnavailable for a model that cannot be
-    had or a device that is not there, ArtefactError for a damaged one.
+    had or a device that is not there, DiskFull, and ArtefactError for a damaged one.
     """
     name = str(source or config.model_name)
     if config.device.startswith("cuda") and not torch.cuda.is_available():
@@ -200,14 +203,19 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
             settings.bnb_4bit_quant_storage = dtype
     model = _from_hub(
         name,
-        AutoModelForCausalLM.from_pretrained,
+        _load_weights,
         check_model,
-        use_safetensors=True,
         dtype=dtype,
         device_map=config.device_map,
         **options,
     )
     return guard_cpu_weights(model).eval()
+
+
+def _load_weights(path: str, **options):
+    AutoConfig.from_pretrained(path)  # a model that cannot be built is not downloaded first
+    downloads.fetch_weights(path)
+    return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
 
 
 def guard_cpu_weights(model):
@@ -240,7 +248,7 @@ def without_adapter(model):
 def _from_hub(name: str, load, check, **options):
     """load(check(path), **options); where the Hub fails, from the copy that an earlier load left.
 
-    Raises ModelUnavailable: one sentence with the reason and the way out.
+    Raises ModelUnavailable, one sentence with the reason and the way out, and DiskFull.
     """
     path = resolve(name)
     try:
@@ -250,6 +258,8 @@ def _from_hub(name: str, load, check, **options):
             copy = huggingface_hub.snapshot_download(path, local_files_only=True)
             return load(check(copy), **options)
         except (OSError, ValueError):  # no copy, or half of one; ValueError: no name on the Hub
+            if isinstance(error, artefacts.DiskFull):
+                raise error from None
             raise ModelUnavailable(
                 f"{_reason(name, error)}. PROFILE = 'demo' needs no account and no network"
             ) from error
@@ -261,14 +271,14 @@ def _reason(name: str, error: BaseException) -> str:
     kinds = [kind for kind in HUB_REASONS if any(isinstance(cause, kind) for cause in causes)]
     statuses = [cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)]
     if kinds:
-        return HUB_REASONS[kinds[0]].format(name=name)
+        return HUB_REASONS[kinds[0]].format(name=name, error=error)
     if statuses:
         advice = STATUS_ADVICE.get(statuses[0], "try again later")
         return f"the Hub answered {statuses[0]} when asked for {name}: {advice}"
     first = (str(causes[-1]).strip() or type(error).__name__).splitlines()[0]
     return (
-        f"{name} could not be loaded ({first}): check the network and try again, files that came "
-        "through whole are kept; or name a local folder in MODEL_NAME"
+        f"{name} could not be loaded ({first}): check the network and try again, a download goes "
+        "on where it was cut; or name a local folder in MODEL_NAME"
     )
 
 
@@ -283,6 +293,7 @@ HUB_REASONS = {
     "`hf auth login`",
     RepositoryNotFoundError: "{name} is neither a local folder nor a model on the Hub that you may "
     "see: check the name, or run `hf auth login`",
+    downloads.DamagedDownload: "{error}, and was removed: load {name} again",
 }
 STATUS_ADVICE = {
     401: "it does not accept the login, run `hf auth login` again",

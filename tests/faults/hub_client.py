@@ -1,6 +1,7 @@
 """Asks a Hub that misbehaves for one thing after the other; prints each answer as a line of JSON.
 
-A program of its own, since huggingface_hub reads HF_ENDPOINT when it is imported.
+With the name of a repository it fetches that one's weights alone. It is a program of its own, since
+huggingface_hub reads HF_ENDPOINT when it is imported.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 
-from helpers import hub, models, sources
+from helpers import downloads, hub, models, sources
 from helpers.config import Config
 
 time.sleep = lambda seconds: None  # the client waits longer and longer between its attempts
@@ -33,25 +34,47 @@ def switch(name: str) -> None:
     urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/switch/{name}").read()
 
 
+def damage_what_came() -> None:
+    """Turn one byte in the middle of each partial file of any/damaged."""
+    for partial in Path(huggingface_hub.constants.HF_HUB_CACHE).glob("*damaged/blobs/*.incomplete"):
+        content = bytearray(partial.read_bytes())
+        content[len(content) // 2] ^= 1
+        partial.write_bytes(content)
+
+
 def load_model(name: str):
     return models.load_model(Config.from_profile("smoke", model_name=name), quantized=False)
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
+    for name in names:
+        say(name, downloads.fetch_weights, name)
+    if names:
+        return
     for kind in ("unauthorized", "gated", "busy", "broken", "slow"):
         say(kind, models.load_tokenizer, f"any/{kind}")
     say("upload", hub.own_repository, "any/upload")
     say("good", load_model, "any/good")
     say("good tokenizer", models.load_tokenizer, "any/good")
     say("cut", load_model, "any/cut")
+    for kind in ("damaged", "renewed"):
+        say(f"cut {kind}", load_model, f"any/{kind}")
+    say("cut folder", models.local_folder, "any/cut")
+    damage_what_came()
     switch("healed")
     say("second try", load_model, "any/cut")
+    say("folder", models.local_folder, "any/cut")
+    say("renewed", load_model, "any/renewed")
+    say("damaged", load_model, "any/damaged")
+    say("after the damage", load_model, "any/damaged")
     switch("down")
     say("cached", load_model, "any/good")
     say("cached tokenizer", models.load_tokenizer, "any/good")
     say("offline", models.load_tokenizer, "any/other")
     say("data", sources.open_source, "any/data", Path(tempfile.mkdtemp()), 1)
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    say("offline mode", load_model, "any/good")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
