@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import bitsandbytes as bnb
 import pytest
 import torch
 
@@ -61,6 +62,15 @@ def test_the_merged_model_needs_notebook_05(config, tmp_path):
     elsewhere = dataclasses.replace(config, run_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match="run notebook 05"):
         inference.load(elsewhere, "merged")
+
+
+def test_on_a_cpu_the_4_bit_weights_are_unpacked_once_and_say_the_same(tiny_config, tokenizer):
+    packed, answering = models.load_model(tiny_config), inference.load(tiny_config, "base")
+    kinds = [{type(layer) for layer in model.modules()} for model in (packed, answering)]
+    assert [bnb.nn.Linear4bit in found for found in kinds] == [True, False]
+    ids = torch.tensor([tokenizer("Reverse a linked list.")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(answering(ids).logits, packed(ids).logits)
 
 
 @pytest.mark.parametrize(("which", "in_4_bits"), [("merged", False), ("requantized", True)])
