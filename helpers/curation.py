@@ -23,7 +23,6 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import tokenizers
 
 from helpers import artefacts, prompts
 from helpers.config import Config
@@ -523,6 +522,8 @@ class Encoder:
 
 @functools.lru_cache(maxsize=1)
 def _vocabulary(file: Path):
+    import tokenizers  # here: the passes before need no memory for it
+
     return tokenizers.Tokenizer.from_file(str(file))
 
 

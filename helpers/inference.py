@@ -39,7 +39,7 @@ def load(config: Config, which: str):
     "base" in 4 bits, "tuned" the same with its adapter, "merged" the one that notebook 05 saved, in
     the bits that it was saved in, "requantized" the merged one in 4 bits. A 16-bit model that the
     GPU has no room for answers on the CPU. On a CPU the weights of the first two are unpacked here,
-    once and not for every token: the same numbers, up to twice as fast.
+    once and not for every token: the same numbers in less time.
     """
     if which not in MODELS:
         raise ValueError(f"no model is called {which!r}: choose one of {', '.join(MODELS)}")
