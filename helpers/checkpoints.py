@@ -32,6 +32,10 @@ class SealCheckpoints(TrainerCallback):
         if control.should_save:
             needed = checkpoint_bytes(model)
             artefacts.need_space(Path(args.output_dir), needed, "the next checkpoint")
+            # The trainer notes which one is best once its folder is there. Under FSDP it would be
+            # there too late, in one process or in both, and they would load different ones.
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
 
     def on_save(self, args, state, control, **kwargs):
         wait_for_all()  # each process of DDP adds its own random numbers
@@ -78,11 +82,16 @@ def wait_for_all() -> None:
 
 def in_any(raised: bool, device) -> bool:
     """Whether it is so in any process of DDP; all must ask, and then all have the same answer."""
+    return bool(-least_of_all(-int(raised), device))
+
+
+def least_of_all(number: int, device) -> int:
+    """The smallest of the numbers that the processes of DDP ask with; all must ask."""
     if not torch.distributed.is_initialized():
-        return raised
-    flag = torch.tensor(int(raised), device=device)
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag)
+        return number
+    least = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    return int(least)
 
 
 class SameOrder(TrainerCallback):

@@ -89,7 +89,11 @@ class FastTrainer(SFTTrainer):
         if self.graph is None:
             bare_model = self.accelerator.unwrap_model(model)
             self.graph = StepGraph(bare_model, inputs, self.kept_layers)
-        return self.graph(inputs)
+        loss, processes = self.graph(inputs), self.accelerator.num_processes
+        if processes > 1 and self.accelerator.sync_gradients:
+            # DDP would do that bit by bit within the pass, which is one piece here.
+            torch.distributed.all_reduce(self.graph.gradient)
+        return loss * processes  # its share of the step's tokens; the trainer takes the mean
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of an evaluation: mean nats over the batch's graded tokens.
@@ -117,8 +121,12 @@ class StepGraph:
         self.inputs = {k: v.clone() if torch.is_tensor(v) else v for k, v in inputs.items()}
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         choose_checkpoints(model.get_base_model().model.layers, kept_layers)
-        for parameter in self.parameters:  # now, not between activations that will leave gaps
-            parameter.grad = torch.zeros_like(parameter)
+        # Now, not between activations that will leave gaps, and in one piece: processes add it up.
+        sizes = [parameter.numel() for parameter in self.parameters]
+        self.gradient = self.parameters[0].new_zeros(sum(sizes))
+        parts = zip(self.gradient.split(sizes), self.parameters, strict=True)
+        self.gradients = [part.view_as(parameter) for part, parameter in parts]
+        self._clear_gradients()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -126,9 +134,9 @@ class StepGraph:
                 self._forward_backward()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.empty_cache()  # the recording has memory of its own
-        self.gradients = [p.grad for p in self.parameters]
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Checked in this thread alone: NCCL's asks after its events at any moment.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.loss = self._forward_backward()
         self._clear_gradients()
 
@@ -142,7 +150,7 @@ class StepGraph:
         return self.loss.clone()
 
     def _clear_gradients(self) -> None:
-        torch._foreach_zero_(self.gradients)
+        self.gradient.zero_()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
 

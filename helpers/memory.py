@@ -68,8 +68,9 @@ class Run:
     `length` is that of the longest batch, padding included, in tokens. `upcast` says that peft's
     `prepare_model_for_kbit_training` ran: embeddings, norms, head and hidden states are float32.
     `loss` is "full" (transformers: logits of all positions) or "chunked" (trl 1.16). `fast` is
-    `helpers.fast_path`, whose batch is packed into one row of `tokens`. Raises ValueError for an
-    unknown quantization, optimizer, loss or device.
+    `helpers.fast_path`, whose batch is packed into one row of `tokens`. `shards` is the number of
+    GPUs that hold the weights between them (FSDP); all bytes are then those of one of them. Raises
+    ValueError for an unknown quantization, optimizer, loss or device.
     """
 
     quantization: str = "nf4-double"  # or "nf4", "16bit"
@@ -92,6 +93,7 @@ class Run:
     autocast: bool = True
     loss: str = "chunked"
     fast: bool = False
+    shards: int = 1
     device: str = "cuda"
 
     def __post_init__(self):
@@ -315,13 +317,34 @@ def footprint_bytes(model_config, other_bytes: int = 2) -> int:
 
 
 def weight_bytes(model_config, run: Run) -> int:
-    """All weights of the base model as they lie on the device, constants included."""
+    """All weights of the base model as they lie on the device, constants included.
+
+    Of a model in shards a device has its share; the constants are no parameters and lie on each.
+    """
     other = other_parameters(model_config) * run.stream_bytes
     if run.quantization == "16bit":
-        return linear_parameters(model_config) * run.compute_bytes + other
-    double = run.quantization == "nf4-double"
+        whole = linear_parameters(model_config) * run.compute_bytes + other
+        return math.ceil(whole / run.shards)
+    double, packed = run.quantization == "nf4-double", linear_parameters(model_config) // 2
     one = sum(quantized_bytes(o * i, double) for o, i in linear_shapes(model_config).values())
-    return model_config.num_hidden_layers * one + other
+    constants = model_config.num_hidden_layers * one - packed
+    return math.ceil((packed + other) / run.shards) + constants
+
+
+def gathered_bytes(model_config, run: Run) -> int:
+    """What FSDP has put together again at one moment, besides the device's own share.
+
+    Three decoder layers (one computes, the next one arrives, in a buffer first), each with its
+    adapters and their gradients, and the head, which stays whole from its first use on.
+    """
+    if run.shards == 1:
+        return 0
+    layers = model_config.num_hidden_layers
+    width = run.compute_bytes if run.quantization == "16bit" else 0.5
+    layer = linear_parameters(model_config) / layers * width
+    layer += 2 * lora_parameters(model_config, run.rank, run.targets) / layers * run.adapter_bytes
+    head = model_config.vocab_size * model_config.hidden_size * run.stream_bytes
+    return round(3 * layer) + head
 
 
 # -- What is trained
@@ -343,6 +366,11 @@ def lora_parameters(model_config, rank: int = 64, targets=ATTENTION_TARGETS) -> 
     return sum(adapter_tensors(model_config, rank, targets))
 
 
+def share_of_adapters(model_config, run: Run) -> int:
+    """Trainable parameters that one device holds, with their gradients and optimizer's states."""
+    return math.ceil(lora_parameters(model_config, run.rank, run.targets) / run.shards)
+
+
 def optimizer_bytes(model_config, run: Run) -> int:
     """Two moments for each trainable parameter, in the optimizer's own width.
 
@@ -356,7 +384,7 @@ def optimizer_bytes(model_config, run: Run) -> int:
             total += elements * 2 * run.adapter_bytes
         elif not (run.optimizer.startswith("paged") and elements >= SMALLEST_PAGED):
             total += elements * (width if elements >= SMALLEST_8BIT else 2 * FLOAT32)
-    return round(total)
+    return round(total / run.shards)
 
 
 # -- What a step holds
@@ -508,10 +536,10 @@ def estimate(model_config, run: Run, baseline: int = 0) -> Estimate:
     if run.fast:
         parts["overhead"] += evaluation_bytes(model_config, run) + GRAPH_WORKSPACES
         parts["overhead"] += GAPS * widest_weight_bytes(model_config, run)
-    trained = lora_parameters(model_config, run.rank, run.targets)
+    parts["overhead"] += gathered_bytes(model_config, run)
     return Estimate(
         weights=weight_bytes(model_config, run),
-        adapters=trained * run.adapter_bytes,
+        adapters=share_of_adapters(model_config, run) * run.adapter_bytes,
         optimizer=optimizer_bytes(model_config, run),
         moment=name.split("-")[0],
         **parts,
@@ -521,7 +549,7 @@ def estimate(model_config, run: Run, baseline: int = 0) -> Estimate:
 def _moments(model_config, run: Run) -> dict[str, dict[str, int]]:
     """Gradients, activations, logits and overhead at each moment; the rest is always there."""
     layers = model_config.num_hidden_layers
-    gradients = lora_parameters(model_config, run.rank, run.targets) * run.adapter_bytes
+    gradients = share_of_adapters(model_config, run) * run.adapter_bytes
     # Before the first optimizer step of several accumulated batches the gradients are kept.
     # A recorded step always has them in one place.
     kept = gradients if run.accumulation > 1 or run.fast else 0

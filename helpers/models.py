@@ -3,6 +3,7 @@
 It quantizes nothing itself (bitsandbytes does) and knows nothing of adapters (see training).
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -196,20 +197,38 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
             f"profile {config.profile!r} puts {name} on {config.device}, and torch sees no GPU "
             "here: run it on a machine with one, or choose PROFILE = 'demo', which needs none"
         )
-    dtype, options = precision.compute_dtype(config), {}
+    dtype, device_map, options = precision.compute_dtype(config), config.device_map, {}
     if quantized and config.use_4bit:
         settings = options["quantization_config"] = quantization_config(config)
         if is_sharded():  # FSDP moves numbers of one type, so the packed bytes must pass for such
             settings.bnb_4bit_quant_storage = dtype
-    model = _from_hub(
-        name,
-        _load_weights,
-        check_model,
-        dtype=dtype,
-        device_map=config.device_map,
-        **options,
-    )
+    loading = contextlib.nullcontext()
+    if is_sharded():  # and it takes each share from the host: no GPU holds all of the model
+        device_map, loading = {"": "cpu"}, packing_on(config.device)
+    with loading:
+        model = _from_hub(
+            name, _load_weights, check_model, dtype=dtype, device_map=device_map, **options
+        )
     return guard_cpu_weights(model).eval()
+
+
+@contextlib.contextmanager
+def packing_on(device: str):
+    """Weights that are loaded to the CPU are packed into 4 bits by `device`, a hundred times faster."""
+    import bitsandbytes as bnb  # takes a second, and only here
+
+    pack = bnb.functional.quantize_4bit
+
+    def pack_there(weight, **options):
+        packed, state = pack(weight.to(device), **options)
+        state.to(weight.device)
+        return packed.to(weight.device), state
+
+    bnb.functional.quantize_4bit = pack_there
+    try:
+        yield
+    finally:
+        bnb.functional.quantize_4bit = pack
 
 
 def _load_weights(path: str, **options):

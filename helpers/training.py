@@ -16,8 +16,10 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import DatasetDict, load_from_disk
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
@@ -84,8 +86,8 @@ def lora_config(config: Config) -> LoraConfig:
 
 
 def uses_fast_path(config: Config) -> bool:
-    """Whether a Config asks for the fast path and this machine has what it needs, without DDP."""
-    return config.fast_path and fast_path.is_supported() and "LOCAL_RANK" not in os.environ
+    """Whether a Config asks for the fast path, which needs a GPU that holds the whole model."""
+    return config.fast_path and fast_path.is_supported() and not models.is_sharded()
 
 
 def sft_config(config: Config) -> SFTConfig:
@@ -157,12 +159,12 @@ def planned(config: Config) -> Config:
     """The Config with the fastest way to take its step that its GPU has room for, which is printed.
 
     The rows of a step stay the same; how many go at a time, which layers keep their activations and
-    the optimizer are `memory.plan`'s. A Config that is off the fast path or names KEPT_LAYERS stays
-    as it is. Raises ConfigError when nothing fits: only the model's shape was loaded by then.
+    the optimizer are `memory.plan`'s, for the smallest of several GPUs. A Config that is off the
+    fast path or names KEPT_LAYERS stays as it is. Raises ConfigError when nothing fits: only the model's shape was loaded by then.
     """
     if config.kept_layers is not None or not uses_fast_path(config):
         return config
-    room = memory.torch_bytes()
+    room = checkpoints.least_of_all(memory.torch_bytes(), config.device)
     shape, step = models.load_shape(config.model_name), memory.Run.from_config(config)
     plan = memory.plan(shape, step, room, reserve_bytes=0)
     if not plan.fits:
@@ -175,7 +177,7 @@ def planned(config: Config) -> Config:
             f"{config.model_name} does not train on the fast path in {room / memory.GIB:.1f} GiB "
             f"with rows of {config.max_length} tokens: {advice}"
         )
-    print(f"planned for {room / memory.GIB:.1f} GiB: {plan.advice}")
+    say_once(f"planned for {room / memory.GIB:.1f} GiB: {plan.advice}")
     return dataclasses.replace(
         config,
         per_device_train_batch_size=plan.run.batch,
@@ -184,6 +186,29 @@ def planned(config: Config) -> Config:
         kept_layers=plan.run.kept_layers,
         optim=plan.run.optimizer,
     )
+
+
+def refuse_without_room(config: Config, shards: int) -> None:
+    """Say what a share of the model and a step take of each GPU; ConfigError when it is too much.
+
+    A GiB is kept free for the allocator's gaps, as `memory.plan` does off the fast path.
+    """
+    shape, step = models.load_shape(config.model_name), memory.Run.from_config(config)
+    needed = memory.estimate(shape, dataclasses.replace(step, shards=shards)).total
+    room = memory.torch_bytes() - memory.GIB
+    says = f"each of {shards} GPUs needs {needed / memory.GIB:.1f} GiB of {room / memory.GIB:.1f}"
+    if needed > room:
+        raise ConfigError(
+            f"{config.model_name} does not train in {shards} shards, {says}: lower LORA_R, "
+            "PER_DEVICE_TRAIN_BATCH_SIZE or MAX_LENGTH, or start more processes, one a GPU"
+        )
+    say_once(f"planned for {shards} shards: {says}")
+
+
+def say_once(text: str) -> None:
+    """Print in one process, if there are several."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 def load_dataset(config: Config) -> DatasetDict:
@@ -484,11 +509,20 @@ def save_adapter(trainer: SFTTrainer, tokenizer, config: Config) -> Path:
     The checkpoints have done their duty then and are removed. Under DDP the first process does it.
     """
     checkpoints.wait_for_all()  # another may still be reading its best checkpoint
-    weights = trainer.accelerator.get_state_dict(trainer.model)  # under FSDP all have a share
+    weights = whole_adapter(trainer.model)
     if trainer.is_world_process_zero():
         _write_adapter(trainer, tokenizer, config, weights)
     checkpoints.wait_for_all()
     return config.adapter_dir
+
+
+def whole_adapter(model) -> dict[str, torch.Tensor]:
+    """The trained weights by name. Under FSDP every process has a share of each, and all must ask.
+
+    The base model's are not gathered: they may be more than the memory of one machine.
+    """
+    trained = [(name, p.detach()) for name, p in model.named_parameters() if p.requires_grad]
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in trained}
 
 
 def _write_adapter(trainer: SFTTrainer, tokenizer, config: Config, weights: dict) -> None:
@@ -527,7 +561,10 @@ def train(config: Config) -> dict:
     with sft_config(config).main_process_first():
         tokenizer, dataset = models.load_tokenizer(config.model_name), load_dataset(config)
     before = memory.current_memory_bytes()
-    config = planned(config)  # here and not only in build_trainer: before the weights are loaded
+    # Here and not only in build_trainer: before the weights are loaded.
+    config = planned(config)
+    if models.is_sharded() and config.device != "cpu":
+        refuse_without_room(config, PartialState().num_processes)
     trainer = build_trainer(config, models.load_model(config), tokenizer, dataset)
     trainable, every = trainer.model.get_nb_trainable_parameters()
     trainer, metrics = fine_tune(trainer)
