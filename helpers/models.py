@@ -214,7 +214,7 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
 
 @contextlib.contextmanager
 def packing_on(device: str):
-    """Weights that are loaded to the CPU are packed into 4 bits by `device`, a hundred times faster."""
+    """Weights that are loaded to the CPU are packed into 4 bits by `device`, which is fast."""
     import bitsandbytes as bnb  # takes a second, and only here
 
     pack = bnb.functional.quantize_4bit

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from datasets import DatasetDict, load_from_disk
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
@@ -160,7 +159,8 @@ def planned(config: Config) -> Config:
 
     The rows of a step stay the same; how many go at a time, which layers keep their activations and
     the optimizer are `memory.plan`'s, for the smallest of several GPUs. A Config that is off the
-    fast path or names KEPT_LAYERS stays as it is. Raises ConfigError when nothing fits: only the model's shape was loaded by then.
+    fast path or names KEPT_LAYERS stays as it is. Raises ConfigError when nothing fits: only the
+    model's shape was loaded by then.
     """
     if config.kept_layers is not None or not uses_fast_path(config):
         return config
@@ -564,7 +564,7 @@ def train(config: Config) -> dict:
     # Here and not only in build_trainer: before the weights are loaded.
     config = planned(config)
     if models.is_sharded() and config.device != "cpu":
-        refuse_without_room(config, PartialState().num_processes)
+        refuse_without_room(config, int(os.environ["WORLD_SIZE"]))
     trainer = build_trainer(config, models.load_model(config), tokenizer, dataset)
     trainable, every = trainer.model.get_nb_trainable_parameters()
     trainer, metrics = fine_tune(trainer)

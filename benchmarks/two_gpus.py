@@ -1,0 +1,228 @@
+"""What does a second GPU bring? Llama 2's shapes under DDP and FSDP-QLoRA.
+
+    python benchmarks/two_gpus.py FOLDER          every case of CASES, to results/two_gpus.json
+    python benchmarks/two_gpus.py FOLDER NAME...  these, added to it
+
+A case is `helpers.training.train`, what `python -m helpers train` calls, started through accelerate
+with the committed files of accelerate/. Every case of a model sees the same rows in each step: one
+GPU takes half of them at a time. The 7B model has random weights, for losses are compared; the 70B
+model's are zeros from a file that is one hole. A cap is
+`torch.cuda.set_per_process_memory_fraction`, in each process.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+RESULTS = PROJECT / "benchmarks" / "results" / "two_gpus.json"
+ROWS_7B = {"max_length": 1024, "per_device_train_batch_size": 4, "max_steps": 24}
+ROWS_70B = {"max_length": 512, "per_device_train_batch_size": 2, "max_steps": 6}
+PLAIN = {"fast_path": False}
+# Name: model, accelerate's file (None: one process), GiB a GPU may give (0: all), settings.
+CASES = {
+    "7B one": ("7B", None, 0, {**ROWS_7B, "grad_acc_steps": 2}),
+    "7B ddp": ("7B", "ddp", 0, {**ROWS_7B, "grad_acc_steps": 1}),
+    "7B one plain": ("7B", None, 0, {**ROWS_7B, **PLAIN, "grad_acc_steps": 2}),
+    "7B ddp plain": ("7B", "ddp", 0, {**ROWS_7B, **PLAIN, "grad_acc_steps": 1}),
+    "7B fsdp": ("7B", "fsdp_qlora", 0, {**ROWS_7B, **PLAIN, "grad_acc_steps": 1}),
+    "70B one": ("70B", None, 0, {**ROWS_70B, **PLAIN, "grad_acc_steps": 2}),
+    "70B fsdp": ("70B", "fsdp_qlora", 0, {**ROWS_70B, **PLAIN, "grad_acc_steps": 1}),
+    "70B fsdp 24 GiB": ("70B", "fsdp_qlora", 24, {**ROWS_70B, **PLAIN, "grad_acc_steps": 1}),
+    "70B fsdp 24 GiB forced": ("70B", "fsdp_qlora", 24, {**ROWS_70B, **PLAIN, "grad_acc_steps": 1}),
+    "70B fsdp 24 GiB rank 16": (
+        "70B", "fsdp_qlora", 24, {**ROWS_70B, **PLAIN, "grad_acc_steps": 1, "lora_r": 16},
+    ),
+}  # fmt: skip
+MARK = "RESULT "
+
+
+def write_model(folder: Path, size: str) -> Path:
+    """The model's folder, made when it is not there."""
+    from benchmarks import caps, training
+
+    place = folder / size
+    if not place.exists():
+        caps.write_checkpoint(place, size) if size == "70B" else training.make(place, size)
+    return place
+
+
+def write_rows(run_dir: Path, longest: int) -> None:
+    """Questions of any words, answers of few: what can be learnt is which those are."""
+    from datasets import Dataset, DatasetDict
+
+    from benchmarks.training import row_lengths
+    from helpers import integrity
+
+    chance = random.Random(0)
+    few = chance.sample(range(3, 32000), 200)
+
+    def words(numbers) -> str:
+        return " ".join(f"w{number}" for number in numbers)
+
+    pairs = [
+        {
+            "prompt": words(chance.choices(range(3, 32000), k=length // 3)),
+            "completion": " " + words(chance.choices(few, k=length - length // 3 - 1)),
+        }
+        for length in row_lengths(1200, longest)
+    ]
+    splits = {"train": Dataset.from_list(pairs[16:]), "validation": Dataset.from_list(pairs[:16])}
+    DatasetDict(splits).save_to_disk(run_dir / "dataset")
+    integrity.seal(run_dir / "dataset")
+
+
+def make_config(model: Path, run_dir: Path, settings: dict):
+    from helpers.config import Config
+
+    steps = settings["max_steps"]
+    return Config.from_profile(
+        "llama2_7b", model_name=str(model), run_dir=run_dir, eval_steps=steps, save_steps=steps,
+        per_device_eval_batch_size=settings["per_device_train_batch_size"], log_steps=2, **settings,
+    )  # fmt: skip
+
+
+def work(model: Path, run_dir: Path, cap: float, forced: bool, settings: dict) -> dict:
+    """Train in this process, which may be one of two; its peak and what training measured.
+
+    Forced, it trains what the planner refuses.
+    """
+    import torch
+
+    from helpers import integrity, memory, training
+
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    torch.cuda.set_device(rank)
+    if cap:
+        whole = torch.cuda.get_device_properties(rank).total_memory
+        torch.cuda.set_per_process_memory_fraction(cap * memory.GIB / whole)
+    config = make_config(model, run_dir, settings)
+    if forced:
+        training.refuse_without_room = lambda config, shards: None
+    found = {"rank": rank}
+    try:
+        metrics = training.train(config)
+    except Exception as error:  # what kept it from training is the result
+        return {**found, "refused": f"{type(error).__name__}: {error}"[:600]}
+    log = json.loads((config.adapter_dir / integrity.TRAINING_LOG).read_text())
+    losses = [round(float(e["loss"]), 4) for e in log["history"] if "loss" in e]
+    return {
+        **found,
+        **{name: metrics[name] for name in ("eval_loss_before", "eval_loss_after")},
+        "tokens_per_second": speed(log),
+        "losses": losses,
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+    }
+
+
+def speed(log: dict) -> float:
+    """Tokens of all GPUs a second in the later half of the steps, from trl's own count."""
+    counts = [(e["step"], float(e["num_tokens"])) for e in log["history"] if "loss" in e]
+    half = len(counts) // 2
+    (first, before), (last, after) = counts[half - 1], counts[-1]
+    seconds = sum(s["seconds"] for s in log["steps"] if first < s["step"] <= last)
+    return round((after - before) / seconds)
+
+
+def planned_bytes(model: Path, run_dir: Path, shards: int, settings: dict) -> int:
+    """What the planner says of a process off the fast path, before anything is loaded."""
+    import dataclasses
+
+    from helpers import memory, models
+
+    run = memory.Run.from_config(make_config(model, run_dir, settings))
+    return memory.estimate(
+        models.load_shape(str(model)), dataclasses.replace(run, shards=shards)
+    ).total
+
+
+def losses_of_merge(model: Path, run_dir: Path, settings: dict) -> dict[str, float]:
+    """Nats a token of one row: the base, with the gathered adapter, and merged as 05 does it."""
+    import torch
+    from datasets import load_from_disk
+
+    from helpers import merging, models
+
+    config = make_config(model, run_dir, settings)
+    tokenizer = models.load_tokenizer(config.model_name)
+    row = load_from_disk(str(config.dataset_dir))["validation"][0]
+    ids = torch.tensor([tokenizer(row["prompt"] + row["completion"])["input_ids"]], device="cuda")
+
+    def loss(model) -> float:
+        with torch.no_grad():
+            return round(model(input_ids=ids, labels=ids).loss.item(), 4)
+
+    tuned = merging.load_tuned(config)
+    with tuned.disable_adapter():
+        found = {"base": loss(tuned)}
+    found["tuned"] = loss(tuned)
+    del tuned
+    return {**found, "merged": loss(merging.merge(config, "dequantized"))}
+
+
+def measure(folder: Path, name: str) -> dict:
+    """One case in processes of its own."""
+    size, file, cap, settings = CASES[name]
+    model, run_dir = write_model(folder, size), folder / "run"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    write_rows(run_dir, settings["max_length"])
+    command = [sys.executable]
+    if file:
+        launcher = ["accelerate.commands.launch", "--config_file", f"accelerate/{file}.yaml"]
+        command += ["-m", *launcher]
+    command += [__file__, str(folder), name, "--work"]
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=400)
+    found = {"case": name, "settings": settings, "cap_gib": cap}
+    found["seconds"] = round(time.perf_counter() - start)
+    if file == "fsdp_qlora" or not settings.get("fast_path", True):
+        found["planned_bytes"] = planned_bytes(
+            model, run_dir, 2 if file == "fsdp_qlora" else 1, settings
+        )
+    lines = done.stdout.splitlines()
+    found["said"] = [line for line in lines if line.startswith("planned for")]
+    found["processes"] = [json.loads(x[len(MARK) :]) for x in lines if x.startswith(MARK)]
+    if not found["processes"]:
+        found["failed"] = done.stderr[-3000:]
+    elif name == "7B fsdp" and (run_dir / "adapter").exists():
+        found["loss_of_one_row"] = losses_of_merge(model, run_dir, settings)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="for models and runs, some 30 GB")
+    parser.add_argument("cases", nargs="*", metavar="NAME", help=", ".join(CASES))
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        size, _, cap, settings = CASES[options.cases[0]]
+        forced = options.cases[0].endswith("forced")
+        found = work(options.folder / size, options.folder / "run", cap, forced, settings)
+        print(f"\n{MARK}{json.dumps(found)}", flush=True)
+        sys.exit("refused" in found)  # the other process must not wait for this one
+    from benchmarks.training import circumstances
+
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and options.cases else []
+    for name in options.cases or CASES:
+        row = measure(options.folder, name)
+        print(json.dumps(row), flush=True)
+        rows = [other for other in rows if other["case"] != name] + [row]
+        facts = {"what": "Llama 2's shapes on one GPU and on two of its kind", **circumstances()}
+        RESULTS.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
