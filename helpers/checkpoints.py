@@ -130,8 +130,11 @@ def checkpoint_bytes(model) -> int:
 
 
 def folder_of(config: Config) -> Path:
-    """Where a Config's checkpoints lie: other settings, another folder; none is mixed up."""
-    settings = dataclasses.asdict(config)
+    """Where a Config's checkpoints lie: other settings, another folder; none is mixed up.
+
+    Which GPU it is makes no difference: the processes of one run share the folder.
+    """
+    settings = dataclasses.asdict(config) | {"device_map": config.device.split(":")[0]}
     for name in ("run_dir", "report_to", "fit_to_memory"):  # they change no step
         del settings[name]
     settings = json.dumps(settings, sort_keys=True)

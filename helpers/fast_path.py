@@ -80,6 +80,16 @@ class FastTrainer(SFTTrainer):
     graph = None
     kept_layers = 0
 
+    def _prepare_for_training(self, *arguments, **options):
+        # DDP's part in the backward pass stays in the stream in which DDP was made, and what runs
+        # in the default stream cannot be recorded.
+        before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            prepared = super()._prepare_for_training(*arguments, **options)
+        before.wait_stream(stream)
+        return prepared
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._total_train_tokens += inputs.pop("used_tokens")
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]

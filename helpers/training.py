@@ -96,7 +96,7 @@ def sft_config(config: Config) -> SFTConfig:
     """
     rows, eval_rows = config.per_device_train_batch_size, config.per_device_eval_batch_size
     fast = uses_fast_path(config)
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(checkpoints.folder_of(config)),
         use_cpu=config.device == "cpu",
         # The fast path computes in the model's own bfloat16.
@@ -135,6 +135,8 @@ def sft_config(config: Config) -> SFTConfig:
         disable_tqdm=True,
         report_to=config.report_to,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # the model is on one, however many there are
+    return arguments
 
 
 def prepare_tracker(config: Config) -> None:
