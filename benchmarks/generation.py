@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 from transformers import pipeline
 
-from helpers import evaluation, inference, models, prompts
+from helpers import inference, models, prompts
 from helpers.config import Config
 
 RESULTS = Path(__file__).resolve().parent / "results" / "generation.json"
@@ -151,6 +151,7 @@ def main() -> None:
         facts = on_gpu(options.folder, options.prompts, options.tokens, options.turns)
         RESULTS.with_name("generation_gpu.json").write_text(json.dumps(facts, indent=1) + "\n")
         return
+    from helpers import evaluation
     from helpers.pipeline import environment
 
     config = Config.from_profile(

@@ -307,22 +307,23 @@ def lora_forward(layer: Linear4bit, x: torch.Tensor, is_needed: bool = True) -> 
 
 
 class LowRankUpdate(torch.autograd.Function):
-    """y = W x + s B A x with W in 4 bits: both passes add the low-rank part in place.
+    """y = s B A x + W x with W in 4 bits: both passes add in place, within the large product.
 
     peft's layer copies the output of W, computes B A x, scales it and adds it: four passes over
-    memory where the matrix product itself can add. Shapes: x [1, tokens, in], A [rank, in],
-    B [out, rank], W packed. When y is not needed it is left unwritten.
+    memory where a matrix product itself can add. The small product comes first: it is bound by
+    memory and writes only, and the large one reads what it adds to while it computes. Shapes:
+    x [1, tokens, in], A [rank, in], B [out, rank], W packed. When y is not needed it is left
+    unwritten.
     """
 
     @staticmethod
     def forward(ctx, x, down, up, scale, weight, is_needed):
         flat = x.flatten(0, -2)
         low = flat @ down.T
+        output = flat.new_empty(len(flat), len(up))
         if is_needed:
-            output = flat @ bnb.functional.dequantize_4bit(weight.data, weight.quant_state).T
-            output.addmm_(low, up.T, alpha=scale)
-        else:
-            output = flat.new_empty(len(flat), len(up))
+            output.addmm_(low, up.T, beta=0, alpha=scale)
+            output.addmm_(flat, bnb.functional.dequantize_4bit(weight.data, weight.quant_state).T)
         ctx.save_for_backward(flat, low, down, up)
         ctx.scale, ctx.weight = scale, weight
         return output.view(*x.shape[:-1], -1)
@@ -333,7 +334,7 @@ class LowRankUpdate(torch.autograd.Function):
         gradient_shape, gradient = gradient.shape, gradient.flatten(0, -2)
         low_gradient = (gradient @ up) * ctx.scale
         weight = bnb.functional.dequantize_4bit(ctx.weight.data, ctx.weight.quant_state)
-        input_gradient = (gradient @ weight).addmm_(low_gradient, down)
+        input_gradient = (low_gradient @ down).addmm_(gradient, weight)
         up_gradient = (gradient.T @ low) * ctx.scale
         shape = (*gradient_shape[:-1], -1)
         return input_gradient.view(shape), low_gradient.T @ flat, up_gradient, None, None, None

@@ -440,6 +440,9 @@ def token_counts(history: list[dict]) -> list[tuple[int, float]]:
 class StepLog(TrainerCallback, ExportableState):
     """Measures every optimizer step: its seconds, and the memory in use after it.
 
+    A GPU is behind the process that gives it work. There the steps between two log lines, at which
+    the process waits for it, each take the mean of their seconds.
+
     The trainer stores it in each checkpoint, so a resumed run has the steps before it too.
     """
 
@@ -449,10 +452,16 @@ class StepLog(TrainerCallback, ExportableState):
     def state(self) -> dict:
         return {"args": {}, "attributes": {"steps": self.steps}}
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first = len(self.steps)  # since the last log line
+
     def on_step_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        on_gpu = args.device.type == "cuda"
+        if on_gpu and control.should_log:
+            torch.cuda.synchronize()
         self.steps.append(
             {
                 "step": state.global_step,
@@ -461,6 +470,11 @@ class StepLog(TrainerCallback, ExportableState):
                 "peak_memory_bytes": memory.peak_memory_bytes(),
             }
         )
+        if on_gpu and control.should_log:
+            seconds = [step["seconds"] for step in self.steps[self.first :]]
+            for step in self.steps[self.first :]:
+                step["seconds"] = sum(seconds) / len(seconds)
+            self.first = len(self.steps)
 
 
 class TrainingDiverged(RuntimeError):
