@@ -25,8 +25,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 RESULTS = PROJECT / "benchmarks" / "results" / "two_gpus.json"
-ROWS_7B = {"max_length": 1024, "per_device_train_batch_size": 4, "max_steps": 24}
-ROWS_70B = {"max_length": 512, "per_device_train_batch_size": 2, "max_steps": 6}
+ROWS_7B = {"max_length": 1024, "per_device_train_batch_size": 4, "max_steps": 30, "log_steps": 5}
+ROWS_70B = {"max_length": 512, "per_device_train_batch_size": 2, "max_steps": 6, "log_steps": 2}
 PLAIN = {"fast_path": False}
 # Name: model, accelerate's file (None: one process), GiB a GPU may give (0: all), settings.
 CASES = {
@@ -85,7 +85,7 @@ def make_config(model: Path, run_dir: Path, settings: dict):
     steps = settings["max_steps"]
     return Config.from_profile(
         "llama2_7b", model_name=str(model), run_dir=run_dir, eval_steps=steps, save_steps=steps,
-        per_device_eval_batch_size=settings["per_device_train_batch_size"], log_steps=2, **settings,
+        per_device_eval_batch_size=settings["per_device_train_batch_size"], **settings,
     )  # fmt: skip
 
 

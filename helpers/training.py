@@ -440,8 +440,8 @@ def token_counts(history: list[dict]) -> list[tuple[int, float]]:
 class StepLog(TrainerCallback, ExportableState):
     """Measures every optimizer step: its seconds, and the memory in use after it.
 
-    A GPU is behind the process that gives it work. There the steps between two log lines, at which
-    the process waits for it, each take the mean of their seconds.
+    A process runs ahead of its GPU and waits for it at log lines, evaluations and checkpoints, so
+    a step between two of these has the mean of the seconds from one to the other.
 
     The trainer stores it in each checkpoint, so a resumed run has the steps before it too.
     """
@@ -453,28 +453,28 @@ class StepLog(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"steps": self.steps}}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.first = len(self.steps)  # since the last log line
+        self.begun = []  # seconds at which the steps since the last wait began
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
+        self.begun.append(time.perf_counter())
 
     def on_step_end(self, args, state, control, **kwargs):
-        on_gpu = args.device.type == "cuda"
-        if on_gpu and control.should_log:
-            torch.cuda.synchronize()
         self.steps.append(
             {
                 "step": state.global_step,
-                "seconds": time.perf_counter() - self.start,
+                "seconds": time.perf_counter() - self.begun[-1],
                 "memory_bytes": memory.current_memory_bytes(),
                 "peak_memory_bytes": memory.peak_memory_bytes(),
             }
         )
-        if on_gpu and control.should_log:
-            seconds = [step["seconds"] for step in self.steps[self.first :]]
-            for step in self.steps[self.first :]:
-                step["seconds"] = sum(seconds) / len(seconds)
-            self.first = len(self.steps)
+        waits = control.should_log or control.should_evaluate or control.should_save
+        if args.device.type == "cuda" and waits:
+            torch.cuda.synchronize()
+            seconds = (time.perf_counter() - self.begun[0]) / len(self.begun)
+            for step in self.steps[-len(self.begun) :]:
+                step["seconds"] = seconds
+        if waits:
+            self.begun = []
 
 
 class TrainingDiverged(RuntimeError):
