@@ -276,8 +276,9 @@ def side_by_side(
     `evaluation.Score`. One after the other, so that they do not compete for the processor. Its twin
     is `show_side_by_side`.
     """
-    wide = ipywidgets.Layout(width="100%")
-    field = ipywidgets.Textarea(value=question, description="question", rows=3, layout=wide)
+    # 100 % and the margin would be wider than the cell, which would cut the field's right border.
+    fitted, wide = ipywidgets.Layout(width="auto"), ipywidgets.Layout(width="100%")
+    field = ipywidgets.Textarea(value=question, description="question", rows=3, layout=fitted)
     button = ipywidgets.Button(description="Answer", tooltip="Send the question to each model")
     columns = {name: ipywidgets.HTML(layout=wide) for name in answerers}
 
