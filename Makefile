@@ -35,6 +35,7 @@ lab: install  ## open JupyterLab
 
 # -- The article's own targets.
 setup:  ## the article's conda environment
+	@command -v conda > /dev/null || { echo "conda is not installed: make install needs only Python" >&2; exit 1; }
 	conda env create -f environment.yml
 
 generate_dataset: install  ## notebook 02
