@@ -20,7 +20,7 @@ run: install  ## execute the six notebooks with PROFILE and write the report
 
 test: install  ## style, units, notebooks, and the fast half of the faults
 	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check .
-	@$(VENV_PYTHON) -m pytest -m "not slow and not alone" -n 2 --dist loadfile  # the slow files come first
+	@$(VENV_PYTHON) -m pytest -m "not slow and not alone" -n 2 --dist loadfile --no-loadscope-reorder
 	@$(VENV_PYTHON) -m pytest -m alone
 
 test-slow: install  ## what `make test` leaves out: kills at every write, full disks, bad networks
