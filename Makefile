@@ -19,7 +19,9 @@ run: install  ## execute the six notebooks with PROFILE and write the report
 	@$(RUN)
 
 test: install  ## style, units, notebooks, and the fast half of the faults
-	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check . && $(VENV_PYTHON) -m pytest -m "not slow"
+	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check .
+	@$(VENV_PYTHON) -m pytest -m "not slow and not alone" -n 2 --dist loadfile --no-loadscope-reorder
+	@$(VENV_PYTHON) -m pytest -m alone
 
 test-slow: install  ## what `make test` leaves out: kills at every write, full disks, bad networks
 	@$(VENV_PYTHON) -m pytest -m slow -n 2 --dist loadfile  # most of it waits for other processes
@@ -35,6 +37,7 @@ lab: install  ## open JupyterLab
 
 # -- The article's own targets.
 setup:  ## the article's conda environment
+	@command -v conda > /dev/null || { echo "conda is not installed: make install needs only Python" >&2; exit 1; }
 	conda env create -f environment.yml
 
 generate_dataset: install  ## notebook 02

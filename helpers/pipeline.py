@@ -7,6 +7,7 @@ half-way. A run goes on from the first other.
 
 import hashlib
 import json
+import logging
 import re
 import signal
 from pathlib import Path
@@ -21,6 +22,11 @@ from helpers import artefacts, manifest
 from helpers.config import PROJECT_DIR, Config, ConfigError
 from helpers.manifest import code_hash
 from helpers.report import environment, write_report
+
+# papermill warns of each parameter that a notebook's own cell does not list, such as MAX_STEPS in
+# 01. Config knows which exist. And asyncio adds a traceback to the sentence of a run that stopped.
+logging.getLogger("papermill").setLevel(logging.ERROR)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
 CELL_TIMEOUT_SECONDS = 6 * 60 * 60

@@ -122,6 +122,7 @@ body{font:16px/1.5 sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem;co
 table{border-collapse:collapse}th,td{text-align:left;padding:.1rem .8rem .1rem 0;
  border-bottom:1px solid #ddd;vertical-align:top}
 figure{margin:1rem 0}img{max-width:100%}figcaption{font-size:.9rem;color:#444}
+@media(max-width:40rem){td{overflow-wrap:anywhere}}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem}
 @media print{body{font-size:11pt;margin:0}figure,tr{break-inside:avoid}h2{break-after:avoid}}
 </style></head><body><h1>Run report: profile PROFILE</h1>

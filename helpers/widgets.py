@@ -29,10 +29,14 @@ from helpers.untrusted import visible
 
 # JupyterLab breaks such text within words, and nbconvert's pages set no fixed-width font for it.
 WRAPPED = "white-space:pre-wrap;overflow-wrap:anywhere;word-break:normal;font-family:monospace"
+WHOLE_WIDTH = "table-layout:fixed;width:100%"
+ROW = "<tr style='background:none'>"  # JupyterLab's grey of every second row would frame the text
 # Code brings its own background, so that its colours can be read in a light and in a dark theme.
 CODE = "display:block;background:#f6f6f6;color:#000;padding:2px 6px"
 CODE_STYLE = "xcode"  # the one of pygments whose every colour has a contrast of 4.5 or more on it
-BADGE = "display:inline-block;border:1px solid;border-radius:4px;padding:0 5px;margin:1px 4px 1px 0"
+BADGE = "display:inline-block;border:1px solid;border-radius:4px;padding:0 5px;margin:4px 4px 1px 0"
+LEARNED = "background:#CFE8FA;border-bottom:2px solid #0072B2"
+READ_ONLY = "background:#E4E4E4;border-bottom:2px solid #E4E4E4"
 # Fields of evaluation.Score, and what an answer that has it or lacks it is said to do.
 VERDICTS = {
     "stops": ("stops by itself", "does not stop"),
@@ -249,17 +253,18 @@ def show_side_by_side(question: str, base: str, tuned: str, scores: Sequence = (
     answers = [base, tuned]
     under = [_badges_html(score) for score in scores] or ["", ""]
     below = ["\n" + ", ".join(badges(score)) for score in scores] or ["", ""]
-    # The style is for JupyterLab, the attributes for GitHub, which strips styles.
-    left = "style='text-align:left;vertical-align:top' align='left' valign='top'"
+    # The style is for JupyterLab, the attributes for GitHub, which strips styles. Half the width
+    # each: else a column of short lines is squeezed by one of long lines.
+    left = "style='text-align:left;vertical-align:top' align='left' valign='top' width='50%'"
     heads = "".join(f"<th scope='col' {left}>{name}</th>" for name in ("base", "tuned"))
     cells = "".join(
         f"<td {left}>{answer_html(text)}{marks}</td>"
         for text, marks in zip(answers, under, strict=True)
     )
     # The question in <pre>, or its dollars would be read as formulas.
-    table = f"{_escaped(question)}<table><tr>{heads}</tr><tr>{cells}</tr></table>"
+    table = f"<table style='{WHOLE_WIDTH}'><tr>{heads}</tr>{ROW}{cells}</tr></table>"
     plain = visible(f"{question}\n\n-- base\n{base}{below[0]}\n\n-- tuned\n{tuned}{below[1]}")
-    display({"text/html": table, "text/plain": plain}, raw=True)
+    display({"text/html": _escaped(question) + table, "text/plain": plain}, raw=True)
 
 
 def side_by_side(
@@ -271,8 +276,9 @@ def side_by_side(
     `evaluation.Score`. One after the other, so that they do not compete for the processor. Its twin
     is `show_side_by_side`.
     """
-    wide = ipywidgets.Layout(width="100%")
-    field = ipywidgets.Textarea(value=question, description="question", rows=3, layout=wide)
+    # 100 % and the margin would be wider than the cell, which would cut the field's right border.
+    fitted, wide = ipywidgets.Layout(width="auto"), ipywidgets.Layout(width="100%")
+    field = ipywidgets.Textarea(value=question, description="question", rows=3, layout=fitted)
     button = ipywidgets.Button(description="Answer", tooltip="Send the question to each model")
     columns = {name: ipywidgets.HTML(layout=wide) for name in answerers}
 
@@ -303,17 +309,18 @@ def side_by_side(
 def tokens_html(pieces: Sequence[str], learned: Sequence[bool]) -> str:
     """The tokens of a row as HTML: grey ones are read only, blue ones carry the loss.
 
-    Where styles are stripped, as on GitHub, the latter are bold. Every piece is escaped, for it
-    comes from data; a line break also shows as an arrow.
+    Without colour the latter are told by their underline, and where styles are stripped, as on
+    GitHub, by bold type. Every piece is escaped, for it comes from data; a line break also shows as
+    an arrow.
     """
     spans = []
     for piece, counts in zip(pieces, learned, strict=True):
-        tag, background = ("b", "#CFE8FA") if counts else ("span", "#E4E4E4")
-        style = f"background:{background};color:#000;font-weight:normal;margin-right:1px"
+        tag, look = ("b", LEARNED) if counts else ("span", READ_ONLY)
+        style = f"{look};color:#000;font-weight:normal;margin-right:1px"
         style += ";padding-bottom:3px"  # else underscores are black on a dark page
         text = html.escape(visible(piece)).replace("\n", "&#8629;\n")
         spans.append(f'<{tag} style="{style}">{text}</{tag}>')
-    return f'<pre style="{WRAPPED};line-height:1.6">{"".join(spans)}</pre>'
+    return f'<pre style="{WRAPPED};line-height:1.8">{"".join(spans)}</pre>'
 
 
 def dataset_page(row: dict, source: str, tokenizer) -> str:
@@ -324,13 +331,12 @@ def dataset_page(row: dict, source: str, tokenizer) -> str:
     columns = {
         "raw HTML of the answer": _escaped(source),
         "prompt and answer": _escaped(row["prompt"] + row["completion"]),
-        "tokens (blue: learned)": tokens_html(pieces, learned),
+        "tokens (blue, underlined: learned)": tokens_html(pieces, learned),
     }
     style = "vertical-align:top;text-align:left;width:33%;padding:0 8px"
     heads = "".join(f'<th style="{style}">{name}</th>' for name in columns)
     cells = "".join(f'<td style="{style}">{cell}</td>' for cell in columns.values())
-    whole = "table-layout:fixed;width:100%"
-    return f'<table style="{whole}"><tr>{heads}</tr><tr>{cells}</tr></table>'
+    return f'<table style="{WHOLE_WIDTH}"><tr>{heads}</tr>{ROW}{cells}</tr></table>'
 
 
 def _escaped(text: str) -> str:

@@ -20,6 +20,9 @@ from helpers.pipeline import notebooks
 SCREENSHOTS = PROJECT_DIR / "runs" / "browser"
 NEEDS = {"03": ("02",), "04": ("02",), "05": ("04",), "06": ("05",)}
 SECONDS = 1000  # Playwright counts in milliseconds
+# To end a lesson that hangs, not to judge a slow one: on two cores that other work shares, lesson
+# 05 has taken more than three minutes.
+LESSON_LIMIT = 600
 SETTINGS = {
     # JupyterLab takes cells that are off screen out of the page; a test has to see them.
     "notebook-extension/tracker": {"windowingMode": "none"},
@@ -78,7 +81,7 @@ class Lab:
             timeout=60 * SECONDS
         )
         page.evaluate(RUN_ALL)
-        wait_until(lambda: page.evaluate("window.ended !== null"), 180)
+        wait_until(lambda: page.evaluate("window.ended !== null"), LESSON_LIMIT)
         return page
 
     def picture(self, name: str) -> None:

@@ -42,6 +42,7 @@ def test_01_runs(lab):
     check_outputs(lab, "01")
 
 
+@pytest.mark.alone
 def test_01_arrow_keys_move_the_rank_and_the_figure_follows_at_once(lab):
     page = lab.lesson("01")
     page.evaluate(TIME_STEPS)

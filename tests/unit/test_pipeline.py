@@ -51,6 +51,11 @@ def start_times(config):
     return [notebook.metadata.papermill.start_time for notebook in read]
 
 
+def test_a_parameter_that_only_other_notebooks_list_is_not_called_unknown(run, caplog):
+    run(only="01", parameters={"SEED": 7})
+    assert "unknown" not in caplog.text
+
+
 def test_runs_in_order_and_writes_the_report(run):
     config = run(parameters={"MAX_STEPS": 7})
     assert executed(config) == ["01_one.ipynb", "02_two.ipynb"]

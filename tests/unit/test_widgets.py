@@ -205,6 +205,24 @@ def test_scores_stand_under_each_answer_in_words(shown):
     assert "\u2717" not in shown("Why?", "because", "so")["text/html"], "none without scores"
 
 
+def test_both_answers_get_half_the_width_whatever_is_in_them(shown):
+    table = LexborHTMLParser(shown("Why?", "short", "a long line " * 40)["text/html"]).css_first(
+        "table"
+    )
+    assert "table-layout:fixed" in table.attributes["style"]
+    assert [cell.attributes["width"] for cell in table.css("td")] == ["50%", "50%"]
+
+
+def test_learned_tokens_are_told_without_colour():
+    html = widgets.tokens_html(["read", "learned"], [False, True])
+    read, learned = LexborHTMLParser(html).css("span, b")
+    assert (read.text(), learned.text(), learned.tag) == ("read", "learned", "b")
+    ground, line = re.findall(r"#\w{6}", learned.attributes["style"])
+    assert abs(luminance(ground) - luminance(line)) > 0.5, "the underline is seen in grey"
+    ground, line = re.findall(r"#\w{6}", read.attributes["style"])
+    assert ground == line, "and there is none"
+
+
 def test_side_by_side_ends_with_the_score_and_colours_code():
     score = Score(True, True, True, True, False, None)
     answerers = {"tuned": lambda question: ["```python\n", "def f(): pass\n", "```", score]}
