@@ -19,6 +19,7 @@ from IPython.display import display
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
@@ -162,7 +163,9 @@ def background(figure: Figure, moving: Sequence[Artist]) -> Callable[[], bytes]:
             figure.draw_artist(artist)
         buffer = BytesIO()
         pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-        plt.imsave(buffer, pixels, format="png", pil_kwargs={"compress_level": 1})
+        Image.fromarray(pixels).save(
+            buffer, "png", compress_level=1
+        )  # imsave adds an alpha channel
         return buffer.getvalue()
 
     return draw_over

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from helpers import pipeline
@@ -120,6 +121,7 @@ def record_cell(number: str, value: str = "1") -> str:
 
 
 def run_notebooks(notebooks: Path, run_dir: Path, **options):
-    """pipeline.run with profile smoke over the notebooks of a folder."""
-    pipeline.NOTEBOOKS_DIR = notebooks
-    return pipeline.run("smoke", str(run_dir), **options)
+    """pipeline.run with profile smoke over the notebooks of a folder, for this once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "NOTEBOOKS_DIR", notebooks)
+        return pipeline.run("smoke", str(run_dir), **options)
