@@ -183,10 +183,9 @@ def measure(folder: Path, name: str) -> dict:
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=400)
     found = {"case": name, "settings": settings, "cap_gib": cap}
     found["seconds"] = round(time.perf_counter() - start)
-    if file == "fsdp_qlora" or not settings.get("fast_path", True):
-        found["planned_bytes"] = planned_bytes(
-            model, run_dir, 2 if file == "fsdp_qlora" else 1, settings
-        )
+    if not settings.get("fast_path", True):  # else what it said counts: it chose a plan
+        shards = 2 if file == "fsdp_qlora" else 1
+        found["planned_bytes"] = planned_bytes(model, run_dir, shards, settings)
     lines = done.stdout.splitlines()
     found["said"] = [line for line in lines if line.startswith("planned for")]
     found["processes"] = [json.loads(x[len(MARK) :]) for x in lines if x.startswith(MARK)]
@@ -195,6 +194,29 @@ def measure(folder: Path, name: str) -> dict:
     elif name == "7B fsdp" and (run_dir / "adapter").exists():
         found["loss_of_one_row"] = losses_of_merge(model, run_dir, settings)
     return found
+
+
+def table(rows: list[dict]) -> list[dict]:
+    """What notebook 04 shows, a row a case; memory is that of the fuller GPU."""
+
+    def in_gib(sizes: list[int]) -> float | None:
+        return round(max(sizes) / 2**30, 1) if sizes else None
+
+    lines = []
+    for row in rows:
+        trained = [process for process in row["processes"] if "losses" in process]
+        first = trained[0] if trained else {}
+        lines.append(
+            {
+                "run": row["case"],
+                "GPUs": len(row["processes"]),
+                "planned GiB": in_gib([row["planned_bytes"]] if "planned_bytes" in row else []),
+                "measured GiB": in_gib([process["peak_allocated_bytes"] for process in trained]),
+                "tokens per second": first.get("tokens_per_second"),
+                "validation loss after": first.get("eval_loss_after"),
+            }
+        )
+    return lines
 
 
 def main() -> None:
@@ -219,7 +241,8 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         rows = [other for other in rows if other["case"] != name] + [row]
         facts = {"what": "Llama 2's shapes on one GPU and on two of its kind", **circumstances()}
-        RESULTS.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+        facts |= {"table": table(rows), "rows": rows}
+        RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

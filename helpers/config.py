@@ -463,8 +463,8 @@ DEMO = {
     "use_nested_quant": True,
     "min_answer_score": 1,
     "target_modules": ALL_LINEAR_TARGETS,
-    # Under half an epoch of the sample: enough to be seen, and short on a laptop. -1 trains it all.
-    "max_steps": 24,
+    # A third of an epoch of the sample: enough to be seen, and short on a laptop. -1 trains it all.
+    "max_steps": 20,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 4,
     "grad_acc_steps": 2,
@@ -477,8 +477,8 @@ DEMO = {
     "completion_only_loss": True,
     "merge_into": "dequantized",
     "max_length": 400,
-    "save_steps": 12,
-    "eval_steps": 12,
+    "save_steps": 10,
+    "eval_steps": 10,
     "log_steps": 4,
     "comparison_rows": 12,
     "max_new_tokens": 240,
