@@ -184,6 +184,15 @@ def quantization_config(config: Config) -> BitsAndBytesConfig:
     )
 
 
+def need_device(config: Config, name: str) -> None:
+    """Raise ModelUnavailable when a model is to lie on a GPU and there is none."""
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelUnavailable(
+            f"profile {config.profile!r} puts {name} on {config.device}, and torch sees no GPU "
+            "here: run it on a machine with one, or choose PROFILE = 'demo', which needs none"
+        )
+
+
 def load_model(config: Config, quantized: bool = True, source: str | Path | None = None):
     """The base model of a Config, or the one in `source`, in eval mode, all on `config.device_map`.
 
@@ -192,11 +201,7 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
     had or a device that is not there, DiskFull, and ArtefactError for a damaged one.
     """
     name = str(source or config.model_name)
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelUnavailable(
-            f"profile {config.profile!r} puts {name} on {config.device}, and torch sees no GPU "
-            "here: run it on a machine with one, or choose PROFILE = 'demo', which needs none"
-        )
+    need_device(config, name)
     dtype, device_map, options = precision.compute_dtype(config), config.device_map, {}
     if quantized and config.use_4bit:
         settings = options["quantization_config"] = quantization_config(config)

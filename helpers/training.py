@@ -573,6 +573,7 @@ def train(config: Config) -> dict:
     In every process of DDP, of which the first one writes. Returns the metrics.
     """
     config = for_this_process(config)
+    models.need_device(config, config.model_name)
     # The first process comes first: it may have a model to fetch, or a dataset to tokenize.
     with sft_config(config).main_process_first():
         tokenizer, dataset = models.load_tokenizer(config.model_name), load_dataset(config)
