@@ -1,18 +1,23 @@
-"""DDP: two processes that share a step's rows do what one process does with all of them."""
+"""DDP and FSDP: two processes do what one does with all of the rows, or all of the model."""
 
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 from transformers.models.llama import modeling_llama
+from trl import SFTConfig
 
-from helpers import integrity, models, training
-from helpers.config import PROJECT_DIR, ConfigError
+from helpers import checkpoints, integrity, memory, models, training
+from helpers.config import PROJECT_DIR, Config, ConfigError
 from tests.faults.train_tiny import tiny_config, write_dataset
+from tests.unit.shard_tiny import sharded_config
 
 CONFIG_FILE = PROJECT_DIR / "accelerate" / "ddp_cpu.yaml"
 
@@ -49,6 +54,91 @@ def test_two_processes_train_as_one_does_on_the_same_rows(tmp_path, tiny_model_d
     assert losses[1][-1] < losses[1][0] - 0.1
     for text in lines.values():  # the first process alone prints the log
         assert text.count("step    4/4   loss") == 1
+
+
+def fsdp_environment() -> dict:
+    """What accelerate makes of the committed file for the processes that it starts."""
+    settings = yaml.safe_load((PROJECT_DIR / "accelerate" / "fsdp_qlora.yaml").read_text())
+    named = {name.upper(): str(value) for name, value in settings["fsdp_config"].items()}
+    named["FSDP_TRANSFORMER_CLS_TO_WRAP"] = named.pop("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP")
+    return {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true", **named}
+
+
+@pytest.mark.slow
+def test_two_shards_train_as_one_model_does(tmp_path, tiny_model_dir):
+    logs, adapters = {}, {}
+    for processes, rows in ((1, 4), (2, 2)):
+        config = sharded_config(tmp_path / str(processes), tiny_model_dir, rows)
+        write_dataset(config)
+        sharded = fsdp_environment() if processes > 1 else {}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(processes), "-m", "tests.unit.shard_tiny"]
+        command += [str(config.run_dir), str(tiny_model_dir), str(rows)]
+        environment = os.environ | sharded
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        integrity.check_seal(config.adapter_dir, "04")
+        log = json.loads((config.adapter_dir / integrity.TRAINING_LOG).read_text())
+        history = [entry for entry in log["history"] if entry["step"] > 0]
+        logs[processes] = [e[key] for e in history for key in ("loss", "eval_loss") if key in e]
+        adapters[processes] = load_file(config.adapter_dir / integrity.ADAPTER_WEIGHTS)
+        assert not config.checkpoints_dir.exists()
+    assert logs[2] == pytest.approx(logs[1], abs=1e-4)
+    assert logs[1][-1] < logs[1][0] - 1
+    shapes = [{name: t.shape for name, t in adapter.items()} for adapter in adapters.values()]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_processes_of_a_run_share_its_checkpoints(tmp_path, tiny_model_dir):
+    folders = [
+        checkpoints.folder_of(tiny_config(tmp_path, tiny_model_dir, device_map={"": place}))
+        for place in (0, 1, "cuda:1", "cpu")
+    ]
+    assert folders[0] == folders[1] == folders[2] != folders[3]
+
+
+def test_a_checkpoint_has_its_folder_before_anything_is_written(tmp_path):
+    arguments, control = SimpleNamespace(output_dir=str(tmp_path)), TrainerControl(should_save=True)
+    step = TrainerState(global_step=7)
+    checkpoints.SealCheckpoints().on_step_end(arguments, step, control, model=torch.nn.Linear(2, 2))
+    assert (tmp_path / "checkpoint-7").is_dir()
+
+
+def test_shards_without_room_are_refused_before_the_weights_load(tmp_path, monkeypatch, capsys):
+    memory.llama2_config("70B").save_pretrained(tmp_path)
+    monkeypatch.setattr(memory, "torch_bytes", lambda: 24 * memory.GIB)
+    settings = {"model_name": str(tmp_path), "per_device_train_batch_size": 2}
+    with pytest.raises(ConfigError, match="2 shards, each of 2 GPUs needs .* of 23.0: lower LORA"):
+        training.refuse_without_room(Config.from_profile("llama2_7b", **settings), 2)
+    small = Config.from_profile("llama2_7b", lora_r=16, fast_path=False, **settings)
+    training.refuse_without_room(small, 2)
+    assert "planned for 2 shards" in capsys.readouterr().out
+
+
+TWO_GPUS = json.loads((PROJECT_DIR / "benchmarks/results/two_gpus.json").read_text())
+
+
+@pytest.mark.parametrize("row", TWO_GPUS["table"], ids=lambda row: row["run"])
+def test_what_was_planned_for_a_gpu_was_measured(row):
+    if row["planned GiB"] and row["measured GiB"]:
+        assert row["measured GiB"] == pytest.approx(row["planned GiB"], rel=0.12)
+
+
+def test_two_gpus_learnt_what_one_learnt():
+    after = {row["run"]: row["validation loss after"] for row in TWO_GPUS["table"]}
+    assert after["7B ddp"] == pytest.approx(after["7B one"], rel=0.01)
+    assert after["7B fsdp"] == pytest.approx(after["7B one plain"], rel=0.01)
+
+
+def test_several_gpus_in_sight_do_not_split_the_batch(tmp_path, tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda arguments: 2))
+    assert training.sft_config(tiny_config(tmp_path, tiny_model_dir))._n_gpu == 1
+
+
+def test_a_gpu_that_is_not_there_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(models.ModelUnavailable, match="on cuda:0, and torch sees no GPU"):
+        training.train(Config.from_profile("llama2_7b", run_dir=tmp_path))
 
 
 def test_under_fsdp_packed_bytes_pass_for_numbers(tmp_path, tiny_model_dir, monkeypatch):

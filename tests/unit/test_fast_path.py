@@ -1,6 +1,7 @@
 """The fast path: its collator and its adapter everywhere, its kernels and its graph on a GPU."""
 
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -109,6 +110,19 @@ def test_the_adapter_layer_equals_pefts_forward_and_backward(tmp_path, dtype, ro
 
 def relative_error(ours, theirs) -> float:
     return ((ours - theirs).float().norm() / theirs.float().norm()).item()
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["accumulating", "last of a step"])
+def test_processes_add_up_their_gradients_once_a_step(monkeypatch, last):
+    """On stand-ins for the graph and for DDP: two GPUs at a time are not to be had in a test."""
+    summed, graph = [], Mock(return_value=torch.tensor(1.5), gradient=torch.ones(3))
+    monkeypatch.setattr(torch.distributed, "all_reduce", summed.append)
+    trainer = Mock(graph=graph, _total_train_tokens=0, _metrics={"train": {}})
+    trainer._prepare_inputs = dict
+    trainer.accelerator = Mock(num_processes=2, sync_gradients=last)
+    loss = fast_path.FastTrainer.training_step(trainer, Mock(training=True), {"used_tokens": 5}, 8)
+    assert summed == ([graph.gradient] if last else [])
+    assert loss.item() == 3.0  # the trainer takes the mean over processes of what are shares
 
 
 GPU = {"device_map": {"": 0}}

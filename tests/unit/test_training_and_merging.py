@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerControl, TrainerState
 
 from helpers import checkpoints, memory, merging, models, precision, prompts, training
 from helpers.config import Config, ConfigError
@@ -48,6 +50,20 @@ def test_only_the_adapter_is_trained_and_its_size_is_predicted(config, tokenizer
     assert all("lora_" in name for name, _ in named)
     predicted = memory.lora_parameters(trainer.model.config, config.lora_r, config.target_modules)
     assert sum(parameter.numel() for _, parameter in named) == predicted
+
+
+def test_a_gpus_steps_take_the_time_from_wait_to_wait(monkeypatch):
+    """It works on while the process is between two steps, and where that waits varies."""
+    clock = iter([0.0, 0.1, 2.0, 2.1, 3.9])  # begin, end, begin, end, and the GPU is done
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    log, arguments = training.StepLog(), SimpleNamespace(device=torch.device("cuda"))
+    log.on_train_begin(arguments, None, None)
+    for step, waits in ((1, False), (2, True)):
+        control = TrainerControl(should_log=waits)
+        log.on_step_begin(arguments, None, control)
+        log.on_step_end(arguments, TrainerState(global_step=step), control)
+    assert [step["seconds"] for step in log.steps] == [1.95, 1.95]
 
 
 def test_the_loss_falls_on_the_answer_and_its_end_alone(config, tokenizer):
