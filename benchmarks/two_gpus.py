@@ -105,7 +105,7 @@ def work(model: Path, run_dir: Path, cap: float, forced: bool, settings: dict) -
         torch.cuda.set_per_process_memory_fraction(cap * memory.GIB / whole)
     config = make_config(model, run_dir, settings)
     if forced:
-        training.refuse_without_room = lambda config, shards: None
+        training.refuse_without_room = lambda config: None
     found = {"rank": rank}
     try:
         metrics = training.train(config)

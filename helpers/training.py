@@ -85,8 +85,8 @@ def lora_config(config: Config) -> LoraConfig:
 
 
 def uses_fast_path(config: Config) -> bool:
-    """Whether a Config asks for the fast path, which needs a GPU that holds the whole model."""
-    return config.fast_path and fast_path.is_supported() and not models.is_sharded()
+    """Whether a Config asks for the fast path and this machine has what it needs."""
+    return config.fast_path and fast_path.is_supported()
 
 
 def sft_config(config: Config) -> SFTConfig:
@@ -190,21 +190,27 @@ def planned(config: Config) -> Config:
     )
 
 
-def refuse_without_room(config: Config, shards: int) -> None:
+def step_of(config: Config, length: int | None = None) -> memory.Run:
+    """What a step does, for `memory.estimate`; under FSDP on a share of the model."""
+    shards = int(os.environ["WORLD_SIZE"]) if models.is_sharded() else 1
+    return dataclasses.replace(memory.Run.from_config(config, length), shards=shards)
+
+
+def refuse_without_room(config: Config) -> None:
     """Say what a share of the model and a step take of each GPU; ConfigError when it is too much.
 
     A GiB is kept free for the allocator's gaps, as `memory.plan` does off the fast path.
     """
-    shape, step = models.load_shape(config.model_name), memory.Run.from_config(config)
-    needed = memory.estimate(shape, dataclasses.replace(step, shards=shards)).total
-    room = memory.torch_bytes() - memory.GIB
-    says = f"each of {shards} GPUs needs {needed / memory.GIB:.1f} GiB of {room / memory.GIB:.1f}"
+    step, room = step_of(config), memory.torch_bytes() - memory.GIB
+    needed = memory.estimate(models.load_shape(config.model_name), step).total
+    says = f"each of {step.shards} GPUs needs {needed / memory.GIB:.1f} GiB"
+    says += f" of {room / memory.GIB:.1f}"
     if needed > room:
         raise ConfigError(
-            f"{config.model_name} does not train in {shards} shards, {says}: lower LORA_R, "
+            f"{config.model_name} does not train in {step.shards} shards, {says}: lower LORA_R, "
             "PER_DEVICE_TRAIN_BATCH_SIZE or MAX_LENGTH, or start more processes, one a GPU"
         )
-    say_once(f"planned for {shards} shards: {says}")
+    say_once(f"planned for {step.shards} shards: {says}")
 
 
 def say_once(text: str) -> None:
@@ -555,7 +561,8 @@ def _write_adapter(trainer: SFTTrainer, tokenizer, config: Config, weights: dict
 def for_this_process(config: Config) -> Config:
     """The Config with the GPU of this process, when `accelerate launch` started several.
 
-    Raises ConfigError for FIT_TO_MEMORY: one process alone would start again.
+    In shards there is no fast path: it reads weights that are whole. Raises ConfigError for
+    FIT_TO_MEMORY: one process alone would start again.
     """
     rank = os.environ.get("LOCAL_RANK")
     if rank is None:
@@ -564,7 +571,8 @@ def for_this_process(config: Config) -> Config:
         raise ConfigError("FIT_TO_MEMORY is True, and it works in one process only: set it False")
     if config.device == "cpu":
         return config
-    return dataclasses.replace(config, device_map={"": int(rank)})
+    fast = config.fast_path and not models.is_sharded()
+    return dataclasses.replace(config, device_map={"": int(rank)}, fast_path=fast)
 
 
 def train(config: Config) -> dict:
@@ -581,13 +589,13 @@ def train(config: Config) -> dict:
     # Here and not only in build_trainer: before the weights are loaded.
     config = planned(config)
     if models.is_sharded() and config.device != "cpu":
-        refuse_without_room(config, int(os.environ["WORLD_SIZE"]))
+        refuse_without_room(config)
     trainer = build_trainer(config, models.load_model(config), tokenizer, dataset)
     trainable, every = trainer.model.get_nb_trainable_parameters()
     trainer, metrics = fine_tune(trainer)
     save_adapter(trainer, tokenizer, config)
     longest = max(len(ids) for ids in trainer.train_dataset["input_ids"])
-    run = memory.Run.from_config(trainer.made_from[0], length=longest)
+    run = step_of(trainer.made_from[0], longest)
     metrics |= {
         "trainable_parameters": trainable,
         "trainable_percent": 100 * trainable / every,

@@ -1,5 +1,6 @@
 """DDP and FSDP: two processes do what one does with all of the rows, or all of the model."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -107,11 +108,14 @@ def test_a_checkpoint_has_its_folder_before_anything_is_written(tmp_path):
 def test_shards_without_room_are_refused_before_the_weights_load(tmp_path, monkeypatch, capsys):
     memory.llama2_config("70B").save_pretrained(tmp_path)
     monkeypatch.setattr(memory, "torch_bytes", lambda: 24 * memory.GIB)
+    for name, value in {**fsdp_environment(), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     settings = {"model_name": str(tmp_path), "per_device_train_batch_size": 2}
+    large = training.for_this_process(Config.from_profile("llama2_7b", **settings))
+    assert not large.fast_path
     with pytest.raises(ConfigError, match="2 shards, each of 2 GPUs needs .* of 23.0: lower LORA"):
-        training.refuse_without_room(Config.from_profile("llama2_7b", **settings), 2)
-    small = Config.from_profile("llama2_7b", lora_r=16, fast_path=False, **settings)
-    training.refuse_without_room(small, 2)
+        training.refuse_without_room(large)
+    training.refuse_without_room(dataclasses.replace(large, lora_r=16))
     assert "planned for 2 shards" in capsys.readouterr().out
 
 
