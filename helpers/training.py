@@ -168,6 +168,8 @@ def planned(config: Config) -> Config:
         return config
     room = checkpoints.least_of_all(memory.torch_bytes(), config.device)
     shape, step = models.load_shape(config.model_name), memory.Run.from_config(config)
+    if "LOCAL_RANK" in os.environ:  # DDP keeps gradients a second time
+        room -= memory.estimate(shape, step).gradients
     plan = memory.plan(shape, step, room, reserve_bytes=0)
     if not plan.fits:
         plain_step = memory.Run.from_config(dataclasses.replace(config, fast_path=False))

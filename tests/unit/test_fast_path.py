@@ -153,6 +153,12 @@ def planned(tmp_path, monkeypatch, gib, **changes):
     return training.planned(Config.from_profile("llama2_7b", **settings))
 
 
+def test_beside_ddp_which_keeps_gradients_too_fewer_layers_keep_theirs(tmp_path, monkeypatch):
+    alone = planned(tmp_path, monkeypatch, 10)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert 0 < planned(tmp_path, monkeypatch, 10).kept_layers < alone.kept_layers
+
+
 def test_the_fast_path_is_planned_to_the_card_and_says_so(tmp_path, monkeypatch, capsys):
     small, large = (planned(tmp_path, monkeypatch, gib) for gib in (12, 80))
     assert (
