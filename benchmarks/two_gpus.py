@@ -110,7 +110,8 @@ def work(model: Path, run_dir: Path, cap: float, forced: bool, settings: dict) -
     try:
         metrics = training.train(config)
     except Exception as error:  # what kept it from training is the result
-        return {**found, "refused": f"{type(error).__name__}: {error}"[:600]}
+        said = f"{type(error).__name__}: {error}".replace(str(model), model.name)
+        return {**found, "refused": said[:600]}
     log = json.loads((config.adapter_dir / integrity.TRAINING_LOG).read_text())
     losses = [round(float(e["loss"]), 4) for e in log["history"] if "loss" in e]
     return {
