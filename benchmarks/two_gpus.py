@@ -28,19 +28,18 @@ RESULTS = PROJECT / "benchmarks" / "results" / "two_gpus.json"
 ROWS_7B = {"max_length": 1024, "per_device_train_batch_size": 4, "max_steps": 30, "log_steps": 5}
 ROWS_70B = {"max_length": 512, "per_device_train_batch_size": 2, "max_steps": 6, "log_steps": 2}
 PLAIN = {"fast_path": False}
+SHARED_70B = {**ROWS_70B, **PLAIN, "grad_acc_steps": 1}
 # Name: model, accelerate's file (None: one process), GiB a GPU may give (0: all), settings.
 CASES = {
     "7B one": ("7B", None, 0, {**ROWS_7B, "grad_acc_steps": 2}),
     "7B ddp": ("7B", "ddp", 0, {**ROWS_7B, "grad_acc_steps": 1}),
     "7B one plain": ("7B", None, 0, {**ROWS_7B, **PLAIN, "grad_acc_steps": 2}),
     "7B fsdp": ("7B", "fsdp_qlora", 0, {**ROWS_7B, **PLAIN, "grad_acc_steps": 1}),
-    "70B fsdp": ("70B", "fsdp_qlora", 0, {**ROWS_70B, **PLAIN, "grad_acc_steps": 1}),
-    "70B fsdp 24 GiB": ("70B", "fsdp_qlora", 24, {**ROWS_70B, **PLAIN, "grad_acc_steps": 1}),
-    "70B fsdp 24 GiB forced": ("70B", "fsdp_qlora", 24, {**ROWS_70B, **PLAIN, "grad_acc_steps": 1}),
-    "70B fsdp 24 GiB rank 16": (
-        "70B", "fsdp_qlora", 24, {**ROWS_70B, **PLAIN, "grad_acc_steps": 1, "lora_r": 16},
-    ),
-}  # fmt: skip
+    "70B fsdp": ("70B", "fsdp_qlora", 0, SHARED_70B),
+    "70B fsdp 24 GiB": ("70B", "fsdp_qlora", 24, SHARED_70B),
+    "70B fsdp 24 GiB forced": ("70B", "fsdp_qlora", 24, SHARED_70B),
+    "70B fsdp 24 GiB rank 16": ("70B", "fsdp_qlora", 24, {**SHARED_70B, "lora_r": 16}),
+}
 MARK = "RESULT "
 
 

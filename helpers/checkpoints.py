@@ -34,13 +34,12 @@ class SealCheckpoints(TrainerCallback):
             artefacts.need_space(Path(args.output_dir), needed, "the next checkpoint")
             # The trainer notes which one is best once its folder is there. Under FSDP it would be
             # there too late, in one process or in both, and they would load different ones.
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
+            folder_of_step(args, state).mkdir(parents=True, exist_ok=True)
 
     def on_save(self, args, state, control, **kwargs):
         wait_for_all()  # each process of DDP adds its own random numbers
         if state.is_world_process_zero:
-            integrity.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            integrity.seal(folder_of_step(args, state))
 
 
 class StopAtStepEdge(TrainerCallback):
@@ -139,6 +138,11 @@ def folder_of(config: Config) -> Path:
         del settings[name]
     settings = json.dumps(settings, sort_keys=True)
     return config.checkpoints_dir / hashlib.sha256(settings.encode()).hexdigest()[:12]
+
+
+def folder_of_step(args, state) -> Path:
+    """Where the trainer puts the checkpoint of the step that it is at."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def latest(folder: Path) -> Path | None:
