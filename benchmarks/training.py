@@ -2,8 +2,8 @@
 
     python benchmarks/training.py make FOLDER               write a checkpoint of random weights
     python benchmarks/training.py run FOLDER NAME           measure one way, print one JSON line
-    python benchmarks/training.py compare FOLDER NAME...    measure several in turn, to
-                                                            results/training.json
+    python benchmarks/training.py compare FOLDER NAME...    measure several in turn, and put them
+                                                            into results/training.json
 
 Names: ours, ours_plain (the same batches through trl's own step), article, unsloth. Speed and
 memory do not depend on what the weights are. Every way gets rows of the same lengths (log-normal,
@@ -99,6 +99,8 @@ class Clock:
             self.seconds, self.last = time.perf_counter() - self.start, tokens
         if step == self.steps:
             self.torch.cuda.synchronize()
+            cuda = self.torch.cuda  # now: an evaluation may follow
+            self.peaks = cuda.max_memory_allocated(), cuda.max_memory_reserved()
             self.profiler.__exit__(None, None, None)
             events = self.profiler.key_averages()
             self.kernels = sorted(events, key=lambda e: -e.self_device_time_total)
@@ -106,18 +108,45 @@ class Clock:
             self.profiled = tokens - self.last if self.padded else tokens / step
 
     def result(self) -> dict:
-        cuda = self.torch.cuda
-        for event in self.kernels[:12]:
+        for event in self.kernels[:20]:
             milliseconds = event.self_device_time_total / 1e3
             print(f"{milliseconds:8.1f} ms {event.count:6d} x {event.key[:90]}", file=sys.stderr)
+        steps = self.steps - 1 - WARM_UP
+        allocated, reserved = self.peaks
         return {
             "tokens_per_second": round((self.last - self.first) / self.seconds),
-            "tokens_per_step": round((self.last - self.first) / (self.steps - 1 - WARM_UP)),
+            "tokens_per_step": round((self.last - self.first) / steps),
+            "milliseconds_per_step": round(1000 * self.seconds / steps, 1),
             "busy_milliseconds": round(self.busy, 1),
+            "busy_by_part": by_part(self.kernels),
             "busy_microseconds_per_token": round(1000 * self.busy / self.profiled, 2),
-            "peak_allocated_bytes": cuda.max_memory_allocated(),
-            "peak_reserved_bytes": cuda.max_memory_reserved(),
+            "peak_allocated_bytes": allocated,
+            "peak_reserved_bytes": reserved,
         }
+
+
+# What a kernel is for, by its name; the first that is found counts.
+PARTS = {
+    "attention": ("flash",),
+    "unpacking 4 bits": ("Dequantize",),
+    "products": ("nvjet", "gemm", "cutlass", "splitK"),
+    "sums of hidden states": ("CUDAFunctor_add<c10::BFloat16>",),
+    "norms, rotation, gate": ("layer_norm", "triton"),
+}
+LONG = 100  # microseconds: at 4,096 tokens a product with a base weight takes twice that or more
+
+
+def by_part(kernels: list) -> dict[str, float]:
+    """Milliseconds of a profiled step by what they are for; products with base weights apart."""
+    parts = {}
+    for event in kernels:
+        found = [part for part, names in PARTS.items() if any(n in event.key for n in names)]
+        part = found[0] if found else "the rest: loss, optimizer, copies"
+        if part == "products":
+            long = event.self_device_time_total > LONG * event.count
+            part += " with base weights" if long else " with adapters"
+        parts[part] = parts.get(part, 0.0) + event.self_device_time_total / 1e3
+    return {part: round(milliseconds, 1) for part, milliseconds in parts.items()}
 
 
 def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
@@ -269,7 +298,8 @@ def run(folder: Path, name: str, options: argparse.Namespace) -> None:
 
 def compare(folder: Path, ways: list[str], options: argparse.Namespace) -> None:
     """Each way in turn, `turns` times. A way is NAME:ROWSxLENGTH, with + for no checkpointing."""
-    runs = []
+    before = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
+    runs = [run for run in before if run["way"] not in ways]
     for way in ways * options.turns:
         name, shape = way.rstrip("+").split(":")
         rows, length = shape.split("x")
@@ -284,20 +314,22 @@ def compare(folder: Path, ways: list[str], options: argparse.Namespace) -> None:
         if done.returncode:
             print(done.stderr[-2000:], flush=True)
             continue
-        runs.append({"way": way, **json.loads(done.stdout.splitlines()[-1])})
+        runs.append({"way": way, **circumstances(), **json.loads(done.stdout.splitlines()[-1])})
         print({k: v for k, v in runs[-1].items() if k != "losses"}, flush=True)
-    names = ("tokens_per_second", "busy_microseconds_per_token", "peak_reserved_bytes")
-    medians = {
-        way: {name: statistics.median(r[name] for r in runs if r["way"] == way) for name in names}
+        what = "A QLoRA training step at Llama 2 7B's shape, random weights, rank 64"
+        facts = {"what": what, "medians": medians(runs), "runs": runs}
+        options.output.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def medians(runs: list[dict]) -> dict[str, dict]:
+    """Of each way's speed and memory, over its runs."""
+    return {
+        way: {
+            name: statistics.median(run[name] for run in runs if run["way"] == way)
+            for name in ("tokens_per_second", "peak_reserved_bytes")
+        }
         for way in dict.fromkeys(run["way"] for run in runs)
     }
-    facts = {
-        "what": "A QLoRA training step at Llama 2 7B's shape, random weights, rank 64",
-        **circumstances(),
-        "medians": medians,
-    }
-    options.output.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
-    print(json.dumps(medians, indent=1))
 
 
 def circumstances() -> dict:

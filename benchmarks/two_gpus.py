@@ -170,6 +170,8 @@ def losses_of_merge(model: Path, run_dir: Path, settings: dict) -> dict[str, flo
 
 def measure(folder: Path, name: str) -> dict:
     """One case in processes of its own."""
+    from benchmarks.training import circumstances
+
     size, file, cap, settings = CASES[name]
     model, run_dir = write_model(folder, size), folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -181,7 +183,7 @@ def measure(folder: Path, name: str) -> dict:
     command += [__file__, str(folder), name, "--work"]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=400)
-    found = {"case": name, "settings": settings, "cap_gib": cap}
+    found = {"case": name, **circumstances(), "settings": settings, "cap_gib": cap}
     found["seconds"] = round(time.perf_counter() - start)
     if not settings.get("fast_path", True):  # else what it said counts: it chose a plan
         shards = 2 if file == "fsdp_qlora" else 1
@@ -209,7 +211,7 @@ def table(rows: list[dict]) -> list[dict]:
         lines.append(
             {
                 "run": row["case"],
-                "GPUs": len(row["processes"]),
+                "GPUs": f"{len(row['processes'])} x {row['hardware']}",
                 "planned GiB": in_gib([row["planned_bytes"]] if "planned_bytes" in row else []),
                 "measured GiB": in_gib([process["peak_allocated_bytes"] for process in trained]),
                 "tokens per second": first.get("tokens_per_second"),
@@ -233,15 +235,13 @@ def main() -> None:
         found = work(options.folder / size, options.folder / "run", cap, forced, settings)
         print(f"\n{MARK}{json.dumps(found)}", flush=True)
         sys.exit("refused" in found)  # the other process must not wait for this one
-    from benchmarks.training import circumstances
-
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and options.cases else []
     for name in options.cases or CASES:
         row = measure(options.folder, name)
         print(json.dumps(row), flush=True)
         rows = [other for other in rows if other["case"] != name] + [row]
-        facts = {"what": "Llama 2's shapes on one GPU and on two of its kind", **circumstances()}
-        facts |= {"table": table(rows), "rows": rows}
+        what = "Llama 2's shapes on one GPU and on two of its kind"
+        facts = {"what": what, "table": table(rows), "rows": rows}
         RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -6,13 +6,14 @@ replayed as one. It knows nothing of recipes or data; `FAST_PATH = False` trains
 through trl's own step, to the same losses. A CPU takes the adapters' kernel alone.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from peft.tuners.lora.bnb import Linear4bit
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
@@ -79,6 +80,7 @@ class FastTrainer(SFTTrainer):
 
     graph = None
     kept_layers = 0
+    keep_weights = False  # see choose_checkpoints
 
     def _prepare_for_training(self, *arguments, **options):
         # DDP's part in the backward pass stays in the stream in which DDP was made, and what runs
@@ -92,18 +94,26 @@ class FastTrainer(SFTTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._total_train_tokens += inputs.pop("used_tokens")
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         inputs = {**self._prepare_inputs(inputs), "graded": num_items_in_batch}
         if not model.training:
             model.train()
         if self.graph is None:
             bare_model = self.accelerator.unwrap_model(model)
-            self.graph = StepGraph(bare_model, inputs, self.kept_layers)
+            choose_checkpoints(
+                bare_model.get_base_model().model.layers, self.kept_layers, self.keep_weights
+            )
+            self.graph = StepGraph(bare_model, inputs)
         loss, processes = self.graph(inputs), self.accelerator.num_processes
         if processes > 1 and self.accelerator.sync_gradients:
             # DDP would do that bit by bit within the pass, which is one piece here.
             torch.distributed.all_reduce(self.graph.gradient)
         return loss * processes  # its share of the step's tokens; the trainer takes the mean
+
+    def log(self, logs, *arguments, **options):
+        if self.model.training:  # here all processes wait anyway, in a step none has to
+            counts = gather_object([self._total_train_tokens])
+            self._metrics["train"]["num_tokens"] = [sum(counts)]
+        super().log(logs, *arguments, **options)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of an evaluation: mean nats over the batch's graded tokens.
@@ -126,11 +136,10 @@ class StepGraph:
     trainable parameters, and returns the loss: mean nats over the graded tokens of the whole step.
     """
 
-    def __init__(self, model, inputs: dict, kept_layers: int = 0):
+    def __init__(self, model, inputs: dict):
         self.model = model.train()  # all of it: only a layer in training keeps checkpoints
         self.inputs = {k: v.clone() if torch.is_tensor(v) else v for k, v in inputs.items()}
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        choose_checkpoints(model.get_base_model().model.layers, kept_layers)
         # Now, not between activations that will leave gaps, and in one piece: processes add it up.
         sizes = [parameter.numel() for parameter in self.parameters]
         self.gradient = self.parameters[0].new_zeros(sum(sizes))
@@ -172,26 +181,39 @@ class StepGraph:
         return loss.detach()
 
 
-def choose_checkpoints(layers, kept_layers: int) -> None:
-    """Keep the activations of the last layers, which the backward pass needs first."""
+def choose_checkpoints(layers, kept_layers: int, keep_weights: bool) -> None:
+    """Keep the activations of the last layers, which the backward pass needs first.
+
+    The others run a second time. With `keep_weights` the backward pass of a layer takes the 16-bit
+    weights of that second run, and need not unpack them once more.
+    """
     for layer in layers[len(layers) - kept_layers :]:
         layer.gradient_checkpointing = False
     for layer in layers:
         layer._gradient_checkpointing_func = partial(
-            checkpoint, **CHECKPOINT_OPTIONS, context_fn=lambda: (nullcontext(), Recomputing())
+            checkpoint,
+            **CHECKPOINT_OPTIONS,
+            context_fn=lambda: (Pass(keep_weights), Pass(keep_weights, is_second=True)),
         )
 
 
-class Recomputing:
-    """The context in which a checkpointed layer runs a second time, for its inner values alone."""
+@dataclass
+class Pass:
+    """The context in which a checkpointed layer runs, once or for its inner values alone."""
 
-    active = False
+    keeps_weights: bool = False
+    is_second: bool = False
 
     def __enter__(self):
-        Recomputing.active = True
+        global current_pass
+        current_pass = self
 
     def __exit__(self, *error):
-        Recomputing.active = False
+        global current_pass
+        current_pass = Pass()
+
+
+current_pass = Pass()  # of a layer that keeps its activations
 
 
 def packed_loss(model, inputs: dict, labels: torch.Tensor) -> torch.Tensor:
@@ -271,7 +293,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def mlp_forward(mlp, x: torch.Tensor) -> torch.Tensor:
     inner = compiled(gated)(mlp.gate_proj(x), mlp.up_proj(x))
     # A layer's last product is no inner value: in a second run nobody reads it.
-    return lora_forward(mlp.down_proj, inner, is_needed=not Recomputing.active)
+    return lora_forward(mlp.down_proj, inner, is_needed=not current_pass.is_second)
 
 
 def attention_forward(
@@ -293,7 +315,9 @@ def attention_forward(
     if groups > 1:
         key, value = (states.repeat_interleave(groups, dim=2) for states in (key, value))
     bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-    output = varlen_attn(query[0], key[0], value[0], *bounds, window_size=(-1, 0))
+    # Not [0], whose gradient is written into a tensor of zeros.
+    query, key, value = (states.squeeze(0) for states in (query, key, value))
+    output = varlen_attn(query, key, value, *bounds, window_size=(-1, 0))
     return attention.o_proj(output.flatten(1)[None]), None
 
 
@@ -313,28 +337,33 @@ class LowRankUpdate(torch.autograd.Function):
     memory where a matrix product itself can add. The small product comes first: it is bound by
     memory and writes only, and the large one reads what it adds to while it computes. Shapes:
     x [1, tokens, in], A [rank, in], B [out, rank], W packed. When y is not needed it is left
-    unwritten.
+    unwritten. A checkpoint drops what its first pass saves, so only a second one keeps weights.
     """
 
     @staticmethod
     def forward(ctx, x, down, up, scale, weight, is_needed):
-        flat = x.flatten(0, -2)
+        flat, keeps_weights = x.flatten(0, -2), current_pass.keeps_weights
         low = flat @ down.T
         output = flat.new_empty(len(flat), len(up))
+        unpacked = unpack(weight) if is_needed or keeps_weights else None
         if is_needed:
-            output.addmm_(low, up.T, beta=0, alpha=scale)
-            output.addmm_(flat, bnb.functional.dequantize_4bit(weight.data, weight.quant_state).T)
-        ctx.save_for_backward(flat, low, down, up)
+            output.addmm_(low, up.T, beta=0, alpha=scale).addmm_(flat, unpacked.T)
+        ctx.save_for_backward(flat, low, down, up, *([unpacked] if keeps_weights else []))
         ctx.scale, ctx.weight = scale, weight
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, gradient):
-        flat, low, down, up = ctx.saved_tensors
+        flat, low, down, up, *kept = ctx.saved_tensors
         gradient_shape, gradient = gradient.shape, gradient.flatten(0, -2)
         low_gradient = (gradient @ up) * ctx.scale
-        weight = bnb.functional.dequantize_4bit(ctx.weight.data, ctx.weight.quant_state)
-        input_gradient = (low_gradient @ down).addmm_(gradient, weight)
+        (unpacked,) = kept or [unpack(ctx.weight)]
+        input_gradient = (low_gradient @ down).addmm_(gradient, unpacked)
         up_gradient = (gradient.T @ low) * ctx.scale
         shape = (*gradient_shape[:-1], -1)
         return input_gradient.view(shape), low_gradient.T @ flat, up_gradient, None, None, None
+
+
+def unpack(weight: bnb.nn.Params4bit) -> torch.Tensor:
+    """A 4-bit weight as a matrix of its compute dtype, [out, in]."""
+    return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)

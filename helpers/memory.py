@@ -500,6 +500,17 @@ def widest_weight_bytes(model_config, run: Run) -> int:
     return widest * run.compute_bytes
 
 
+def weights_fit_in_place(model_config, run: Run) -> bool:
+    """Whether one layer's 16-bit weights take no more than what is free when they are kept.
+
+    Kept-activation layers come first in the backward pass. When the first checkpoint is run again
+    theirs are gone; that layer's own activations take the place of one of them.
+    """
+    one_layer = linear_parameters(model_config) // model_config.num_hidden_layers
+    free = (run.kept_layers - 1) * layer_activation_bytes(model_config, run)
+    return run.checkpointing and one_layer * run.compute_bytes <= free
+
+
 def evaluation_bytes(model_config, run: Run) -> int:
     """What the fast path takes beside the memory that its recorded step keeps: an evaluation.
 

@@ -255,6 +255,9 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
     if fast:
         trainer.data_collator = fixed_collator(config, tokenizer)  # trl takes none when it packs
         trainer.kept_layers = config.kept_layers or 0
+        trainer.keep_weights = memory.weights_fit_in_place(
+            model.config, memory.Run.from_config(config)
+        )
     trainer.args.eval_on_start = models.is_sharded()  # see loss_before
     trainer.made_from = (config, tokenizer, dataset)
     checkpoints.resume_in_own_type(trainer.model)

@@ -1,6 +1,7 @@
 """The fast path: its collator and its adapter everywhere, its kernels and its graph on a GPU."""
 
 import json
+from functools import partial
 from unittest.mock import Mock
 
 import numpy as np
@@ -91,7 +92,7 @@ def build(config):
 @pytest.mark.parametrize("dtype, rounding", [("bfloat16", 1e-2), ("float32", 1e-5)])
 def test_the_adapter_layer_equals_pefts_forward_and_backward(tmp_path, dtype, rounding):
     config = tiny_config(tmp_path, bnb_4bit_compute_dtype=dtype, bf16=dtype == "bfloat16")
-    layers = [m for m in build(config).model.modules() if isinstance(m, Linear4bit)]
+    layers = list(filter(is_4bit, build(config).model.modules()))
     for layer in layers[: len(ALL_LINEAR_TARGETS)]:
         results = []
         for forward in (layer.forward, lambda x, layer=layer: fast_path.lora_forward(layer, x)):
@@ -117,12 +118,50 @@ def test_processes_add_up_their_gradients_once_a_step(monkeypatch, last):
     """On stand-ins for the graph and for DDP: two GPUs at a time are not to be had in a test."""
     summed, graph = [], Mock(return_value=torch.tensor(1.5), gradient=torch.ones(3))
     monkeypatch.setattr(torch.distributed, "all_reduce", summed.append)
-    trainer = Mock(graph=graph, _total_train_tokens=0, _metrics={"train": {}})
+    trainer = Mock(graph=graph, _total_train_tokens=0)
     trainer._prepare_inputs = dict
     trainer.accelerator = Mock(num_processes=2, sync_gradients=last)
     loss = fast_path.FastTrainer.training_step(trainer, Mock(training=True), {"used_tokens": 5}, 8)
     assert summed == ([graph.gradient] if last else [])
     assert loss.item() == 3.0  # the trainer takes the mean over processes of what are shares
+
+
+def test_a_log_line_counts_the_tokens_of_all_processes(tmp_path, monkeypatch):
+    trainer, others = build(tiny_config(tmp_path)), [20]
+    trainer.__class__ = fast_path.FastTrainer
+    trainer.model.train()
+    trainer._total_train_tokens = 5
+    monkeypatch.setattr(fast_path, "gather_object", lambda own: own + others)
+    trainer.log({"loss": 1.0, "learning_rate": 1e-4, "grad_norm": 1.0})
+    assert trainer.state.log_history[-1]["num_tokens"] == 25
+
+
+@pytest.mark.parametrize("keep_weights", [False, True])
+def test_a_checkpoint_that_keeps_weights_unpacks_them_once_less(
+    tmp_path, monkeypatch, keep_weights
+):
+    """And the gradients stay those of a layer without a checkpoint."""
+    config = tiny_config(tmp_path, bnb_4bit_compute_dtype="float32", bf16=False)
+    layer = next(filter(is_4bit, build(config).model.modules()))
+    unpacked, unpack = [], fast_path.unpack
+    monkeypatch.setattr(fast_path, "unpack", lambda w: unpacked.append(w) or unpack(w))
+    x = torch.randn(1, 12, layer.in_features, requires_grad=True)
+    gradients = []
+    for kept_layers in (1, 0):
+        unpacked.clear()
+        holder = torch.nn.Module()
+        fast_path.choose_checkpoints([holder], kept_layers, keep_weights)
+        run = partial(fast_path.lora_forward, layer)
+        layer.zero_grad()
+        output = run(x) if kept_layers else holder._gradient_checkpointing_func(run, x)
+        output.float().square().sum().backward()
+        gradients.append(layer.lora_A["default"].weight.grad.clone())
+    assert torch.equal(*gradients)
+    assert len(unpacked) == (2 if keep_weights else 3)
+
+
+def is_4bit(module) -> bool:
+    return isinstance(module, Linear4bit)
 
 
 GPU = {"device_map": {"": 0}}

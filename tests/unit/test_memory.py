@@ -283,6 +283,16 @@ def test_more_memory_lets_more_layers_keep_their_activations():
         assert plan.estimate.total < cap * memory.GIB - 2**29
 
 
+def test_weights_are_kept_where_their_layers_activations_were():
+    shape, run = memory.llama2_config("7B"), memory.Run(fast=True, batch=4, length=1024)
+    fits = [
+        memory.weights_fit_in_place(shape, replace(run, kept_layers=kept)) for kept in (0, 1, 2, 3)
+    ]
+    assert fits == [False, False, True, True]  # 405 MB, where a layer's activations take 543
+    without = replace(run, checkpointing=False)
+    assert not memory.weights_fit_in_place(shape, without)
+
+
 @pytest.mark.parametrize("row", [row for row in CAPS if row["way"] == "forced"], ids=case_of)
 def test_what_ran_out_of_memory_is_refused(row):
     assert "out_of_memory" in row
