@@ -20,11 +20,11 @@ run: install  ## execute the six notebooks with PROFILE and write the report
 
 test: install  ## style, units, notebooks, and the fast half of the faults
 	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check .
-	@$(VENV_PYTHON) -m pytest -m "not slow and not alone" -n 2 --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -m "not slow and not alone" -n 2 --dist loadfile --no-loadscope-reorder
 	@$(VENV_PYTHON) -m pytest -m alone
 
 test-slow: install  ## what `make test` leaves out: kills at every write, full disks, bad networks
-	@$(VENV_PYTHON) -m pytest -m slow -n 2 --dist loadfile  # most of it waits for other processes
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -m slow -n 2 --dist loadfile  # most of it waits for other processes
 
 test-faults: install  ## every fault, fast and slow
 	@$(VENV_PYTHON) -m pytest tests/faults

@@ -118,7 +118,8 @@ class Clock:
             "tokens_per_step": round((self.last - self.first) / steps),
             "milliseconds_per_step": round(1000 * self.seconds / steps, 1),
             "busy_milliseconds": round(self.busy, 1),
-            "busy_by_part": by_part(self.kernels),
+            # The shortest of padded batches says little of the others.
+            "busy_by_part": None if self.padded else by_part(self.kernels),
             "busy_microseconds_per_token": round(1000 * self.busy / self.profiled, 2),
             "peak_allocated_bytes": allocated,
             "peak_reserved_bytes": reserved,
@@ -293,7 +294,8 @@ def run(folder: Path, name: str, options: argparse.Namespace) -> None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(options.cap_gib * 2**30 / total)
     settings = {key: getattr(options, key) for key in ("rows", "length", "checkpointing")}
-    print(json.dumps({"name": name, **settings, **WAYS[name](folder, options)}), flush=True)
+    found = WAYS[name](folder, options)
+    print(json.dumps({"name": name, **circumstances(), **settings, **found}), flush=True)
 
 
 def compare(folder: Path, ways: list[str], options: argparse.Namespace) -> None:
@@ -314,7 +316,7 @@ def compare(folder: Path, ways: list[str], options: argparse.Namespace) -> None:
         if done.returncode:
             print(done.stderr[-2000:], flush=True)
             continue
-        runs.append({"way": way, **circumstances(), **json.loads(done.stdout.splitlines()[-1])})
+        runs.append({"way": way, **json.loads(done.stdout.splitlines()[-1])})
         print({k: v for k, v in runs[-1].items() if k != "losses"}, flush=True)
         what = "A QLoRA training step at Llama 2 7B's shape, random weights, rank 64"
         facts = {"what": what, "medians": medians(runs), "runs": runs}
@@ -336,7 +338,8 @@ def circumstances() -> dict:
     """The GPU, the date and the versions that a file of results must name."""
     import torch
 
-    packages = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+    packages = ["torch", "transformers", "trl", "peft", "bitsandbytes"]
+    packages += ["unsloth"] if "unsloth" in sys.modules else []
     return {
         "hardware": torch.cuda.get_device_name(),
         "date": f"{datetime.date.today()}",
