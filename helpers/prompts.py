@@ -18,9 +18,6 @@ OPEN_USER, CLOSE_USER = "[INST]", "[/INST]"
 MARKERS = (OPEN_SYSTEM, CLOSE_SYSTEM, OPEN_USER, CLOSE_USER)
 IGNORED_LABEL = -100  # the label that PyTorch's cross entropy leaves out
 
-TURN = re.compile(
-    r"\[INST\] (?P<user>.*?) \[/INST\](?: (?P<answer>.*?) (?=\[INST\]|$))?", re.DOTALL
-)
 SYSTEM = re.compile(r"<<SYS>>\n(?P<system>.*?)\n<</SYS>>\n\n(?P<user>.*)", re.DOTALL)
 
 
@@ -93,7 +90,10 @@ def parse(text: str, bos: str = "", eos: str = "") -> Conversation:
     bare = text
     for special in filter(None, (bos, eos)):
         bare = bare.replace(special, "")
-    turns = [(found["user"], found["answer"]) for found in TURN.finditer(bare)]
+    turns = []
+    for turn in bare.split(f"{OPEN_USER} ")[1:]:
+        user, _, answer = turn.partition(f" {CLOSE_USER}")
+        turns.append((user, answer[1:-1] if answer else None))
     opened = SYSTEM.fullmatch(turns[0][0]) if turns else None
     if opened is None:
         raise TemplateError(f"no {OPEN_USER} {OPEN_SYSTEM} ... {CLOSE_SYSTEM} in {text[:60]!r}")
@@ -138,7 +138,7 @@ def verify(tokenizer, prompt: str, completion: str) -> list[str]:
 
 
 def verify_rows(
-    tokenizer, rows: Iterable[tuple[str, str]], batch_size: int = 256
+    tokenizer, rows: Iterable[tuple[str, str]], batch_size: int = 512
 ) -> Iterator[tuple[int, list[str]]]:
     """For each (prompt, completion), in order, its length in tokens and what `verify` says of it.
 

@@ -31,6 +31,7 @@ def test_the_template_letter_by_letter():
         (("U\n\nwith [brackets] and << signs", "A"),),
         (("U", "A"), ("more?", "B\n1. x"), ("last", None)),
         (("U", "A"), ("again", "B")),
+        (("", ""), ("U [/INST", "] [INST")),
     ],
 )
 def test_parse_undoes_render(turns, bos, eos):
@@ -44,6 +45,8 @@ def test_parse_undoes_render(turns, bos, eos):
         PROMPT.replace("<<SYS>>", "<</SYS>>", 1) + COMPLETION,  # the article's training text
         "x" + PROMPT + COMPLETION,
         PROMPT + COMPLETION + "tail",
+        PROMPT + " ",  # one of the two spaces around an empty answer
+        PROMPT + COMPLETION + PROMPT,
         PROMPT.replace("[/INST]", "") + COMPLETION,
         "Add two numbers.",
         "",
