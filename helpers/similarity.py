@@ -17,7 +17,7 @@ WORD = re.compile(r"\w+")
 NO_LETTERS = {ord(sign): " " for sign in string.punctuation if sign != "_"}
 PERMUTATIONS = 128
 BAND_ROWS = 4  # 32 bands of 4: a pair of similarity 0.7 is compared with probability 0.9998
-SHARED = 4  # rare members that a candidate must have in common
+SHARED = 16  # rare members that a candidate must have in common
 WINDOW = 16  # neighbours compared within a bucket
 
 
