@@ -4,6 +4,8 @@ PROFILE ?= demo
 VENV_PYTHON := .venv/bin/python
 HELPERS := $(VENV_PYTHON) -m helpers
 RUN := $(HELPERS) run --profile $(PROFILE)
+# Two files of tests at a time, with one thread each.
+TEST_BY_TWO := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install setup run test test-slow test-faults record lab generate_dataset push_dataset \
@@ -20,11 +22,11 @@ run: install  ## execute the six notebooks with PROFILE and write the report
 
 test: install  ## style, units, notebooks, and the fast half of the faults
 	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check .
-	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -m "not slow and not alone" -n 2 --dist loadfile --no-loadscope-reorder
+	@$(TEST_BY_TWO) -m "not slow and not alone"
 	@$(VENV_PYTHON) -m pytest -m alone
 
 test-slow: install  ## what `make test` leaves out: kills at every write, full disks, bad networks
-	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -m slow -n 2 --dist loadfile  # most of it waits for other processes
+	@$(TEST_BY_TWO) -m slow
 
 test-faults: install  ## every fault, fast and slow
 	@$(VENV_PYTHON) -m pytest tests/faults
