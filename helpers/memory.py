@@ -503,7 +503,7 @@ def widest_weight_bytes(model_config, run: Run) -> int:
 def weights_fit_in_place(model_config, run: Run) -> bool:
     """Whether one layer's 16-bit weights take no more than what is free when they are kept.
 
-    Kept-activation layers come first in the backward pass. When the first checkpoint is run again
+    Layers that keep their activations come first in the backward pass. When a checkpoint runs again
     theirs are gone; that layer's own activations take the place of one of them.
     """
     one_layer = linear_parameters(model_config) // model_config.num_hidden_layers
