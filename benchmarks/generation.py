@@ -90,10 +90,8 @@ def compare(config: Config, which: str, texts: list[str]) -> dict:
 def tokens_per_second(model, tokenizer, texts: list[str], config: Config) -> dict:
     """Of one model: the article's way, one prompt after the other, and batches of all prompts."""
     few = texts[: len(texts) // 4]
-    one, short = (
-        dataclasses.replace(config, **changes)
-        for changes in ({"generation_batch_size": 1}, {"max_new_tokens": 4})
-    )
+    one = dataclasses.replace(config, generation_batch_size=1)
+    short = dataclasses.replace(config, max_new_tokens=4)
     one_by_one(model, tokenizer, few[:1], short)  # the first time, kernels are loaded and chosen
     inference.answer_all(model, tokenizer, texts, short)
     _, seconds = one_by_one(model, tokenizer, few, config)

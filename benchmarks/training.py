@@ -300,8 +300,9 @@ def run(folder: Path, name: str, options: argparse.Namespace) -> None:
 
 def compare(folder: Path, ways: list[str], options: argparse.Namespace) -> None:
     """Each way in turn, `turns` times. A way is NAME:ROWSxLENGTH, with + for no checkpointing."""
-    before = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
-    runs = [run for run in before if run["way"] not in ways]
+    facts = json.loads(options.output.read_text()) if options.output.exists() else {}
+    facts["what"] = "A QLoRA training step at Llama 2 7B's shape, random weights, rank 64"
+    runs = [run for run in facts.get("runs", []) if run["way"] not in ways]
     for way in ways * options.turns:
         name, shape = way.rstrip("+").split(":")
         rows, length = shape.split("x")
@@ -318,8 +319,7 @@ def compare(folder: Path, ways: list[str], options: argparse.Namespace) -> None:
             continue
         runs.append({"way": way, **json.loads(done.stdout.splitlines()[-1])})
         print({k: v for k, v in runs[-1].items() if k != "losses"}, flush=True)
-        what = "A QLoRA training step at Llama 2 7B's shape, random weights, rank 64"
-        facts = {"what": what, "medians": medians(runs), "runs": runs}
+        facts |= {"medians": medians(runs), "runs": runs}
         options.output.write_text(json.dumps(facts, indent=1) + "\n")
 
 
