@@ -2,11 +2,13 @@
 
 import json
 from functools import partial
+from itertools import pairwise
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from peft import get_peft_model
 from peft.tuners.lora.bnb import Linear4bit
@@ -238,6 +240,36 @@ def test_the_loss_in_chunks_is_that_of_the_model(tmp_path, tiny_model_dir, monke
         summed = fast_path.packed_loss(model, {"input_ids": ids}, labels)
         mean = model(input_ids=ids, labels=labels).loss
     assert (summed / (labels[0, 1:] != -100).sum()).item() == pytest.approx(mean.item(), rel=1e-3)
+
+
+def attention_by_definition(query, key, value, bounds, *_, window_size):
+    """What flash attention computes, row by row: it has no float32 and no CPU."""
+    assert window_size == (-1, 0)
+    rows = [
+        F.scaled_dot_product_attention(
+            *(states[start:end].transpose(0, 1) for states in (query, key, value)), is_causal=True
+        )
+        for start, end in pairwise(bounds.tolist())
+        if end > start
+    ]
+    return torch.cat(rows, dim=1).transpose(0, 1)
+
+
+def test_packed_rows_have_the_logits_that_they_have_alone(tmp_path, monkeypatch):
+    """In float32, through everything of ours: collator, positions, bounds, kernels, adapters."""
+    monkeypatch.setattr(fast_path, "varlen_attn", attention_by_definition)
+    monkeypatch.setattr(fast_path, "compiled", lambda function: function)
+    config = tiny_config(tmp_path, bnb_4bit_compute_dtype="float32", bf16=False)
+    model = build(config).model.eval().float()
+    batch = collator(tokens=256, longest=64)(examples())
+    inputs = {k: v for k, v in batch.items() if k not in ("used_tokens", "labels")}
+    with torch.no_grad():
+        with fast_path.fused_kernels(model):
+            packed = model(**inputs).logits[0, : batch["used_tokens"]]
+        alone = torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in ROWS])
+    error = relative_error(packed, alone)
+    print(f"relative difference of the logits: {error:.1e}")
+    assert error < 1e-5
 
 
 @on_gpu
