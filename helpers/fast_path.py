@@ -3,25 +3,20 @@
 A QLoRA step of a 7B model launches some 8,000 small kernels, and many a host cannot launch them as
 fast as a card runs them. With every shape fixed, forward and backward pass are recorded once and
 replayed as one. It knows nothing of recipes or data; `FAST_PATH = False` trains the same batches
-through trl's own step, to the same losses. A CPU takes the adapters' kernel alone.
+through trl's own step, to the same losses. The kernels are those of helpers/kernels.py.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
-import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
-from peft.tuners.lora.bnb import Linear4bit
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.llama import modeling_llama
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from helpers.memory import LOSS_CHUNK
+from helpers.kernels import ChunkedLoss, Pass
 from helpers.prompts import IGNORED_LABEL
 
 SHORTEST_MEAN_ROW = 32  # tokens: how many rows a batch has room for
@@ -115,6 +110,11 @@ class FastTrainer(SFTTrainer):
             self._metrics["train"]["num_tokens"] = [sum(counts)]
         super().log(logs, *arguments, **options)
 
+    def _load_best_model(self):
+        self.graph = None  # the adapter is read into the memory of the recording
+        torch.cuda.empty_cache()
+        super()._load_best_model()
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of an evaluation: mean nats over the batch's graded tokens.
 
@@ -125,7 +125,7 @@ class FastTrainer(SFTTrainer):
         inputs.pop("used_tokens")
         labels = inputs.pop("labels")
         graded = (labels[0, 1:] != IGNORED_LABEL).sum()
-        loss = packed_loss(self.accelerator.unwrap_model(model), inputs, labels) / graded
+        loss = packed_loss(self.accelerator.unwrap_model(model), inputs, labels, graded)
         return (loss, {}) if return_outputs else loss
 
 
@@ -155,7 +155,9 @@ class StepGraph:
         torch.cuda.empty_cache()  # the recording has memory of its own
         self.graph = torch.cuda.CUDAGraph()
         # Checked in this thread alone: NCCL's asks after its events at any moment.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        # In the stream of the warm-up, for which cuBLAS has its room to work in.
+        options = {"stream": stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self.graph, **options):
             self.loss = self._forward_backward()
         self._clear_gradients()
 
@@ -176,7 +178,7 @@ class StepGraph:
     def _forward_backward(self) -> torch.Tensor:
         inputs = dict(self.inputs)
         labels, graded = inputs.pop("labels"), inputs.pop("graded")
-        loss = packed_loss(self.model, inputs, labels) / graded
+        loss = packed_loss(self.model, inputs, labels, graded)
         loss.backward()
         return loss.detach()
 
@@ -197,173 +199,9 @@ def choose_checkpoints(layers, kept_layers: int, keep_weights: bool) -> None:
         )
 
 
-@dataclass
-class Pass:
-    """The context in which a checkpointed layer runs, once or for its inner values alone."""
-
-    keeps_weights: bool = False
-    is_second: bool = False
-
-    def __enter__(self):
-        global current_pass
-        current_pass = self
-
-    def __exit__(self, *error):
-        global current_pass
-        current_pass = Pass()
-
-
-current_pass = Pass()  # of a layer that keeps its activations
-
-
-def packed_loss(model, inputs: dict, labels: torch.Tensor) -> torch.Tensor:
-    """Nats over all graded tokens of one packed row, labels [1, tokens], summed chunk by chunk."""
+def packed_loss(model, inputs: dict, labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Nats over all graded tokens of one packed row, divided by `count`; labels [1, tokens]."""
     base = model.get_base_model()
-    hidden = base.model(**inputs, use_cache=False).last_hidden_state[0, :-1]
-    chunks = zip(hidden.split(LOSS_CHUNK), labels[0, 1:].split(LOSS_CHUNK), strict=True)
-    head = partial(summed_loss, base.lm_head)
-    return sum(checkpoint(head, h, y, **CHECKPOINT_OPTIONS) for h, y in chunks)
-
-
-def summed_loss(head, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of a chunk in nats, summed; hidden [tokens, width], labels [tokens]."""
-    return F.cross_entropy(
-        head(hidden).float(), labels, ignore_index=IGNORED_LABEL, reduction="sum"
-    )
-
-
-# -- Kernels.
-
-# For each type of module, what makes its new forward.
-ADAPTER_IN_PLACE = {Linear4bit: lambda layer: partial(lora_forward, layer)}
-
-
-def fused_kernels(model):
-    """A context in which the small operations of a Llama with adapters are fused ones.
-
-    Attention over packed rows (flash), RMSNorm (PyTorch's kernel), rotation and gate (compiled),
-    adapters that add into the base layer's output in place.
-    """
-    swaps = {
-        **ADAPTER_IN_PLACE,
-        modeling_llama.LlamaRMSNorm: lambda norm: partial(
-            F.rms_norm,
-            normalized_shape=norm.weight.shape,
-            weight=norm.weight,
-            eps=norm.variance_epsilon,
-        ),
-        modeling_llama.LlamaMLP: lambda mlp: partial(mlp_forward, mlp),
-        modeling_llama.LlamaAttention: lambda attention: partial(attention_forward, attention),
-    }
-    return swapped(model, swaps)
-
-
-def in_place_adapters(model):
-    """The same with the one that also helps a CPU: the adapters', which must not drop out.
-
-    Fewer passes over memory, and fewer short-lived tensors between those kept for the backward
-    pass, which would leave holes in the C library's heap.
-    """
-    return swapped(model, ADAPTER_IN_PLACE)
-
-
-@contextmanager
-def swapped(model, swaps: dict):
-    """Give each module of a type in `swaps` the forward that is made for it, and its own back."""
-    found = [module for module in model.modules() if type(module) in swaps]
-    for module in found:
-        module.forward = swaps[type(module)](module)
-    try:
-        yield model
-    finally:
-        for module in found:
-            del module.forward
-
-
-@cache
-def compiled(function):
-    return torch.compile(function, dynamic=False)
-
-
-def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Llama's gate, silu(gate) * up."""
-    return F.silu(gate) * up
-
-
-def mlp_forward(mlp, x: torch.Tensor) -> torch.Tensor:
-    inner = compiled(gated)(mlp.gate_proj(x), mlp.up_proj(x))
-    # A layer's last product is no inner value: in a second run nobody reads it.
-    return lora_forward(mlp.down_proj, inner, is_needed=not current_pass.is_second)
-
-
-def attention_forward(
-    attention, hidden_states, position_embeddings, cu_seq_lens_q, max_length_q, **kwargs
-):
-    """Causal attention inside each packed row; hidden_states [1, tokens, width].
-
-    `cu_seq_lens_q` holds the rows' bounds, `max_length_q` the longest row, both from the collator.
-    Queries stay [tokens, heads, width] from the projection to flash attention: nothing is copied.
-    """
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    query, key, value = (
-        project(hidden_states).unflatten(-1, (-1, attention.head_dim)) for project in projections
-    )
-    query, key = compiled(modeling_llama.apply_rotary_pos_emb)(
-        query, key, *position_embeddings, unsqueeze_dim=2
-    )
-    groups = attention.num_key_value_groups
-    if groups > 1:
-        key, value = (states.repeat_interleave(groups, dim=2) for states in (key, value))
-    bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-    # Not [0], whose gradient is written into a tensor of zeros.
-    query, key, value = (states.squeeze(0) for states in (query, key, value))
-    output = varlen_attn(query, key, value, *bounds, window_size=(-1, 0))
-    return attention.o_proj(output.flatten(1)[None]), None
-
-
-def lora_forward(layer: Linear4bit, x: torch.Tensor, is_needed: bool = True) -> torch.Tensor:
-    """peft's forward pass for one active adapter without dropout: W x + (alpha/r) B A x."""
-    (name,) = layer.active_adapters
-    # In float32 once the best checkpoint has been loaded.
-    down, up = (part[name].weight.to(x.dtype) for part in (layer.lora_A, layer.lora_B))
-    weight = layer.base_layer.weight
-    return LowRankUpdate.apply(x, down, up, layer.scaling[name], weight, is_needed)
-
-
-class LowRankUpdate(torch.autograd.Function):
-    """y = s B A x + W x with W in 4 bits: both passes add in place, within the large product.
-
-    peft's layer copies the output of W, computes B A x, scales it and adds it: four passes over
-    memory where a matrix product itself can add. The small product comes first: it is bound by
-    memory and writes only, and the large one reads what it adds to while it computes. Shapes:
-    x [1, tokens, in], A [rank, in], B [out, rank], W packed. When y is not needed it is left
-    unwritten. A checkpoint drops what its first pass saves, so only a second one keeps weights.
-    """
-
-    @staticmethod
-    def forward(ctx, x, down, up, scale, weight, is_needed):
-        flat, keeps_weights = x.flatten(0, -2), current_pass.keeps_weights
-        low = flat @ down.T
-        output = flat.new_empty(len(flat), len(up))
-        unpacked = unpack(weight) if is_needed or keeps_weights else None
-        if is_needed:
-            output.addmm_(low, up.T, beta=0, alpha=scale).addmm_(flat, unpacked.T)
-        ctx.save_for_backward(flat, low, down, up, *([unpacked] if keeps_weights else []))
-        ctx.scale, ctx.weight = scale, weight
-        return output.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        flat, low, down, up, *kept = ctx.saved_tensors
-        gradient_shape, gradient = gradient.shape, gradient.flatten(0, -2)
-        low_gradient = (gradient @ up) * ctx.scale
-        (unpacked,) = kept or [unpack(ctx.weight)]
-        input_gradient = (low_gradient @ down).addmm_(gradient, unpacked)
-        up_gradient = (gradient.T @ low) * ctx.scale
-        shape = (*gradient_shape[:-1], -1)
-        return input_gradient.view(shape), low_gradient.T @ flat, up_gradient, None, None, None
-
-
-def unpack(weight: bnb.nn.Params4bit) -> torch.Tensor:
-    """A 4-bit weight as a matrix of its compute dtype, [out, in]."""
-    return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    hidden = base.model(**inputs, use_cache=False).last_hidden_state[0]
+    next_tokens = F.pad(labels[0, 1:], (0, 1), value=IGNORED_LABEL)
+    return ChunkedLoss.apply(hidden, base.lm_head.weight, next_tokens, count)

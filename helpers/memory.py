@@ -31,8 +31,9 @@ FLOAT32 = 4
 # (kernels/chunked_logprob.py).
 TILE_TOKENS, TILE_WORDS = 4096, 32768
 LOSS_CHUNK = 1024  # tokens whose logits exist at one time on the fast path
-# Its three streams (of the warm-up, the recording and all else) each give cuBLAS and cuBLASLt
-# 32 MiB to work in, the size that torch chooses on an H100; older cards get 8.
+# The plans of the fast path are those that benchmarks/caps.py ran. Its step took more memory then:
+# a chunk's logits in float32, the best adapter read beside the recording, and, for a third stream,
+# 32 MiB each for cuBLAS and cuBLASLt to work in (on an H100; older cards give 8).
 GRAPH_WORKSPACES = 3 * 2 * 32 * 2**20
 # A recorded step cannot give memory back, so gaps too small for the next tensor stay reserved.
 # Measured, in sizes of the widest weight when it is dequantized: 8 to 13.3 (benchmarks/caps.py).
@@ -461,11 +462,12 @@ def held_bytes(model_config, run: Run) -> int:
 def loss_bytes(model_config, run: Run) -> int:
     """The most that the loss holds at once.
 
-    The fast path keeps, for a chunk, log-softmax, its gradient and that of the logits in float32.
-    "full": transformers upcasts the logits; in the backward pass log-softmax, its gradient and
-    the gradient of the logits stand side by side, in float32. "chunked": on a GPU one 16-bit tile
-    of trl's and the gradient of the hidden states in float32; on a CPU three float32 tiles of
-    `answer_head` (logits, probabilities, a product) and the derivative by the hidden states.
+    Of the fast path log-softmax, its gradient and that of a chunk's logits in float32, as when its
+    plans were run; now the logits and their gradient are in 16 bits. "full": transformers upcasts
+    the logits; in the backward pass log-softmax, its gradient and the gradient of the logits stand
+    side by side, in float32. "chunked": on a GPU one 16-bit tile of trl's and the gradient of the
+    hidden states in float32; on a CPU three float32 tiles of `answer_head` (logits, probabilities,
+    a product) and the derivative by the hidden states.
     """
     width, words = model_config.hidden_size, model_config.vocab_size
     if run.fast:

@@ -34,6 +34,7 @@ from helpers import (
     precision,
 )
 from helpers.config import Config, ConfigError
+from helpers.kernels import fused_kernels, in_place_adapters
 
 EXPLOSION = 3.0  # nats above the first loss, twenty times less likely words: it will not return
 
@@ -260,7 +261,7 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
         )
     trainer.args.eval_on_start = models.is_sharded()  # see loss_before
     trainer.made_from = (config, tokenizer, dataset)
-    checkpoints.resume_in_own_type(trainer.model)
+    checkpoints.load_in_own_type(trainer.model)
     trainer.remove_callback(PrinterCallback)  # LogLines prints the same numbers, readable
     if precision.adapter_dtype(config) == torch.float32:  # trl has made it bfloat16
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -353,9 +354,9 @@ def one_rung_down(trainer: SFTTrainer) -> SFTTrainer:
 def kernels(trainer: SFTTrainer):
     """The context to train and evaluate in: fused kernels, as far as the device has them."""
     if isinstance(trainer, fast_path.FastTrainer):
-        return fast_path.fused_kernels(trainer.model)
+        return fused_kernels(trainer.model)
     if trainer.args.use_cpu and trainer.made_from[0].lora_dropout == 0:
-        return fast_path.in_place_adapters(trainer.model)
+        return in_place_adapters(trainer.model)
     return contextlib.nullcontext()
 
 

@@ -1,7 +1,6 @@
 """The fast path: its collator and its adapter everywhere, its kernels and its graph on a GPU."""
 
 import json
-from functools import partial
 from itertools import pairwise
 from unittest.mock import Mock
 
@@ -11,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import get_peft_model
-from peft.tuners.lora.bnb import Linear4bit
 
-from helpers import fast_path, memory, models, training
-from helpers.config import ALL_LINEAR_TARGETS, PROBLEMS_FILE, Config, ConfigError
+from helpers import fast_path, kernels, memory, models, training
+from helpers.config import PROBLEMS_FILE, Config, ConfigError
 
 on_gpu = pytest.mark.skipif(
     not fast_path.is_supported(), reason="needs a GPU with bfloat16 and flash attention"
@@ -90,27 +88,6 @@ def build(config):
     return trainer
 
 
-# bfloat16 rounds at 4e-3
-@pytest.mark.parametrize("dtype, rounding", [("bfloat16", 1e-2), ("float32", 1e-5)])
-def test_the_adapter_layer_equals_pefts_forward_and_backward(tmp_path, dtype, rounding):
-    config = tiny_config(tmp_path, bnb_4bit_compute_dtype=dtype, bf16=dtype == "bfloat16")
-    layers = list(filter(is_4bit, build(config).model.modules()))
-    for layer in layers[: len(ALL_LINEAR_TARGETS)]:
-        results = []
-        for forward in (layer.forward, lambda x, layer=layer: fast_path.lora_forward(layer, x)):
-            torch.manual_seed(1)
-            x = torch.randn(
-                1, 12, layer.in_features, dtype=getattr(torch, dtype), requires_grad=True
-            )
-            layer.zero_grad()
-            output = forward(x)
-            output.float().square().sum().backward()
-            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            results.append((output.detach(), x.grad, down.grad.clone(), up.grad.clone()))
-        for ours, pefts in zip(*results, strict=True):
-            assert relative_error(ours, pefts) < rounding
-
-
 def relative_error(ours, theirs) -> float:
     return ((ours - theirs).float().norm() / theirs.float().norm()).item()
 
@@ -136,34 +113,6 @@ def test_a_log_line_counts_the_tokens_of_all_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(fast_path, "gather_object", lambda own: own + others)
     trainer.log({"loss": 1.0, "learning_rate": 1e-4, "grad_norm": 1.0})
     assert trainer.state.log_history[-1]["num_tokens"] == 25
-
-
-@pytest.mark.parametrize("keep_weights", [False, True])
-def test_a_checkpoint_that_keeps_weights_unpacks_them_once_less(
-    tmp_path, monkeypatch, keep_weights
-):
-    """And the gradients stay those of a layer without a checkpoint."""
-    config = tiny_config(tmp_path, bnb_4bit_compute_dtype="float32", bf16=False)
-    layer = next(filter(is_4bit, build(config).model.modules()))
-    unpacked, unpack = [], fast_path.unpack
-    monkeypatch.setattr(fast_path, "unpack", lambda w: unpacked.append(w) or unpack(w))
-    x = torch.randn(1, 12, layer.in_features, requires_grad=True)
-    gradients = []
-    for kept_layers in (1, 0):
-        unpacked.clear()
-        holder = torch.nn.Module()
-        fast_path.choose_checkpoints([holder], kept_layers, keep_weights)
-        run = partial(fast_path.lora_forward, layer)
-        layer.zero_grad()
-        output = run(x) if kept_layers else holder._gradient_checkpointing_func(run, x)
-        output.float().square().sum().backward()
-        gradients.append(layer.lora_A["default"].weight.grad.clone())
-    assert torch.equal(*gradients)
-    assert len(unpacked) == (2 if keep_weights else 3)
-
-
-def is_4bit(module) -> bool:
-    return isinstance(module, Linear4bit)
 
 
 GPU = {"device_map": {"": 0}}
@@ -230,16 +179,17 @@ def test_what_is_given_is_not_planned(tmp_path, monkeypatch):
     assert planned(tmp_path, monkeypatch, 3, fast_path=False).kept_layers is None
 
 
-def test_the_loss_in_chunks_is_that_of_the_model(tmp_path, tiny_model_dir, monkeypatch):
-    monkeypatch.setattr(fast_path, "LOSS_CHUNK", 5)
+def test_the_loss_of_a_packed_row_is_that_of_the_model(tmp_path, tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(kernels, "compiled", lambda function: function)
     config = tiny_config(tmp_path, model_name=str(tiny_model_dir))
     model = get_peft_model(models.load_model(config), training.lora_config(config)).eval()
     ids = torch.arange(5, 28)[None]
     labels = torch.where(ids % 4 > 0, ids, -100)
     with torch.no_grad():
-        summed = fast_path.packed_loss(model, {"input_ids": ids}, labels)
+        count = (labels[0, 1:] != -100).sum()
+        loss = fast_path.packed_loss(model, {"input_ids": ids}, labels, count)
         mean = model(input_ids=ids, labels=labels).loss
-    assert (summed / (labels[0, 1:] != -100).sum()).item() == pytest.approx(mean.item(), rel=1e-3)
+    assert loss.item() == pytest.approx(mean.item(), rel=1e-3)
 
 
 def attention_by_definition(query, key, value, bounds, *_, window_size):
@@ -257,14 +207,14 @@ def attention_by_definition(query, key, value, bounds, *_, window_size):
 
 def test_packed_rows_have_the_logits_that_they_have_alone(tmp_path, monkeypatch):
     """In float32, through everything of ours: collator, positions, bounds, kernels, adapters."""
-    monkeypatch.setattr(fast_path, "varlen_attn", attention_by_definition)
-    monkeypatch.setattr(fast_path, "compiled", lambda function: function)
+    monkeypatch.setattr(kernels, "varlen_attn", attention_by_definition)
+    monkeypatch.setattr(kernels, "compiled", lambda function: function)
     config = tiny_config(tmp_path, bnb_4bit_compute_dtype="float32", bf16=False)
     model = build(config).model.eval().float()
     batch = collator(tokens=256, longest=64)(examples())
     inputs = {k: v for k, v in batch.items() if k not in ("used_tokens", "labels")}
     with torch.no_grad():
-        with fast_path.fused_kernels(model):
+        with kernels.fused_kernels(model):
             packed = model(**inputs).logits[0, : batch["used_tokens"]]
         alone = torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in ROWS])
     error = relative_error(packed, alone)

@@ -127,6 +127,15 @@ def test_adapters_are_float32_where_bfloat16_is_not_to_be_had(config, tokenizer)
     assert {p.dtype for p in tuned.parameters() if p.requires_grad} == {torch.float32}
 
 
+def test_an_adapter_is_loaded_in_the_type_that_it_has(config, tokenizer, tmp_path):
+    model = trainer_for(config, tokenizer).model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    precision.cast(trained, torch.bfloat16)
+    model.save_pretrained(tmp_path / "best")
+    model.load_adapter(tmp_path / "best", "default")  # as the trainer does at the end
+    assert {p.dtype for p in trained} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("package", ["tensorboard", "trackio"])
 def test_a_tracker_that_is_not_installed_is_named(config, tokenizer, monkeypatch, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -1,0 +1,286 @@
+"""Fused operations of a Llama with 4-bit weights and adapters, each for several of PyTorch's.
+
+A step of the fast path is bound by memory wherever it does not multiply large matrices, and by the
+number of its kernels. What stands here passes over a tensor once where the libraries' layers pass
+two to five times. A CPU takes the adapters' part alone.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.bnb import Linear4bit
+from torch.nn.attention.varlen import varlen_attn
+from transformers.models.llama import modeling_llama
+
+from helpers.memory import LOSS_CHUNK
+from helpers.prompts import IGNORED_LABEL
+
+# For each type of module, what makes its new forward.
+ADAPTER_IN_PLACE = {Linear4bit: lambda layer: partial(lora_forward, layer)}
+
+
+def fused_kernels(model):
+    """A context in which the small operations of a Llama with adapters are fused ones.
+
+    Attention over packed rows (flash), RMSNorm (PyTorch's kernel), rotation and gate (compiled),
+    adapters that add into the base layer's output in place.
+    """
+    swaps = {
+        **ADAPTER_IN_PLACE,
+        modeling_llama.LlamaRMSNorm: lambda norm: partial(
+            F.rms_norm,
+            normalized_shape=norm.weight.shape,
+            weight=norm.weight,
+            eps=norm.variance_epsilon,
+        ),
+        modeling_llama.LlamaMLP: lambda mlp: partial(mlp_forward, mlp),
+        modeling_llama.LlamaAttention: lambda attention: partial(attention_forward, attention),
+    }
+    return swapped(model, swaps)
+
+
+def in_place_adapters(model):
+    """The same with the one that also helps a CPU: the adapters', which must not drop out.
+
+    Fewer passes over memory, and fewer short-lived tensors between those kept for the backward
+    pass, which would leave holes in the C library's heap.
+    """
+    return swapped(model, ADAPTER_IN_PLACE)
+
+
+@contextmanager
+def swapped(model, swaps: dict):
+    """Give each module of a type in `swaps` the forward that is made for it, and its own back."""
+    found = [module for module in model.modules() if type(module) in swaps]
+    for module in found:
+        module.forward = swaps[type(module)](module)
+    try:
+        yield model
+    finally:
+        for module in found:
+            del module.forward
+
+
+@cache
+def compiled(function):
+    return torch.compile(function, dynamic=False)
+
+
+@dataclass
+class Pass:
+    """The context in which a checkpointed layer runs, once or for its inner values alone."""
+
+    keeps_weights: bool = False
+    is_second: bool = False
+
+    def __enter__(self):
+        global current_pass
+        current_pass = self
+
+    def __exit__(self, *error):
+        global current_pass
+        current_pass = Pass()
+
+
+current_pass = Pass()  # of a layer that keeps its activations
+
+
+# -- Layers
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Llama's gate, silu(gate) * up."""
+    return F.silu(gate) * up
+
+
+def mlp_forward(mlp, x: torch.Tensor) -> torch.Tensor:
+    inner = compiled(gated)(*joint_lora_forward([mlp.gate_proj, mlp.up_proj], x))
+    # A layer's last product is no inner value: in a second run nobody reads it.
+    (output,) = joint_lora_forward([mlp.down_proj], inner, is_needed=not current_pass.is_second)
+    return output
+
+
+def attention_forward(
+    attention, hidden_states, position_embeddings, cu_seq_lens_q, max_length_q, **kwargs
+):
+    """Causal attention inside each packed row; hidden_states [1, tokens, width].
+
+    `cu_seq_lens_q` holds the rows' bounds, `max_length_q` the longest row, both from the collator.
+    Queries stay [tokens, heads, width] from the projection to flash attention: nothing is copied.
+    """
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    query, key, value = (
+        states.unflatten(-1, (-1, attention.head_dim))
+        for states in joint_lora_forward(projections, hidden_states)
+    )
+    query, key = compiled(modeling_llama.apply_rotary_pos_emb)(
+        query, key, *position_embeddings, unsqueeze_dim=2
+    )
+    groups = attention.num_key_value_groups
+    if groups > 1:
+        key, value = (states.repeat_interleave(groups, dim=2) for states in (key, value))
+    bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    # Not [0], whose gradient is written into a tensor of zeros.
+    query, key, value = (states.squeeze(0) for states in (query, key, value))
+    output = varlen_attn(query, key, value, *bounds, window_size=(-1, 0))
+    return attention.o_proj(output.flatten(1)[None]), None
+
+
+# -- A frozen weight in 4 bits and its adapter
+
+
+def lora_forward(layer: Linear4bit, x: torch.Tensor) -> torch.Tensor:
+    """peft's forward pass for one active adapter without dropout: W x + (alpha/r) B A x."""
+    (output,) = joint_lora_forward([layer], x)
+    return output
+
+
+def joint_lora_forward(layers: list[Linear4bit], x: torch.Tensor, is_needed: bool = True) -> tuple:
+    """The same for layers that read the same x, with adapters of one kind; an output of each."""
+    if not all(isinstance(layer, Linear4bit) for layer in layers):  # some were not targets
+        return tuple(layer(x) for layer in layers)
+    (name,) = layers[0].active_adapters
+    downs, ups = (
+        [getattr(layer, part)[name].weight.to(x.dtype) for layer in layers]
+        for part in ("lora_A", "lora_B")
+    )
+    weights = [layer.base_layer.weight for layer in layers]
+    return LowRankUpdate.apply(x, layers[0].scaling[name], weights, is_needed, *downs, *ups)
+
+
+class LowRankUpdate(torch.autograd.Function):
+    """y = s B A x + W x with W in 4 bits, for each of several (W, A, B) that read the same x.
+
+    peft's layer copies the output of W, computes B A x, scales it and adds it: four passes over
+    memory where a matrix product itself can add. The small product comes first: it is bound by
+    memory and writes only, and the large one reads what it adds to while it computes. All A are one
+    matrix, so x is read once for them, and its gradient is one sum within the products. Shapes:
+    x [1, tokens, in], A [rank, in], B [out, rank], W packed. When no y is needed they are left
+    unwritten. A checkpoint drops what its first pass saves, so only a second one keeps weights.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, weights, is_needed, *parts):
+        downs, ups = parts[: len(weights)], parts[len(weights) :]
+        flat, keeps_weights = x.flatten(0, -2), current_pass.keeps_weights
+        low = flat @ joined(downs).T
+        outputs, kept = [], []
+        for weight, up, low_part in zip(weights, ups, low.split(ranks(ups), 1), strict=True):
+            output = flat.new_empty(len(flat), len(up))
+            unpacked = unpack(weight) if is_needed or keeps_weights else None
+            if is_needed:
+                output.addmm_(low_part, up.T, beta=0, alpha=scale).addmm_(flat, unpacked.T)
+            kept += [unpacked] if keeps_weights else []
+            outputs.append(output.view(*x.shape[:-1], -1))
+        ctx.save_for_backward(flat, low, *parts, *kept)
+        ctx.scale, ctx.weights = scale, weights
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        (flat, low, *saved), count = ctx.saved_tensors, len(ctx.weights)
+        downs, ups, kept = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        shape, gradients = gradients[0].shape, [each.flatten(0, -2) for each in gradients]
+        low_gradient = torch.empty_like(low)
+        for part, gradient, up in zip(
+            low_gradient.split(ranks(ups), 1), gradients, ups, strict=True
+        ):
+            part.addmm_(gradient, up, beta=0, alpha=ctx.scale)
+        input_gradient = low_gradient @ joined(downs)
+        for index, gradient in enumerate(gradients):
+            input_gradient.addmm_(gradient, kept[index] if kept else unpack(ctx.weights[index]))
+        up_gradients = [
+            (gradient.T @ part) * ctx.scale
+            for gradient, part in zip(gradients, low.split(ranks(ups), 1), strict=True)
+        ]
+        down_gradients = (low_gradient.T @ flat).split(ranks(ups))
+        x_gradient = input_gradient.view(*shape[:-1], -1)
+        return x_gradient, None, None, None, *down_gradients, *up_gradients
+
+
+def ranks(ups) -> list[int]:
+    """Of adapters, from their matrices B [out, rank]."""
+    return [up.shape[1] for up in ups]
+
+
+def joined(downs) -> torch.Tensor:
+    """Matrices A of one width as one, without a copy where there is one."""
+    return torch.cat(downs) if len(downs) > 1 else downs[0]
+
+
+def unpack(weight: bnb.nn.Params4bit) -> torch.Tensor:
+    """A 4-bit weight as a matrix of its compute dtype, [out, in].
+
+    bitsandbytes' function unpacks the scales and adds their offset in launches of their own.
+    """
+    state = weight.quant_state
+    if not weight.is_cuda:
+        return bnb.functional.dequantize_4bit(weight.data, state)
+    second = ()
+    if state.nested:
+        second = (state.state2.code, state.state2.absmax, state.state2.blocksize, state.offset)
+    first = (weight.data.flatten(), state.code, state.absmax, state.blocksize, state.dtype)
+    return compiled(unpack_blocks)(*first, *second).view(state.shape)
+
+
+def unpack_blocks(packed, code, scales, block, dtype, *second) -> torch.Tensor:
+    """Two 4-bit numbers a byte, the high one first: places in `code`, in units of a block's scale.
+
+    With double quantization the scales are places too, and `second` says in what code, units,
+    blocks, and from what offset.
+    """
+    if second:
+        scale_code, scale_scales, scale_block, offset = second
+        scales = at_scale(scales, scale_code, scale_scales, scale_block) + offset
+    places = torch.stack([packed >> 4, packed & 15], dim=-1).flatten()
+    return at_scale(places, code, scales, block).to(dtype)
+
+
+def at_scale(places, code, scales, block) -> torch.Tensor:
+    """The numbers at these places of a code, times the scale of their block."""
+    return code[places.int()] * scales.repeat_interleave(block)[: len(places)]
+
+
+# -- The loss
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Cross-entropy of a head in nats, summed over the graded tokens and divided by `count`.
+
+    In chunks, of which no more than one has logits at a time, and the gradient of the hidden states
+    is made while they are there: no chunk runs twice. Shapes: hidden [tokens, width], weight
+    [words, width] (frozen), labels [tokens], count [].
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, count):
+        total, gradient = torch.zeros_like(count, dtype=torch.float32), None
+        if ctx.needs_input_grad[0]:
+            gradient = torch.empty_like(hidden)
+        for start in range(0, len(hidden), LOSS_CHUNK):
+            part = slice(start, start + LOSS_CHUNK)
+            logits = hidden[part] @ weight.T
+            loss, logits_gradient = compiled(loss_and_gradient)(logits, labels[part], count)
+            total += loss
+            if gradient is not None:
+                torch.mm(logits_gradient, weight, out=gradient[part])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, of_loss):
+        (gradient,) = ctx.saved_tensors
+        return gradient * of_loss, None, None, None
+
+
+def loss_and_gradient(logits, labels, count) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats of logits [tokens, words] over `count`, and their gradient in the logits' own type."""
+    graded = (labels != IGNORED_LABEL)[:, None]
+    logs = logits.float().log_softmax(-1)
+    hits = torch.arange(logits.shape[1], device=labels.device) == labels[:, None]
+    gradient = (logs.exp() - hits.float()) * graded / count
+    return -torch.where(hits, logs, 0).sum() / count, gradient.to(logits.dtype)
