@@ -129,7 +129,7 @@ class Clock:
 # What a kernel is for, by its name; the first that is found counts.
 PARTS = {
     "attention": ("flash",),
-    "unpacking 4 bits": ("Dequantize",),
+    "unpacking 4 bits": ("Dequantize", "rshift"),
     "products": ("nvjet", "gemm", "cutlass", "splitK"),
     "sums of hidden states": ("CUDAFunctor_add<c10::BFloat16>",),
     "norms, rotation, gate": ("layer_norm", "triton"),

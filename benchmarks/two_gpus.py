@@ -240,6 +240,7 @@ def main() -> None:
         row = measure(options.folder, name)
         print(json.dumps(row), flush=True)
         rows = [other for other in rows if other["case"] != name] + [row]
+        rows.sort(key=lambda row: list(CASES).index(row["case"]))
         what = "Llama 2's shapes on one GPU and on two of its kind"
         facts = {"what": what, "table": table(rows), "rows": rows}
         RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
