@@ -666,23 +666,26 @@ def _write_dataset(
 ) -> None:
     """Split, check, and save to the folder `draft`."""
     import datasets
+    from datasets.fingerprint import generate_random_fingerprint
 
     started, folder = time.perf_counter(), partitions.folder
-    files = [str(folder / f"rows-{number}.arrow") for number in range(partitions.count)]
-    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+    files = [folder / f"rows-{number}.arrow" for number in range(partitions.count)]
+    rows = pa.concat_tables(map(read_rows, files))
     size = validation_size(config, len(rows))
-    held = choose_validation(np.array(rows["group"]), size, config.seed)
+    held = choose_validation(rows["group"].to_numpy(), size, config.seed)
+    dataset = datasets.Dataset(rows, fingerprint=generate_random_fingerprint())
     splits = datasets.DatasetDict(
-        train=rows.select(np.flatnonzero(~held)[: config.max_train_rows]),
-        validation=rows.select(np.flatnonzero(held)),
+        train=dataset.select(np.flatnonzero(~held)[: config.max_train_rows]),
+        validation=dataset.select(np.flatnonzero(held)),
     )
     if min(map(len, splits.values())) == 0:
         raise DataError(
             f"{len(rows)} rows survive, too few to train and to validate: use more data"
         )
     report.train_rows, report.validation_rows = len(splits["train"]), len(splits["validation"])
-    np.save(folder / "held.npy", np.array(splits["validation"]["question_id"]))
-    _write_rows(folder / "held.arrow", splits["validation"].to_list(), SCHEMA)
+    validation = rows.filter(pa.array(held))
+    np.save(folder / "held.npy", validation["question_id"].to_numpy())
+    _write_rows(folder / "held.arrow", validation.to_pylist(), SCHEMA)
     leaks = partial(_leaks_of_partition, folder, config.near_duplicate_similarity)
     report.validation_leaks = len(set().union(*workers.run(leaks, partitions, "checking")))
     size = sum(os.path.getsize(file) for file in files)
@@ -804,8 +807,8 @@ def _fail_if_empty(report: Report, left: int) -> None:
 def default_workers(source: str) -> int:
     """All cores, or one where starting processes would take longer than the work."""
     path = Path(source).expanduser()
-    if source == "sample" or (path.is_file() and path.stat().st_size < 4 * PARTITION_BYTES):
+    if source == "sample" or (path.is_file() and path.stat().st_size < 8 * PARTITION_BYTES):
         return 1
-    if path.is_dir() and sum(f.stat().st_size for f in path.glob("*.csv")) < 4 * PARTITION_BYTES:
+    if path.is_dir() and sum(f.stat().st_size for f in path.glob("*.csv")) < 8 * PARTITION_BYTES:
         return 1
     return os.cpu_count() or 1

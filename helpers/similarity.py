@@ -110,8 +110,8 @@ def similar_pairs(signatures: np.ndarray, threshold: float) -> tuple[np.ndarray,
     left, right = np.minimum(left, right), np.maximum(left, right)
     similarity = np.concatenate(
         [
-            (signatures[left[i : i + 50_000]] == signatures[right[i : i + 50_000]]).mean(axis=1)
-            for i in range(0, len(left), 50_000)
+            (signatures[left[i : i + 5_000]] == signatures[right[i : i + 5_000]]).mean(axis=1)
+            for i in range(0, len(left), 5_000)
         ]
         or [np.zeros(0)]
     )

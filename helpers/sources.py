@@ -29,8 +29,8 @@ KAGGLE_DATASET = "stackoverflow/pythonquestions"
 
 # A post on Stack Overflow has at most 30,000 characters: a row longer than a block is damage.
 BLOCK_BYTES = 1 << 20
-WRITE_BYTES = 8 << 20  # rows are collected up to this size before they are spread over partitions
-PARTITION_BYTES = 2 << 20
+WRITE_BYTES = 4 << 20  # rows are collected up to this size before they are spread over partitions
+PARTITION_BYTES = 1 << 20
 MAX_PARTITIONS = 128
 
 POST_COLUMNS = {
