@@ -673,6 +673,7 @@ def _write_dataset(
     rows = pa.concat_tables(map(read_rows, files))
     size = validation_size(config, len(rows))
     held = choose_validation(rows["group"].to_numpy(), size, config.seed)
+    # With a fingerprint of its own: for one, datasets would read all rows.
     dataset = datasets.Dataset(rows, fingerprint=generate_random_fingerprint())
     splits = datasets.DatasetDict(
         train=dataset.select(np.flatnonzero(~held)[: config.max_train_rows]),
