@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from datasets import Dataset, DatasetDict
 
 from helpers import models, prompts, training
@@ -60,7 +61,8 @@ def outcome(trainer) -> dict:
     """What an interrupted run and an uninterrupted one must agree in."""
     history = trainer.state.log_history
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in trained))
+    bits = [p.detach().view(torch.uint8) for p in trained]  # numpy has no bfloat16
+    digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in bits))
     return {
         "losses": [(entry["step"], float(entry["loss"])) for entry in history if "loss" in entry],
         "eval": [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e and e["step"]],
