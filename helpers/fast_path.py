@@ -154,10 +154,9 @@ class StepGraph:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.empty_cache()  # the recording has memory of its own
         self.graph = torch.cuda.CUDAGraph()
-        # Checked in this thread alone: NCCL's asks after its events at any moment.
-        # In the stream of the warm-up, for which cuBLAS has its room to work in.
-        options = {"stream": stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self.graph, **options):
+        # In the stream of the warm-up, for which cuBLAS has its room to work in. Checked in this
+        # thread alone: NCCL's asks after its events at any moment.
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.loss = self._forward_backward()
         self._clear_gradients()
 

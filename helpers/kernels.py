@@ -144,6 +144,7 @@ def joint_lora_forward(layers: list[Linear4bit], x: torch.Tensor, is_needed: boo
     if not all(isinstance(layer, Linear4bit) for layer in layers):  # some were not targets
         return tuple(layer(x) for layer in layers)
     (name,) = layers[0].active_adapters
+    # peft alone makes them float32; under trl they have x's type, and nothing is copied.
     downs, ups = (
         [getattr(layer, part)[name].weight.to(x.dtype) for layer in layers]
         for part in ("lora_A", "lora_B")
@@ -169,7 +170,7 @@ class LowRankUpdate(torch.autograd.Function):
         flat, keeps_weights = x.flatten(0, -2), current_pass.keeps_weights
         low = flat @ joined(downs).T
         outputs, kept = [], []
-        for weight, up, low_part in zip(weights, ups, low.split(ranks(ups), 1), strict=True):
+        for weight, up, low_part in zip(weights, ups, split_as(ups, low), strict=True):
             output = flat.new_empty(len(flat), len(up))
             unpacked = unpack(weight) if is_needed or keeps_weights else None
             if is_needed:
@@ -185,31 +186,27 @@ class LowRankUpdate(torch.autograd.Function):
         (flat, low, *saved), count = ctx.saved_tensors, len(ctx.weights)
         downs, ups, kept = saved[:count], saved[count : 2 * count], saved[2 * count :]
         shape, gradients = gradients[0].shape, [each.flatten(0, -2) for each in gradients]
-        low_gradient = torch.empty_like(low)
-        for part, gradient, up in zip(
-            low_gradient.split(ranks(ups), 1), gradients, ups, strict=True
-        ):
-            part.addmm_(gradient, up, beta=0, alpha=ctx.scale)
+        low_gradient, up_gradients = torch.empty_like(low), []
+        parts = zip(gradients, ups, split_as(ups, low), split_as(ups, low_gradient), strict=True)
+        for gradient, up, low_part, part_gradient in parts:
+            part_gradient.addmm_(gradient, up, beta=0, alpha=ctx.scale)
+            up_gradients.append((gradient.T @ low_part) * ctx.scale)
         input_gradient = low_gradient @ joined(downs)
         for index, gradient in enumerate(gradients):
             input_gradient.addmm_(gradient, kept[index] if kept else unpack(ctx.weights[index]))
-        up_gradients = [
-            (gradient.T @ part) * ctx.scale
-            for gradient, part in zip(gradients, low.split(ranks(ups), 1), strict=True)
-        ]
-        down_gradients = (low_gradient.T @ flat).split(ranks(ups))
+        down_gradients = split_as(ups, low_gradient.T @ flat, dim=0)
         x_gradient = input_gradient.view(*shape[:-1], -1)
         return x_gradient, None, None, None, *down_gradients, *up_gradients
-
-
-def ranks(ups) -> list[int]:
-    """Of adapters, from their matrices B [out, rank]."""
-    return [up.shape[1] for up in ups]
 
 
 def joined(downs) -> torch.Tensor:
     """Matrices A of one width as one, without a copy where there is one."""
     return torch.cat(downs) if len(downs) > 1 else downs[0]
+
+
+def split_as(ups, whole: torch.Tensor, dim: int = 1) -> tuple:
+    """The part of each adapter in what was made by all A as one; ups are its B [out, rank]."""
+    return whole.split([up.shape[1] for up in ups], dim)
 
 
 def unpack(weight: bnb.nn.Params4bit) -> torch.Tensor:
@@ -220,11 +217,15 @@ def unpack(weight: bnb.nn.Params4bit) -> torch.Tensor:
     state = weight.quant_state
     if not weight.is_cuda:
         return bnb.functional.dequantize_4bit(weight.data, state)
+    return compiled(unpack_blocks)(weight.data.flatten(), *tables(state)).view(state.shape)
+
+
+def tables(state: bnb.functional.QuantState) -> tuple:
+    """What `unpack_blocks` takes after the packed bytes."""
     second = ()
     if state.nested:
         second = (state.state2.code, state.state2.absmax, state.state2.blocksize, state.offset)
-    first = (weight.data.flatten(), state.code, state.absmax, state.blocksize, state.dtype)
-    return compiled(unpack_blocks)(*first, *second).view(state.shape)
+    return state.code, state.absmax, state.blocksize, state.dtype, *second
 
 
 def unpack_blocks(packed, code, scales, block, dtype, *second) -> torch.Tensor:

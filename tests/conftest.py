@@ -64,6 +64,18 @@ def tiny_config(tiny_model_dir, tmp_path):
     return Config.from_profile("smoke", model_name=str(tiny_model_dir), run_dir=tmp_path / "run")
 
 
+def fill_adapters(model) -> None:
+    """Give each B numbers: zero as it starts, it would hide half of the arithmetic."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+
+
+def relative_error(ours, theirs) -> float:
+    """The norm of the difference, as a share of their norm."""
+    return ((ours - theirs).float().norm() / theirs.float().norm()).item()
+
+
 @contextlib.contextmanager
 def watch_the_network(folder):
     """Processes that start in this with-statement fail at any call beyond this machine.

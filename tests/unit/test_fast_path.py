@@ -1,4 +1,4 @@
-"""The fast path: its collator and its adapter everywhere, its kernels and its graph on a GPU."""
+"""The fast path: its collator, plans and loss everywhere, its kernels and its graph on a GPU."""
 
 import json
 from itertools import pairwise
@@ -13,6 +13,7 @@ from peft import get_peft_model
 
 from helpers import fast_path, kernels, memory, models, training
 from helpers.config import PROBLEMS_FILE, Config, ConfigError
+from tests.conftest import fill_adapters, relative_error
 
 on_gpu = pytest.mark.skipif(
     not fast_path.is_supported(), reason="needs a GPU with bfloat16 and flash attention"
@@ -82,14 +83,8 @@ def build(config):
     data = Dataset.from_dict({"input_ids": rows, "labels": [[-100, *row[1:]] for row in rows]})
     splits = {"train": data, "validation": data.select(range(8))}
     trainer = training.build_trainer(config, models.load_model(config), tokenizer, splits)
-    for name, parameter in trainer.model.named_parameters():
-        if "lora_B" in name:  # zero as it starts, it would hide half of the arithmetic
-            torch.nn.init.normal_(parameter, std=0.02)
+    fill_adapters(trainer.model)
     return trainer
-
-
-def relative_error(ours, theirs) -> float:
-    return ((ours - theirs).float().norm() / theirs.float().norm()).item()
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["accumulating", "last of a step"])
@@ -181,6 +176,7 @@ def test_what_is_given_is_not_planned(tmp_path, monkeypatch):
 
 def test_the_loss_of_a_packed_row_is_that_of_the_model(tmp_path, tiny_model_dir, monkeypatch):
     monkeypatch.setattr(kernels, "compiled", lambda function: function)
+    monkeypatch.setattr(kernels, "LOSS_CHUNK", 5)
     config = tiny_config(tmp_path, model_name=str(tiny_model_dir))
     model = get_peft_model(models.load_model(config), training.lora_config(config)).eval()
     ids = torch.arange(5, 28)[None]
