@@ -27,15 +27,14 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 RESULTS = PROJECT / "benchmarks" / "results" / "caps.json"
-# (size, GiB, tokens of the longest row, way). Ways: "planned"; "plain" follows the advice off the
-# fast path; "forced" trains, though refused, as little at a time as it can.
+# (size, GiB, tokens of the longest row, way). Ways: "planned"; "forced" trains, though refused, as
+# little at a time as it can.
 GROUPS = (
     tuple(
         ("7B", cap, length, "planned") for cap in (24, 16, 12, 8, 6) for length in (512, 1024, 2048)
     ),
     (("70B", 48, 512, "planned"), ("13B", 16, 512, "planned"), ("13B", 12, 512, "planned")),
-    (("7B", 5, 512, "forced"), ("7B", 6, 1024, "forced"), ("7B", 6, 2048, "forced"))
-    + (("13B", 8, 512, "forced"), ("7B", 6, 512, "plain"), ("7B", 6, 1024, "plain")),
+    (("7B", 4.5, 512, "forced"), ("7B", 5, 1024, "forced"), ("13B", 8, 512, "forced")),
     (("70B", 76, 512, "planned"),),
 )
 STEPS = 50
@@ -90,14 +89,10 @@ def one(size: str, cap: float, length: int, way: str) -> dict:
         config = Config.from_profile(
             "llama2_7b", model_name=f"{folder}/model", run_dir=f"{folder}/run", max_length=length,
             per_device_train_batch_size=TOKENS_PER_STEP[size] // length, grad_acc_steps=1,
-            fast_path=way != "plain", max_steps=STEPS, log_steps=10,
+            max_steps=STEPS, log_steps=10,
         )  # fmt: skip
         shape, room = memory.llama2_config(size), memory.torch_bytes()
-        if way == "plain":
-            plan = memory.plan(shape, memory.Run.from_config(config), room)
-            found |= {"plan": plan.advice, "fits": plan.fits}
-            config = follow(config, plan.run)
-        elif way == "forced":
+        if way == "forced":
             plan = memory.plan(shape, memory.Run.from_config(config), room, reserve_bytes=0)
             found |= {"plan": plan.advice, "fits": plan.fits}
             config = follow(config, plan.run)
@@ -184,7 +179,7 @@ def main() -> None:
     parser.add_argument("what", help="7B, 13B or 70B; or the number of a group, from 1")
     parser.add_argument("--cap", type=float, default=24.0, help="GiB")
     parser.add_argument("--length", type=int, default=512, help="tokens of the longest row")
-    parser.add_argument("--way", choices=["planned", "plain", "forced"], default="planned")
+    parser.add_argument("--way", choices=["planned", "forced"], default="planned")
     options = parser.parse_args()
     if options.command == "one":
         print(json.dumps(one(options.what, options.cap, options.length, options.way)))

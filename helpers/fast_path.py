@@ -185,17 +185,25 @@ class StepGraph:
 def choose_checkpoints(layers, kept_layers: int, keep_weights: bool) -> None:
     """Keep the activations of the last layers, which the backward pass needs first.
 
-    The others run a second time. With `keep_weights` the backward pass of a layer takes the 16-bit
-    weights of that second run, and need not unpack them once more.
+    All that products made, that is; outputs of norms and gates are cheap to make again. The others
+    run a second time. With `keep_weights` the backward pass of a layer takes the 16-bit weights of
+    that second run, and need not unpack them once more.
     """
-    for layer in layers[len(layers) - kept_layers :]:
-        layer.gradient_checkpointing = False
-    for layer in layers:
+    first_kept = len(layers) - kept_layers
+    for layer in layers[first_kept:]:
+        layer._gradient_checkpointing_func = keep_products
+    for layer in layers[:first_kept]:
         layer._gradient_checkpointing_func = partial(
             checkpoint,
             **CHECKPOINT_OPTIONS,
             context_fn=lambda: (Pass(keep_weights), Pass(keep_weights, is_second=True)),
         )
+
+
+def keep_products(forward, *inputs):
+    """Run a layer's forward pass, to be walked back without a second run."""
+    with Pass(remakes_inputs=True):
+        return forward(*inputs)
 
 
 def packed_loss(model, inputs: dict, labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

@@ -19,28 +19,24 @@ from transformers.models.llama import modeling_llama
 from helpers.memory import LOSS_CHUNK
 from helpers.prompts import IGNORED_LABEL
 
-# For each type of module, what makes its new forward.
-ADAPTER_IN_PLACE = {Linear4bit: lambda layer: partial(lora_forward, layer)}
-
 
 def fused_kernels(model):
     """A context in which the small operations of a Llama with adapters are fused ones.
 
     Attention over packed rows (flash), RMSNorm (PyTorch's kernel), rotation and gate (compiled),
-    adapters that add into the base layer's output in place.
+    adapters that add into the base layer's output in place. What reads a layer's norm takes it, so
+    as to make it again.
     """
-    swaps = {
-        **ADAPTER_IN_PLACE,
-        modeling_llama.LlamaRMSNorm: lambda norm: partial(
-            F.rms_norm,
-            normalized_shape=norm.weight.shape,
-            weight=norm.weight,
-            eps=norm.variance_epsilon,
-        ),
-        modeling_llama.LlamaMLP: lambda mlp: partial(mlp_forward, mlp),
-        modeling_llama.LlamaAttention: lambda attention: partial(attention_forward, attention),
-    }
-    return swapped(model, swaps)
+    forwards = {
+        norm: rms_norm(norm) for norm in modules_of(model, modeling_llama.LlamaRMSNorm)
+    } | adapters_in_place(model)
+    for layer in modules_of(model, modeling_llama.LlamaDecoderLayer):
+        for part, norm, forward in (
+            (layer.self_attn, layer.input_layernorm, attention_forward),
+            (layer.mlp, layer.post_attention_layernorm, mlp_forward),
+        ):
+            forwards |= {part: partial(forward, part, rms_norm(norm)), norm: as_it_is}
+    return swapped(forwards)
 
 
 def in_place_adapters(model):
@@ -49,19 +45,26 @@ def in_place_adapters(model):
     Fewer passes over memory, and fewer short-lived tensors between those kept for the backward
     pass, which would leave holes in the C library's heap.
     """
-    return swapped(model, ADAPTER_IN_PLACE)
+    return swapped(adapters_in_place(model))
+
+
+def adapters_in_place(model) -> dict:
+    return {layer: partial(lora_forward, layer) for layer in modules_of(model, Linear4bit)}
+
+
+def modules_of(model, kind: type) -> list:
+    return [module for module in model.modules() if type(module) is kind]
 
 
 @contextmanager
-def swapped(model, swaps: dict):
-    """Give each module of a type in `swaps` the forward that is made for it, and its own back."""
-    found = [module for module in model.modules() if type(module) in swaps]
-    for module in found:
-        module.forward = swaps[type(module)](module)
+def swapped(forwards: dict):
+    """Give each module in `forwards` that forward, and its own back."""
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
-        yield model
+        yield
     finally:
-        for module in found:
+        for module in forwards:
             del module.forward
 
 
@@ -72,9 +75,14 @@ def compiled(function):
 
 @dataclass
 class Pass:
-    """The context in which a checkpointed layer runs, once or for its inner values alone."""
+    """The context in which a layer runs: what it leaves for its backward pass.
+
+    The 16-bit weights too; or no outputs of norms and gates, which it makes again; or, in the
+    second run of a checkpoint, its inner values alone.
+    """
 
     keeps_weights: bool = False
+    remakes_inputs: bool = False
     is_second: bool = False
 
     def __enter__(self):
@@ -86,7 +94,7 @@ class Pass:
         current_pass = Pass()
 
 
-current_pass = Pass()  # of a layer that keeps its activations
+current_pass = Pass()
 
 
 # -- Layers
@@ -97,17 +105,23 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def mlp_forward(mlp, x: torch.Tensor) -> torch.Tensor:
-    inner = compiled(gated)(*joint_lora_forward([mlp.gate_proj, mlp.up_proj], x))
+def rms_norm(norm: modeling_llama.LlamaRMSNorm):
+    shape, eps = norm.weight.shape, norm.variance_epsilon
+    return partial(F.rms_norm, normalized_shape=shape, weight=norm.weight, eps=eps)
+
+
+def mlp_forward(mlp, norm, hidden_states: torch.Tensor) -> torch.Tensor:
+    gate, up = joint_lora_forward([mlp.gate_proj, mlp.up_proj], norm, hidden_states)
     # A layer's last product is no inner value: in a second run nobody reads it.
-    (output,) = joint_lora_forward([mlp.down_proj], inner, is_needed=not current_pass.is_second)
+    is_needed = not current_pass.is_second
+    (output,) = joint_lora_forward([mlp.down_proj], compiled(gated), gate, up, is_needed=is_needed)
     return output
 
 
 def attention_forward(
-    attention, hidden_states, position_embeddings, cu_seq_lens_q, max_length_q, **kwargs
+    attention, norm, hidden_states, position_embeddings, cu_seq_lens_q, max_length_q, **kwargs
 ):
-    """Causal attention inside each packed row; hidden_states [1, tokens, width].
+    """Causal attention inside each packed row; hidden_states [1, tokens, width], before the norm.
 
     `cu_seq_lens_q` holds the rows' bounds, `max_length_q` the longest row, both from the collator.
     Queries stay [tokens, heads, width] from the projection to flash attention: nothing is copied.
@@ -115,7 +129,7 @@ def attention_forward(
     projections = [attention.q_proj, attention.k_proj, attention.v_proj]
     query, key, value = (
         states.unflatten(-1, (-1, attention.head_dim))
-        for states in joint_lora_forward(projections, hidden_states)
+        for states in joint_lora_forward(projections, norm, hidden_states)
     )
     query, key = compiled(modeling_llama.apply_rotary_pos_emb)(
         query, key, *position_embeddings, unsqueeze_dim=2
@@ -135,12 +149,20 @@ def attention_forward(
 
 def lora_forward(layer: Linear4bit, x: torch.Tensor) -> torch.Tensor:
     """peft's forward pass for one active adapter without dropout: W x + (alpha/r) B A x."""
-    (output,) = joint_lora_forward([layer], x)
+    (output,) = joint_lora_forward([layer], as_it_is, x)
     return output
 
 
-def joint_lora_forward(layers: list[Linear4bit], x: torch.Tensor, is_needed: bool = True) -> tuple:
-    """The same for layers that read the same x, with adapters of one kind; an output of each."""
+def as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def joint_lora_forward(layers: list, make, *sources: torch.Tensor, is_needed: bool = True) -> tuple:
+    """The same for layers that read the same x = make(*sources), with adapters of one kind.
+
+    An output of each. The backward pass keeps x or makes it again, as the current pass says.
+    """
+    x = make(*sources)
     if not all(isinstance(layer, Linear4bit) for layer in layers):  # some were not targets
         return tuple(layer(x) for layer in layers)
     (name,) = layers[0].active_adapters
@@ -150,7 +172,8 @@ def joint_lora_forward(layers: list[Linear4bit], x: torch.Tensor, is_needed: boo
         for part in ("lora_A", "lora_B")
     )
     weights = [layer.base_layer.weight for layer in layers]
-    return LowRankUpdate.apply(x, layers[0].scaling[name], weights, is_needed, *downs, *ups)
+    origin = (make, sources) if current_pass.remakes_inputs else (as_it_is, (x,))
+    return LowRankUpdate.apply(x, origin, layers[0].scaling[name], weights, is_needed, *downs, *ups)
 
 
 class LowRankUpdate(torch.autograd.Function):
@@ -160,43 +183,48 @@ class LowRankUpdate(torch.autograd.Function):
     memory where a matrix product itself can add. The small product comes first: it is bound by
     memory and writes only, and the large one reads what it adds to while it computes. All A are one
     matrix, so x is read once for them, and its gradient is one sum within the products. Shapes:
-    x [1, tokens, in], A [rank, in], B [out, rank], W packed. When no y is needed they are left
-    unwritten. A checkpoint drops what its first pass saves, so only a second one keeps weights.
+    x [1, tokens, in], A [rank, in], B [out, rank], W packed. `origin` is a function and tensors of
+    which it makes x; those are kept. When no y is needed they are left unwritten. A checkpoint
+    drops what its first pass saves, so only a second one keeps weights.
     """
 
     @staticmethod
-    def forward(ctx, x, scale, weights, is_needed, *parts):
+    def forward(ctx, x, origin, scale, weights, is_needed, *parts):
         downs, ups = parts[: len(weights)], parts[len(weights) :]
         flat, keeps_weights = x.flatten(0, -2), current_pass.keeps_weights
-        low = flat @ joined(downs).T
+        down = joined(downs)
+        low = flat.new_empty(len(flat), len(down)).addmm_(flat, down.T, beta=0, alpha=scale)
         outputs, kept = [], []
         for weight, up, low_part in zip(weights, ups, split_as(ups, low), strict=True):
             output = flat.new_empty(len(flat), len(up))
             unpacked = unpack(weight) if is_needed or keeps_weights else None
             if is_needed:
-                output.addmm_(low_part, up.T, beta=0, alpha=scale).addmm_(flat, unpacked.T)
+                torch.mm(low_part, up.T, out=output).addmm_(flat, unpacked.T)
             kept += [unpacked] if keeps_weights else []
             outputs.append(output.view(*x.shape[:-1], -1))
-        ctx.save_for_backward(flat, low, *parts, *kept)
-        ctx.scale, ctx.weights = scale, weights
+        ctx.make, sources = origin
+        ctx.save_for_backward(low, *parts, *sources, *kept)
+        ctx.scale, ctx.weights, ctx.first_kept = scale, weights, len(parts) + len(sources)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *gradients):
-        (flat, low, *saved), count = ctx.saved_tensors, len(ctx.weights)
-        downs, ups, kept = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        (low, *saved), count = ctx.saved_tensors, len(ctx.weights)
+        downs, ups = saved[:count], saved[count : 2 * count]
+        sources, kept = saved[2 * count : ctx.first_kept], saved[ctx.first_kept :]
         shape, gradients = gradients[0].shape, [each.flatten(0, -2) for each in gradients]
         low_gradient, up_gradients = torch.empty_like(low), []
         parts = zip(gradients, ups, split_as(ups, low), split_as(ups, low_gradient), strict=True)
         for gradient, up, low_part, part_gradient in parts:
             part_gradient.addmm_(gradient, up, beta=0, alpha=ctx.scale)
-            up_gradients.append((gradient.T @ low_part) * ctx.scale)
+            up_gradients.append(gradient.T @ low_part)
         input_gradient = low_gradient @ joined(downs)
         for index, gradient in enumerate(gradients):
             input_gradient.addmm_(gradient, kept[index] if kept else unpack(ctx.weights[index]))
+        flat = ctx.make(*sources).flatten(0, -2)
         down_gradients = split_as(ups, low_gradient.T @ flat, dim=0)
         x_gradient = input_gradient.view(*shape[:-1], -1)
-        return x_gradient, None, None, None, *down_gradients, *up_gradients
+        return x_gradient, None, None, None, None, *down_gradients, *up_gradients
 
 
 def joined(downs) -> torch.Tensor:

@@ -31,14 +31,13 @@ FLOAT32 = 4
 # (kernels/chunked_logprob.py).
 TILE_TOKENS, TILE_WORDS = 4096, 32768
 LOSS_CHUNK = 1024  # tokens whose logits exist at one time on the fast path
-# The plans of the fast path are those that benchmarks/caps.py ran. Its step took more memory then:
-# a chunk's logits in float32, the best adapter read beside the recording, and, for a third stream,
-# 32 MiB each for cuBLAS and cuBLASLt to work in (on an H100; older cards give 8).
-GRAPH_WORKSPACES = 3 * 2 * 32 * 2**20
+# Its two streams (of the recording and of all else) each give cuBLAS and cuBLASLt 32 MiB to work
+# in, the size that torch chooses on an H100; older cards get 8.
+GRAPH_WORKSPACES = 2 * 2 * 32 * 2**20
 # A recorded step cannot give memory back, so gaps too small for the next tensor stay reserved.
-# Measured, in sizes of the widest weight when it is dequantized: 8 to 13.3 (benchmarks/caps.py).
-# The middle is predicted, and the planner keeps the rest free.
-GAPS, MORE_GAPS = 10, 3.5
+# Measured, in sizes of the widest weight when it is unpacked: 1 to 9, which is 3.5 % less to 2.7 %
+# more than is predicted (benchmarks/caps.py). The planner keeps 3 more, or such a share, free.
+GAPS, MORE_GAPS, SPARE = 4, 3, 0.027
 CONTEXT_BYTES = 2**29  # what CUDA itself takes of a GPU, 0.3 to 0.5 GiB
 # Bytes of state a parameter needs: two moments. "torch" keeps them in the parameter's own type,
 # bitsandbytes in 32 bits, or in 8 bits with one 32-bit constant for 256 values.
@@ -394,7 +393,7 @@ def optimizer_bytes(model_config, run: Run) -> int:
 def layer_activation_bytes(model_config, run: Run) -> int:
     """What autograd keeps of one decoder layer's forward pass for its backward pass.
 
-    Read off modeling_llama.py and peft's Linear4bit; see the three helpers. bitsandbytes keeps
+    Read off modeling_llama.py and peft's Linear4bit; see the four helpers. bitsandbytes keeps
     the packed weight only, so a frozen projection costs nothing: what is kept is kept for norms,
     attention, the gate and the adapters.
     """
@@ -402,7 +401,7 @@ def layer_activation_bytes(model_config, run: Run) -> int:
     # RMSNorm keeps its input, transformers' own in float32, and one reciprocal root for each token.
     norms = 2 * (hidden * (run.stream_bytes if run.fast else FLOAT32) + FLOAT32)
     per_token = norms + _attention_bytes(model_config, run) + _gate_bytes(model_config, run)
-    per_token += _adapter_input_bytes(model_config, run)
+    per_token += _input_bytes(model_config, run) + _low_rank_bytes(model_config, run)
     # The boolean mask, made additive; flash attention reads the rows' bounds instead.
     mask = 0 if run.fast else run.batch * run.length**2 * run.stream_bytes
     return per_token * run.tokens + mask
@@ -419,8 +418,13 @@ def _gate_bytes(model_config, run: Run) -> int:
     return (2 if run.fast else 3) * model_config.intermediate_size * run.stream_bytes
 
 
-def _adapter_input_bytes(model_config, run: Run) -> int:
-    """Inputs of the A matrices and of the B matrices, for each token.
+def _low_rank_bytes(model_config, run: Run) -> int:
+    """Inputs of the B matrices, for each token."""
+    return len(run.targets) * run.rank * run.adapter_input_bytes
+
+
+def _input_bytes(model_config, run: Run) -> int:
+    """Inputs of the A matrices, for each token.
 
     Layers that read the same tensor (q, k, v; gate, up) share one copy, unless dropout or a cast
     gives each its own; the input of o_proj is the attention's output, which is kept anyway.
@@ -430,13 +434,21 @@ def _adapter_input_bytes(model_config, run: Run) -> int:
     for name, (_, inputs) in linear_shapes(model_config).items():
         if name not in run.targets:
             continue
-        total += run.rank * run.adapter_input_bytes
         group = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(name, name)
         own = cast or dropped
         if own or (group not in shared and name != "o_proj"):
             total += inputs * (run.adapter_input_bytes + (1 if dropped else 0))
         shared.add(group)
     return total
+
+
+def kept_layer_bytes(model_config, run: Run) -> int:
+    """The same of a layer that keeps its activations between layers with checkpoints.
+
+    The fast path makes inputs of adapters again there, from what norms and gates keep anyway.
+    """
+    made_again = run.tokens * _input_bytes(model_config, run) if run.fast else 0
+    return layer_activation_bytes(model_config, run) - made_again
 
 
 def checkpoint_bytes(model_config, run: Run) -> int:
@@ -455,24 +467,24 @@ def held_bytes(model_config, run: Run) -> int:
         # The embedding is frozen, so nothing is kept for the norm that follows it.
         return layers * layer + (last_norm if run.fast else 0)
     kept = min(run.kept_layers, layers)
+    kept_bytes = kept * kept_layer_bytes(model_config, run)
     # Offloaded, one checkpoint is in use while the next one travels.
-    return last_norm + kept * layer + (2 if run.offload else layers - kept) * state
+    return last_norm + kept_bytes + (2 if run.offload else layers - kept) * state
 
 
 def loss_bytes(model_config, run: Run) -> int:
     """The most that the loss holds at once.
 
-    Of the fast path log-softmax, its gradient and that of a chunk's logits in float32, as when its
-    plans were run; now the logits and their gradient are in 16 bits. "full": transformers upcasts
-    the logits; in the backward pass log-softmax, its gradient and the gradient of the logits stand
-    side by side, in float32. "chunked": on a GPU one 16-bit tile of trl's and the gradient of the
-    hidden states in float32; on a CPU three float32 tiles of `answer_head` (logits, probabilities,
-    a product) and the derivative by the hidden states.
+    The fast path holds the gradient of all hidden states, and a chunk's logits with theirs. "full":
+    transformers upcasts the logits; in the backward pass log-softmax, its gradient and the gradient
+    of the logits stand side by side, in float32. "chunked": on a GPU one 16-bit tile of trl's and
+    the gradient of the hidden states in float32; on a CPU three float32 tiles of `answer_head`
+    (logits, probabilities, a product) and the derivative by the hidden states.
     """
     width, words = model_config.hidden_size, model_config.vocab_size
     if run.fast:
         chunk = min(run.tokens, LOSS_CHUNK) * words
-        return run.tokens * width * run.compute_bytes + 3 * FLOAT32 * chunk
+        return (run.tokens * width + 2 * chunk) * run.compute_bytes
     if run.loss == "full":
         return 3 * FLOAT32 * run.tokens * words
     if run.device == "cpu":
@@ -506,23 +518,24 @@ def weights_fit_in_place(model_config, run: Run) -> bool:
     """Whether one layer's 16-bit weights take no more than what is free when they are kept.
 
     Layers that keep their activations come first in the backward pass. When a checkpoint runs again
-    theirs are gone; that layer's own activations take the place of one of them.
+    theirs are gone, and that layer's own are there.
     """
     one_layer = linear_parameters(model_config) // model_config.num_hidden_layers
-    free = (run.kept_layers - 1) * layer_activation_bytes(model_config, run)
+    free = run.kept_layers * kept_layer_bytes(model_config, run)
+    free -= layer_activation_bytes(model_config, run)
     return run.checkpointing and one_layer * run.compute_bytes <= free
 
 
 def evaluation_bytes(model_config, run: Run) -> int:
     """What the fast path takes beside the memory that its recorded step keeps: an evaluation.
 
-    One layer's widest moment without gradients (residual, norm, the MLP's three wide tensors), the
-    last hidden state, and of a chunk the logits in 16 and 32 bits and their log-softmax.
+    One layer's widest moment without gradients (residual, norm, the MLP's three wide tensors), or
+    the last hidden state and of a chunk the logits and their gradient, which come together.
     """
     hidden, inner = model_config.hidden_size, model_config.intermediate_size
-    layer = run.tokens * (3 * hidden + 3 * inner) * run.compute_bytes
-    head = min(run.tokens, LOSS_CHUNK) * model_config.vocab_size
-    return max(layer, head * (run.compute_bytes + 2 * FLOAT32))
+    layer = run.tokens * (3 * hidden + 3 * inner)
+    head = run.tokens * hidden + 2 * min(run.tokens, LOSS_CHUNK) * model_config.vocab_size
+    return max(layer, head) * run.compute_bytes
 
 
 def mapped_file_bytes(model_config, run: Run) -> int:
@@ -568,8 +581,9 @@ def _moments(model_config, run: Run) -> dict[str, dict[str, int]]:
     kept = gradients if run.accumulation > 1 or run.fast else 0
     layer = layer_activation_bytes(model_config, run)
     held, back = held_bytes(model_config, run), backward_bytes(model_config, run)
-    # Layers that keep their activations come first, and nothing is recomputed for them.
-    recomputed = layer if run.checkpointing and not run.kept_layers else 0
+    # Layers that keep their activations come first; theirs are gone when a checkpoint runs again.
+    gone = run.kept_layers * kept_layer_bytes(model_config, run)
+    recomputed = max(0, layer - gone) if run.checkpointing else 0
     one_layer = layer + (checkpoint_bytes(model_config, run) if run.checkpointing else 0)
     logits = loss_bytes(model_config, run)
 
@@ -630,8 +644,13 @@ def plan(model_config, run: Run, card_bytes: int, reserve_bytes: int = GIB) -> P
 
 
 def _fits(model_config, run: Run, room: int) -> bool:
-    margin = MORE_GAPS * widest_weight_bytes(model_config, run) if run.fast else 0
-    return estimate(model_config, run).total + margin <= room
+    total = estimate(model_config, run).total
+    return total + (spare_bytes(model_config, run, total) if run.fast else 0) <= room
+
+
+def spare_bytes(model_config, run: Run, total: int) -> int:
+    """What the planner keeps free of a prediction for the fast path, for gaps beyond it."""
+    return max(MORE_GAPS * widest_weight_bytes(model_config, run), round(SPARE * total))
 
 
 def relative_cost(run: Run, ridge: int = 500, layers: int = 32) -> tuple[float, bool]:
@@ -652,7 +671,7 @@ def _candidates(run: Run, layers: int) -> list[Run]:
     # checkpointing, kept layers, offload
     ways = [(False, 0, False), (True, 0, False), (True, 0, True)]
     if run.fast:
-        ways = [(False, 0, False), *((True, kept, False) for kept in range(layers))]
+        ways = [(False, 0, False), *((True, kept, False) for kept in range(layers + 1))]
     batches = [2**power for power in range(run.batch.bit_length()) if 2**power <= run.batch]
     return [
         dataclasses.replace(

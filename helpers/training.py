@@ -173,14 +173,9 @@ def planned(config: Config) -> Config:
         room -= memory.estimate(shape, step).gradients
     plan = memory.plan(shape, step, room, reserve_bytes=0)
     if not plan.fits:
-        plain_step = memory.Run.from_config(dataclasses.replace(config, fast_path=False))
-        plain = memory.plan(shape, plain_step, room)
-        advice = plan.advice
-        if plain.fits and not plain.run.offload:  # no Config can ask for offloading
-            advice = f"set FAST_PATH = False, there is a slower way ({plain.advice})"
         raise ConfigError(
             f"{config.model_name} does not train on the fast path in {room / memory.GIB:.1f} GiB "
-            f"with rows of {config.max_length} tokens: {advice}"
+            f"with rows of {config.max_length} tokens: {plan.advice}"
         )
     say_once(f"planned for {room / memory.GIB:.1f} GiB: {plan.advice}")
     return dataclasses.replace(

@@ -256,10 +256,10 @@ def case_of(row) -> str:
 def test_the_fast_path_reserves_about_what_is_predicted(row):
     shape, run = memory.llama2_config(row["size"]), memory.Run(**row["run"])
     predicted = memory.estimate(shape, run).total
-    assert predicted == pytest.approx(row["peak_reserved_bytes"], rel=0.03)
-    # The planner's margin is enough.
-    margin = memory.MORE_GAPS * memory.widest_weight_bytes(shape, run)
-    assert row["peak_reserved_bytes"] < predicted + margin
+    assert predicted == pytest.approx(row["peak_reserved_bytes"], rel=0.04)
+    # What the planner keeps free is enough.
+    spare = memory.spare_bytes(shape, run, predicted)
+    assert row["peak_reserved_bytes"] < predicted + spare
     assert row["steps"] == 50
 
 
@@ -274,12 +274,14 @@ def test_what_was_run_is_still_what_is_planned(row):
         assert plan.run == memory.Run(**{**row["run"], "targets": plan.run.targets})
 
 
-def test_more_memory_lets_more_layers_keep_their_activations():
-    plans = [memory.plan(LLAMA, FAST, cap * memory.GIB, 2**29) for cap in (8, 12, 16)]
-    kept = [plan.run.kept_layers if plan.run.checkpointing else 32 for plan in plans]
-    assert 0 < kept[0] < kept[1] < kept[2] == 32
+def test_more_memory_lets_more_rows_go_at_once_or_more_layers_keep_their_activations():
+    caps = (8, 12, 16, 24)
+    plans = [memory.plan(LLAMA, FAST, cap * memory.GIB, 2**29) for cap in caps]
+    costs = [memory.relative_cost(plan.run) for plan in plans]
+    assert costs == sorted(costs, reverse=True) and len({*costs}) == len(costs)
     assert "with checkpointing but for" in plans[0].advice
-    for plan, cap in zip(plans, (8, 12, 16), strict=True):
+    assert not plans[-1].run.checkpointing and plans[-1].run.batch == 8
+    for plan, cap in zip(plans, caps, strict=True):
         assert plan.fits and plan.run.batch * plan.run.accumulation == 8
         assert plan.estimate.total < cap * memory.GIB - 2**29
 
@@ -289,7 +291,8 @@ def test_weights_are_kept_where_their_layers_activations_were():
     fits = [
         memory.weights_fit_in_place(shape, replace(run, kept_layers=kept)) for kept in (0, 1, 2, 3)
     ]
-    assert fits == [False, False, True, True]  # 405 MB, where a layer's activations take 543
+    # 405 MB, where kept layers free 386 each and the one that runs again takes 543
+    assert fits == [False, False, False, True]
     without = replace(run, checkpointing=False)
     assert not memory.weights_fit_in_place(shape, without)
 
