@@ -173,16 +173,14 @@ def curate(config: Config, workers: int | None = None, progress: bool = False) -
     does not depend on it. Raises DataError for a source that cannot be read and when no row
     survives, and what `artefacts.whole_folder` raises.
     """
-    from helpers.models import load_tokenizer
-
     with artefacts.whole_folder(config.dataset_dir) as draft:
         work = draft / ".work"  # inside the draft: a killed run leaves one thing to remove, not two
         work.mkdir()
         count = workers or default_workers(config.data_source)
         with Workers(count, progress, partial(prepare_worker, config.benchmarks)) as pool:
+            encoder = pool.begin(Encoder.of, config.model_name, work)  # takes as long as reading
             report, partitions = select_pairs(config, work, pool)
-            encoder = Encoder.of(load_tokenizer(config.model_name), work)
-            render_rows(config, report, partitions, encoder, pool)
+            render_rows(config, report, partitions, encoder.result(), pool)
             _write_dataset(config, report, partitions, pool, draft)
         shutil.rmtree(work)
     return report
@@ -504,8 +502,11 @@ class Encoder:
     added_tokens_decoder: dict  # id -> tokenizers.AddedToken
 
     @classmethod
-    def of(cls, tokenizer, folder: Path) -> "Encoder":
-        file = folder / "tokenizer.json"
+    def of(cls, model_name: str, folder: Path) -> "Encoder":
+        """Of a model's tokenizer; a worker's own, so transformers is imported in one of them."""
+        from helpers.models import load_tokenizer
+
+        tokenizer, file = load_tokenizer(model_name), folder / "tokenizer.json"
         tokenizer.backend_tokenizer.save(str(file))
         return cls(
             file,
@@ -687,11 +688,12 @@ def _write_dataset(
     validation = rows.filter(pa.array(held))
     np.save(folder / "held.npy", validation["question_id"].to_numpy())
     _write_rows(folder / "held.arrow", validation.to_pylist(), SCHEMA)
-    leaks = partial(_leaks_of_partition, folder, config.near_duplicate_similarity)
-    report.validation_leaks = len(set().union(*workers.run(leaks, partitions, "checking")))
+    find = partial(_leaks_of_partition, folder, config.near_duplicate_similarity)
+    leaks = workers.run(find, partitions, "checking")
     size = sum(os.path.getsize(file) for file in files)
     artefacts.need_space(config.run_dir, size, "saving the dataset")
     splits.save_to_disk(str(draft))
+    report.validation_leaks = len(set().union(*leaks))
     if report.quarantined:
         shutil.copy(folder / QUARANTINE, draft)
     seal(draft)

@@ -6,8 +6,10 @@ al. 2006) finds exact matches among few texts.
 """
 
 import hashlib
+import itertools
 import re
 import string
+from collections import Counter
 
 import numpy as np
 import rensa
@@ -77,10 +79,8 @@ class RarestIndex:
 
     def candidates(self, other: set[str]) -> list[int]:
         """Numbers, in order, of the sets that may be contained in `other` to the share."""
-        counts: dict[int, int] = {}
-        for member in self.members & other:
-            for number in self.where[member]:
-                counts[number] = counts.get(number, 0) + 1
+        shared = map(self.where.__getitem__, self.members & other)
+        counts = Counter(itertools.chain.from_iterable(shared))
         return sorted(number for number, count in counts.items() if count >= self.needed[number])
 
 

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from tqdm import tqdm
@@ -41,12 +41,24 @@ class Workers:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
+    def begin(self, function, *arguments) -> Future:
+        """function(*arguments) beside what follows, or at once where there is no other process."""
+        if self.pool:
+            return self.pool.submit(function, *arguments)
+        done = Future()
+        done.set_result(function(*arguments))
+        return done
+
     def run(self, function, partitions: Partitions, label: str):
-        """function(number) of every partition, in order."""
-        numbers, total = range(partitions.count), partitions.questions
+        """function(number) of every partition, in order; the other processes begin at once."""
+        numbers = range(partitions.count)
+        results = self.pool.map(function, numbers) if self.pool else map(function, numbers)
+        return self._shown(results, partitions, label)
+
+    def _shown(self, results, partitions: Partitions, label: str):
+        total = partitions.questions
         with bar(self.progress, label, " questions", total) as shown:
             try:
-                results = self.pool.map(function, numbers) if self.pool else map(function, numbers)
                 for number, result in enumerate(results, 1):
                     shown.advance(total * number // partitions.count - shown.bar.n)
                     yield result

@@ -256,6 +256,14 @@ def test_partitions_follow_the_hash():
     assert np.bincount(parts).min() > 10_000 / 7 * 0.9
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_begun_beside_the_passes_gives_its_result_or_its_error(count):
+    with Workers(count) as workers:
+        assert workers.begin(int, "7").result() == 7
+        with pytest.raises(ValueError, match="invalid literal"):
+            workers.begin(int, "seven").result()
+
+
 def test_a_dead_worker_is_one_sentence(config, tmp_path):
     partitions = sources.open_source("sample", tmp_path, 0)
     with Workers(2) as workers, pytest.raises(DataError, match="worker process died"):
