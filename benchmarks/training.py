@@ -194,7 +194,8 @@ def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
         with training.kernels(trainer):
             trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        return {**clock.result(), "losses": [round(float(loss), 4) for loss in losses]}
+        losses = [round(float(loss), 4) for loss in losses]
+        return {"kept": options.kept, **clock.result(), "losses": losses}
 
 
 def run_loop(folder: Path, options: argparse.Namespace, load) -> dict:
@@ -309,7 +310,7 @@ def compare(folder: Path, ways: list[str], options: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "run", str(folder), name]
         command += ["--rows", rows, "--length", length]
         command += ["--no-checkpointing"] if way.endswith("+") else []
-        command += ["--kept", str(options.kept)] if name == "ours" else []
+        command += ["--kept", str(options.kept)] if name == "ours" and way[-1] != "+" else []
         environment = dict(os.environ)
         if name == "unsloth" and "UNSLOTH_PATH" in environment:
             environment["PYTHONPATH"] = environment["UNSLOTH_PATH"]

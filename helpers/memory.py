@@ -1,7 +1,7 @@
 """Will it fit? The memory of a QLoRA training step, predicted from shapes alone, and measured.
 
 Every part is counted from the code that allocates it (transformers' Llama layers, peft's LoRA
-layer, bitsandbytes, the loss); one constant alone, GAPS, is fitted to measurements. Sizes are in
+layer, bitsandbytes, the loss); gaps between tensors alone are fitted to measurements. Sizes are in
 bytes. It knows layers of Llama's kind: four attention projections, a gated MLP, RMSNorm, no biases.
 """
 
