@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -52,21 +53,28 @@ class Workers:
     def run(self, function, partitions: Partitions, label: str):
         """function(number) of every partition, in order; the other processes begin at once."""
         numbers = range(partitions.count)
-        results = self.pool.map(function, numbers) if self.pool else map(function, numbers)
+        with all_alive(label):
+            results = self.pool.map(function, numbers) if self.pool else map(function, numbers)
         return self._shown(results, partitions, label)
 
     def _shown(self, results, partitions: Partitions, label: str):
         total = partitions.questions
-        with bar(self.progress, label, " questions", total) as shown:
-            try:
-                for number, result in enumerate(results, 1):
-                    shown.advance(total * number // partitions.count - shown.bar.n)
-                    yield result
-            except BrokenProcessPool as error:
-                raise DataError(
-                    f"a worker process died while {label}, probably for lack of memory: run with "
-                    f"fewer workers"
-                ) from error
+        with bar(self.progress, label, " questions", total) as shown, all_alive(label):
+            for number, result in enumerate(results, 1):
+                shown.advance(total * number // partitions.count - shown.bar.n)
+                yield result
+
+
+@contextmanager
+def all_alive(label: str):
+    """Say in one sentence that a process of the pool has died; DataError."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a worker process died while {label}, probably for lack of memory: run with fewer "
+            "workers"
+        ) from error
 
 
 class bar:

@@ -266,8 +266,11 @@ def test_what_is_begun_beside_the_passes_gives_its_result_or_its_error(count):
 
 def test_a_dead_worker_is_one_sentence(config, tmp_path):
     partitions = sources.open_source("sample", tmp_path, 0)
-    with Workers(2) as workers, pytest.raises(DataError, match="worker process died"):
-        list(workers.run(os._exit, replace(partitions, count=3), "cleaning"))
+    some = replace(partitions, count=3)
+    with Workers(2) as workers:
+        for label in ("cleaning", "rendering"):  # dead before the second begins
+            with pytest.raises(DataError, match=f"worker process died while {label}"):
+                list(workers.run(os._exit, some, label))
 
 
 # -- Similarity.

@@ -267,7 +267,6 @@ def test_a_kept_layer_makes_the_inputs_of_its_adapters_again(packed):
 
         def note(tensor, saved=saved):
             saved[tensor.data_ptr()] = tensor.nbytes
-            print(tuple(tensor.shape), tensor.dtype)
             return tensor
 
         with (
