@@ -95,7 +95,7 @@ def one(size: str, cap: float, length: int, way: str) -> dict:
         if way == "forced":
             plan = memory.plan(shape, memory.Run.from_config(config), room, reserve_bytes=0)
             found |= {"plan": plan.advice, "fits": plan.fits}
-            config = follow(config, plan.run)
+            config = training.follow(config, plan.run)
         try:
             config = training.planned(config)
         except ConfigError as refusal:
@@ -107,18 +107,6 @@ def one(size: str, cap: float, length: int, way: str) -> dict:
             return {**found, **train(config, size)}
         except torch.OutOfMemoryError as error:
             return {**found, "out_of_memory": str(error).split(". ")[0]}
-
-
-def follow(config, run):
-    """The Config with what a plan says."""
-    return dataclasses.replace(
-        config,
-        per_device_train_batch_size=run.batch,
-        grad_acc_steps=run.accumulation,
-        activation_checkpointing=run.checkpointing,
-        kept_layers=run.kept_layers,
-        optim=run.optimizer,
-    )
 
 
 def train(config, size: str) -> dict:

@@ -180,7 +180,7 @@ def curate(config: Config, workers: int | None = None, progress: bool = False) -
         with Workers(count, progress, partial(prepare_worker, config.benchmarks)) as pool:
             encoder = pool.begin(Encoder.of, config.model_name, work)  # takes as long as reading
             report, partitions = select_pairs(config, work, pool)
-            render_rows(config, report, partitions, encoder.result(), pool)
+            render_rows(config, report, partitions, encoder(), pool)
             _write_dataset(config, report, partitions, pool, draft)
         shutil.rmtree(work)
     return report

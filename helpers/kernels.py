@@ -35,7 +35,7 @@ def fused_kernels(model):
             (layer.self_attn, layer.input_layernorm, attention_forward),
             (layer.mlp, layer.post_attention_layernorm, mlp_forward),
         ):
-            forwards |= {part: partial(forward, part, rms_norm(norm)), norm: as_it_is}
+            forwards |= {part: partial(forward, part, forwards[norm]), norm: as_it_is}
     return swapped(forwards)
 
 

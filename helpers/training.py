@@ -178,13 +178,18 @@ def planned(config: Config) -> Config:
             f"with rows of {config.max_length} tokens: {plan.advice}"
         )
     say_once(f"planned for {room / memory.GIB:.1f} GiB: {plan.advice}")
+    return follow(config, plan.run)
+
+
+def follow(config: Config, run: memory.Run) -> Config:
+    """The Config that takes its step in the way of a plan's run."""
     return dataclasses.replace(
         config,
-        per_device_train_batch_size=plan.run.batch,
-        grad_acc_steps=plan.run.accumulation,
-        activation_checkpointing=plan.run.checkpointing,
-        kept_layers=plan.run.kept_layers,
-        optim=plan.run.optimizer,
+        per_device_train_batch_size=run.batch,
+        grad_acc_steps=run.accumulation,
+        activation_checkpointing=run.checkpointing,
+        kept_layers=run.kept_layers,
+        optim=run.optimizer,
     )
 
 

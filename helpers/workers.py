@@ -3,9 +3,10 @@
 import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 
 from tqdm import tqdm
 
@@ -42,13 +43,11 @@ class Workers:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
-    def begin(self, function, *arguments) -> Future:
-        """function(*arguments) beside what follows, or at once where there is no other process."""
+    def begin(self, function, *arguments) -> Callable:
+        """What gives function(*arguments) when it is called; another process begins at once."""
         if self.pool:
-            return self.pool.submit(function, *arguments)
-        done = Future()
-        done.set_result(function(*arguments))
-        return done
+            return self.pool.submit(function, *arguments).result
+        return partial(function, *arguments)
 
     def run(self, function, partitions: Partitions, label: str):
         """function(number) of every partition, in order; the other processes begin at once."""

@@ -259,9 +259,9 @@ def test_partitions_follow_the_hash():
 @pytest.mark.parametrize("count", [1, 2])
 def test_what_is_begun_beside_the_passes_gives_its_result_or_its_error(count):
     with Workers(count) as workers:
-        assert workers.begin(int, "7").result() == 7
+        assert workers.begin(int, "7")() == 7
         with pytest.raises(ValueError, match="invalid literal"):
-            workers.begin(int, "seven").result()
+            workers.begin(int, "seven")()
 
 
 def test_a_dead_worker_is_one_sentence(config, tmp_path):
