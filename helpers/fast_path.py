@@ -19,7 +19,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from helpers.kernels import ChunkedLoss, Pass
 from helpers.prompts import IGNORED_LABEL
 
-SHORTEST_MEAN_ROW = 32  # tokens: how many rows a batch has room for
 WARM_UP_PASSES = 2  # kernels choose their algorithms and compile before anything is recorded
 # A recorded pass cannot look at random states, so a checkpoint must not save them: no dropout.
 CHECKPOINT_OPTIONS = {
@@ -36,26 +35,29 @@ def is_supported() -> bool:
 
 @dataclass
 class FixedCollator(DataCollatorForLanguageModeling):
-    """trl's padding-free collator, filled up to exactly `tokens`.
+    """trl's padding-free collator, filled up to exactly `tokens`, of which a row has `longest`.
 
-    The filling is a sequence of its own that no row sees and no loss counts. Sequence bounds have
-    one length too: unused ones repeat the end. Raises ValueError when the rows do not fit.
+    The filling is a sequence of its own that no row sees and no loss counts. The bounds of `rows`
+    rows have one length too: unused ones repeat the end. Raises ValueError for more of either.
     """
 
     tokens: int = 0
     longest: int = 0
+    rows: int = 0
 
     def torch_call(self, examples: list[dict]) -> dict:
         batch = super().torch_call(examples)
         used = batch["input_ids"].shape[1]
-        bounds = [*batch["cu_seq_lens_q"].tolist(), *range(used, self.tokens, self.longest)][1:]
-        room = self.tokens // SHORTEST_MEAN_ROW + self.tokens // self.longest
-        if used > self.tokens or len(bounds) > room:
+        bounds = batch["cu_seq_lens_q"].tolist()
+        rows = len(bounds) - 1
+        if used > self.tokens or rows > self.rows:
             raise ValueError(
-                f"a packed batch holds {used} tokens in {len(bounds)} rows and there is room for "
-                f"{self.tokens} in {room}: lower per_device_train_batch_size or set FAST_PATH False"
+                f"a packed batch holds {used} tokens in {rows} rows and there is room for "
+                f"{self.tokens} in {self.rows}: build the trainer with the rows that it trains on"
             )
-        bounds = [0, *bounds, *[self.tokens] * (room - len(bounds))]
+        bounds += [*range(used, self.tokens, self.longest)][1:]
+        room = self.rows + self.tokens // self.longest
+        bounds += [self.tokens] * (room + 1 - len(bounds))
         missing = self.tokens - used
         filling = torch.arange(missing)[None] % self.longest
         return {

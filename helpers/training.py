@@ -254,7 +254,9 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
         ],
     )
     if fast:
-        trainer.data_collator = fixed_collator(config, tokenizer)  # trl takes none when it packs
+        packed = (trainer.train_dataset, trainer.eval_dataset)
+        # trl takes none when it packs
+        trainer.data_collator = fixed_collator(config, tokenizer, packed)
         trainer.kept_layers = config.kept_layers or 0
         trainer.keep_weights = memory.weights_fit_in_place(
             model.config, memory.Run.from_config(config)
@@ -271,10 +273,14 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
     return trainer
 
 
-def fixed_collator(config: Config, tokenizer) -> fast_path.FixedCollator:
-    tokens = config.per_device_train_batch_size * config.max_length
+def fixed_collator(config: Config, tokenizer, packed) -> fast_path.FixedCollator:
+    """One whose batches have room for any packed row of these datasets."""
     return fast_path.FixedCollator(
-        tokenizer.pad_token_id, padding_free=True, tokens=tokens, longest=config.max_length
+        tokenizer.pad_token_id,
+        padding_free=True,
+        tokens=config.per_device_train_batch_size * config.max_length,
+        longest=config.max_length,
+        rows=max(len(lengths) for dataset in packed for lengths in dataset["seq_lengths"]),
     )
 
 

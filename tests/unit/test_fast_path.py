@@ -5,6 +5,7 @@ from itertools import pairwise
 from unittest.mock import Mock
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from datasets import Dataset
 from peft import get_peft_model
 
 from helpers import fast_path, kernels, memory, models, training
-from helpers.config import PROBLEMS_FILE, Config, ConfigError
+from helpers.config import PROBLEMS_FILE, PROJECT_DIR, Config, ConfigError
 from tests.conftest import fill_adapters, relative_error
 
 on_gpu = pytest.mark.skipif(
@@ -32,8 +33,8 @@ def examples(rows=ROWS):
     ]
 
 
-def collator(tokens=128, longest=32):
-    return fast_path.FixedCollator(0, padding_free=True, tokens=tokens, longest=longest)
+def collator(tokens=128, longest=32, rows=6):
+    return fast_path.FixedCollator(0, padding_free=True, tokens=tokens, longest=longest, rows=rows)
 
 
 def test_a_batch_is_filled_up_with_rows_that_count_for_nothing():
@@ -55,9 +56,21 @@ def test_batches_of_other_rows_have_the_same_shapes():
             assert value.shape == second[name].shape, name
 
 
-def test_too_many_rows_are_refused_with_what_to_do():
-    with pytest.raises(ValueError, match="room for 64 in 4.*FAST_PATH False"):
-        collator(tokens=64)(examples([[7] * 8] * 6))
+def test_batches_have_room_for_any_packed_row_of_the_dataset(tmp_path, tokenizer):
+    """One full to the brim with the shortest of rows, and one that has more filling than rows."""
+    config = tiny_config(tmp_path)
+    full, short = [[7] * 4] * 64, [[7] * 4] * 2
+    splits = [Dataset.from_list(examples(rows)) for rows in (full, short)]
+    collate = training.fixed_collator(config, tokenizer, splits)
+    for split, rows in zip(splits, (full, short), strict=True):
+        bounds = collate([split[0]])["cu_seq_lens_q"]
+        assert bounds[: len(rows) + 1].tolist() == [*range(0, 4 * len(rows) + 1, 4)]
+        assert bounds[-1] == 256 and len(bounds) == 1 + 64 + 4
+
+
+def test_a_dataset_that_the_trainer_was_not_built_with_is_told():
+    with pytest.raises(ValueError, match="in 6 rows and there is room for 64 in 5: build the"):
+        collator(tokens=64, rows=5)(examples([[7] * 8] * 6))
 
 
 def tiny_config(tmp_path, **changes):
@@ -75,10 +88,11 @@ def tiny_config(tmp_path, **changes):
     return Config.from_profile("demo", **settings)
 
 
-def build(config):
+def build(config, texts=None):
     torch.manual_seed(0)
     tokenizer = models.load_tokenizer(config.model_name)
-    texts = [json.loads(line)["prompt"] for line in PROBLEMS_FILE.read_text().splitlines()]
+    if texts is None:
+        texts = [json.loads(line)["prompt"] for line in PROBLEMS_FILE.read_text().splitlines()]
     rows = [tokenizer(text)["input_ids"][: config.max_length] for text in texts]
     data = Dataset.from_dict({"input_ids": rows, "labels": [[-100, *row[1:]] for row in rows]})
     splits = {"train": data, "validation": data.select(range(8))}
@@ -315,14 +329,16 @@ def test_rows_of_a_packed_batch_do_not_see_each_other(tmp_path):
 
 @on_gpu
 def test_training_goes_as_with_trls_own_step(tmp_path):
-    losses = {}
+    """On rows enough that none is seen often: what is learnt by heart has losses near 0."""
+    answers = pd.read_csv(PROJECT_DIR / "data" / "sample" / "Answers.csv", encoding="ISO-8859-1")
+    losses, texts = {}, answers["Body"].dropna()
     for fast in (True, False):
-        config = tiny_config(tmp_path, fast_path=fast, learning_rate=1e-3, max_steps=STEPS, **GPU)
-        trainer = build(config)
+        settings = {"learning_rate": 1e-3, "max_steps": STEPS, "max_length": 256, **GPU}
+        trainer = build(tiny_config(tmp_path, fast_path=fast, **settings), texts)
         with training.kernels(trainer):
             trainer.train()
         losses[fast] = [e["loss"] for e in trainer.state.log_history if "loss" in e]
     ours, trls = (np.array(losses[fast]).reshape(-1, 10).mean(axis=1) for fast in (True, False))
     print("relative difference of the loss, every ten steps:", (ours / trls - 1).round(4).tolist())
     assert ours[-1] < 0.9 * ours[0]
-    assert ours == pytest.approx(trls, rel=0.01, abs=0.02)  # nats
+    assert ours == pytest.approx(trls, rel=0.01)
