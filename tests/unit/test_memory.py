@@ -245,7 +245,9 @@ def test_when_nothing_fits_the_plan_says_what_to_change(changes, card, advice):
 
 TOKENS = {"7B": 4096, "13B": 4096, "70B": 2048}  # in a step of benchmarks/caps.py
 FAST = memory.Run(batch=8, length=512, optimizer="adamw_torch_fused", autocast=False, fast=True)
-CAPS = json.loads((PROJECT_DIR / "benchmarks" / "results" / "caps.json").read_text())["rows"]
+RESULTS = PROJECT_DIR / "benchmarks" / "results"
+CAPS = json.loads((RESULTS / "caps.json").read_text())["rows"]
+PLANS = json.loads((RESULTS / "training.json").read_text())["plans"]["rows"]
 
 
 def case_of(row) -> str:
@@ -272,6 +274,19 @@ def test_what_was_run_is_still_what_is_planned(row):
     assert plan.fits == ("steps" in row)
     if plan.fits:
         assert plan.run == memory.Run(**{**row["run"], "targets": plan.run.targets})
+
+
+@pytest.mark.parametrize("cap", [8, 12])
+def test_no_measured_plan_is_much_faster_than_the_one_that_is_made(cap):
+    step = replace(FAST, batch=4, length=1024)
+    run = memory.plan(LLAMA, step, cap * memory.GIB, reserve_bytes=0).run
+    speeds = {
+        (row["batch"], row["kept_layers"]): row["tokens_per_second"]
+        for row in PLANS
+        if row["cap_gib"] == cap
+    }
+    assert len(speeds) > 1
+    assert speeds[run.batch, run.kept_layers] > 0.99 * max(speeds.values())
 
 
 def test_more_memory_lets_more_rows_go_at_once_or_more_layers_keep_their_activations():
