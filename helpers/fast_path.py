@@ -55,7 +55,7 @@ class FixedCollator(DataCollatorForLanguageModeling):
                 f"a packed batch holds {used} tokens in {rows} rows and there is room for "
                 f"{self.tokens} in {self.rows}: build the trainer with the rows that it trains on"
             )
-        bounds += [*range(used, self.tokens, self.longest)][1:]
+        bounds += range(used + self.longest, self.tokens, self.longest)
         room = self.rows + self.tokens // self.longest
         bounds += [self.tokens] * (room + 1 - len(bounds))
         missing = self.tokens - used

@@ -13,7 +13,8 @@ from datasets import Dataset
 from peft import get_peft_model
 
 from helpers import fast_path, kernels, memory, models, training
-from helpers.config import PROBLEMS_FILE, PROJECT_DIR, Config, ConfigError
+from helpers.config import PROBLEMS_FILE, Config, ConfigError
+from helpers.sources import SAMPLE_DIR
 from tests.conftest import fill_adapters, relative_error
 
 on_gpu = pytest.mark.skipif(
@@ -330,7 +331,7 @@ def test_rows_of_a_packed_batch_do_not_see_each_other(tmp_path):
 @on_gpu
 def test_training_goes_as_with_trls_own_step(tmp_path):
     """On rows enough that none is seen often: what is learnt by heart has losses near 0."""
-    answers = pd.read_csv(PROJECT_DIR / "data" / "sample" / "Answers.csv", encoding="ISO-8859-1")
+    answers = pd.read_csv(SAMPLE_DIR / "Answers.csv", encoding="ISO-8859-1")
     losses, texts = {}, answers["Body"].dropna()
     for fast in (True, False):
         settings = {"learning_rate": 1e-3, "max_steps": STEPS, "max_length": 256, **GPU}
