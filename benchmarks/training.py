@@ -5,10 +5,11 @@
     python benchmarks/training.py compare FOLDER NAME...    measure several in turn, and put them
                                                             into results/training.json
 
-Names: ours, ours_plain (the same batches through trl's own step), article, unsloth. Speed and
-memory do not depend on what the weights are. Every way gets rows of the same lengths (log-normal,
-median 300 tokens), rank 64, and a process of its own. Unsloth must be installed to be measured;
-UNSLOTH_PATH may name a folder that holds it with its own dependencies.
+Names: ours, ours_plain (the same batches through trl's own step), article, unsloth (padded batches
+grouped by length), unsloth_packed (its own packing). Speed and memory do not depend on what the
+weights are. Every way gets rows of the same lengths (log-normal, median 300 tokens), rank 64, and a
+process of its own. Unsloth must be installed to be measured; UNSLOTH_PATH may name a folder that
+holds it with its own dependencies.
 """
 
 import argparse
@@ -198,35 +199,73 @@ def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
         return {"kept": options.kept, **clock.result(), "losses": losses}
 
 
-def run_loop(folder: Path, options: argparse.Namespace, load) -> dict:
-    """A plain loop over padded batches, grouped by length as the trainers do it."""
+def padded_batches(options: argparse.Namespace):
+    """Batches of rows grouped by length, as the trainers do it: their inputs and their tokens."""
+    import torch
+
+    rows = sorted(random_rows(options.steps * options.rows, options.length), key=len, reverse=True)
+    for first in range(0, len(rows), options.rows):
+        batch = rows[first : first + options.rows]
+        width = max(map(len, batch))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device="cuda")
+        lengths = torch.tensor([len(row) for row in batch], device="cuda")
+        mask = (torch.arange(width, device="cuda") < lengths[:, None]).long()
+        labels = ids.masked_fill(mask == 0, -100)
+        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}, sum(map(len, batch))
+
+
+def packed_batches(options: argparse.Namespace):
+    """Batches as Unsloth's trainer makes them with `packing=True`: trl packs rows into `length`
+    tokens, and `rows` of these lie end to end in one, with the lengths of the rows beside them."""
+    import torch
+    from datasets import Dataset
+    from trl.data_utils import pack_dataset
+
+    rows = random_rows(2 * options.steps * options.rows * options.length // 300, options.length)
+    packed = pack_dataset(Dataset.from_dict({"input_ids": rows}), options.length, "bfd")
+    for batch in packed.shuffle(seed=0).iter(options.rows):
+        ids = torch.tensor([sum(batch["input_ids"], [])], device="cuda")
+        lengths = sum(batch["seq_lengths"], [])
+        positions = torch.cat([torch.arange(n) for n in lengths])[None].cuda()
+        inputs = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "labels": ids.masked_fill(positions == 0, -100),
+            "packed_seq_lengths": torch.tensor(lengths, dtype=torch.int32),
+        }
+        yield inputs, ids.numel()
+
+
+def run_loop(folder: Path, options: argparse.Namespace, load, packed: bool = False) -> dict:
+    """A plain loop over batches, padded or packed."""
     import torch
 
     model, optimizer, autocast = load(folder, options)
     model.train()
-    rows = sorted(random_rows(options.steps * options.rows, options.length), key=len, reverse=True)
+    batches = (packed_batches if packed else padded_batches)(options)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    clock, tokens, losses = Clock(options.steps, padded=True), 0, []
+    clock, tokens, losses = Clock(options.steps, padded=not packed), 0, []
     torch.cuda.reset_peak_memory_stats()
-    for step in range(1, options.steps + 1):
-        batch = rows[(step - 1) * options.rows : step * options.rows]
-        width = max(map(len, batch))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device="cuda")
-        mask = torch.tensor(
-            [[1] * len(row) + [0] * (width - len(row)) for row in batch], device="cuda"
-        )
+    for step, (inputs, count) in zip(range(1, options.steps + 1), batches, strict=False):
         clock.begin(step)
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            labels = ids.masked_fill(mask == 0, -100)
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            loss = model(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.3)
         optimizer.step()
         optimizer.zero_grad()
-        tokens += sum(map(len, batch))
+        tokens += count
         clock.end(step, tokens)
         losses.append(round(loss.item(), 4))
     return {**clock.result(), "losses": losses}
+
+
+def run_unsloth_packed(folder: Path, options: argparse.Namespace) -> dict:
+    """Unsloth with its own packing; which kernel does its attention is part of the result."""
+    found = run_loop(folder, options, load_unsloth, packed=True)
+    from unsloth.utils.attention_dispatch import select_attention_backend
+
+    return {"attention": select_attention_backend(use_varlen=True), **found}
 
 
 def load_article(folder: Path, options: argparse.Namespace):
@@ -285,6 +324,7 @@ WAYS = {
     "ours_plain": lambda folder, options: run_ours(folder, options, fast=False),
     "article": lambda folder, options: run_loop(folder, options, load_article),
     "unsloth": lambda folder, options: run_loop(folder, options, load_unsloth),
+    "unsloth_packed": run_unsloth_packed,
 }
 
 
@@ -312,7 +352,7 @@ def compare(folder: Path, ways: list[str], options: argparse.Namespace) -> None:
         command += ["--no-checkpointing"] if way.endswith("+") else []
         command += ["--kept", str(options.kept)] if name == "ours" and way[-1] != "+" else []
         environment = dict(os.environ)
-        if name == "unsloth" and "UNSLOTH_PATH" in environment:
+        if name.startswith("unsloth") and "UNSLOTH_PATH" in environment:
             environment["PYTHONPATH"] = environment["UNSLOTH_PATH"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
