@@ -171,6 +171,7 @@ def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
             max_steps=options.steps,
             fast_path=fast,
             kept_layers=options.kept,
+            activation_offloading=options.offload,
             log_steps=10,
         )
         count = 2 * options.steps * config.per_device_train_batch_size * options.length // 300
@@ -196,7 +197,8 @@ def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
             trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         losses = [round(float(loss), 4) for loss in losses]
-        return {"kept": options.kept, **clock.result(), "losses": losses}
+        ways = {"kept": options.kept, "offload": options.offload}
+        return {**ways, **clock.result(), "losses": losses}
 
 
 def padded_batches(options: argparse.Namespace):
@@ -350,7 +352,8 @@ def compare(folder: Path, ways: list[str], options: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "run", str(folder), name]
         command += ["--rows", rows, "--length", length]
         command += ["--no-checkpointing"] if way.endswith("+") else []
-        command += ["--kept", str(options.kept)] if name == "ours" and way[-1] != "+" else []
+        if name == "ours" and way[-1] != "+":
+            command += ["--kept", str(options.kept)] + ["--offload"] * options.offload
         environment = dict(os.environ)
         if name.startswith("unsloth") and "UNSLOTH_PATH" in environment:
             environment["PYTHONPATH"] = environment["UNSLOTH_PATH"]
@@ -401,6 +404,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--kept", type=int, default=0, help="layers without a checkpoint")
+    parser.add_argument("--offload", action="store_true", help="every second of the others")
     parser.add_argument("--cap-gib", type=float, default=0.0)
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
     parser.add_argument("--output", type=Path, default=RESULTS)

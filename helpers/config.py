@@ -185,8 +185,12 @@ class Config:
     # On a GPU from Ampere on: fused kernels and one recorded graph a step (helpers/fast_path.py).
     fast_path: bool = False
     # On the fast path: the last layers that keep their activations in spite of checkpointing. None:
-    # these, checkpointing, and how many of a step's rows go at a time are planned to the card.
+    # these, checkpointing, offloading, and how many of a step's rows go at a time are planned to
+    # the card.
     kept_layers: int | None = field(default=None, metadata=between(0, 1000))
+    # On the fast path: every second layer of the others has its activations in the host's memory
+    # between forward and backward pass, and does not run twice (helpers/offloading.py).
+    activation_offloading: bool = False
     max_length: int = field(default=512, metadata=between(16, 2**17))
     completion_only_loss: bool = False
     save_steps: int = field(default=50, metadata=between(1, 10**7))

@@ -17,6 +17,7 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from helpers.kernels import ChunkedLoss, Pass
+from helpers.offloading import offload_layers
 from helpers.prompts import IGNORED_LABEL
 
 WARM_UP_PASSES = 2  # kernels choose their algorithms and compile before anything is recorded
@@ -77,7 +78,7 @@ class FastTrainer(SFTTrainer):
 
     graph = None
     kept_layers = 0
-    keep_weights = False  # see choose_checkpoints
+    keep_weights = offload = False  # see choose_checkpoints
 
     def _prepare_for_training(self, *arguments, **options):
         # DDP's part in the backward pass stays in the stream in which DDP was made, and what runs
@@ -96,9 +97,8 @@ class FastTrainer(SFTTrainer):
             model.train()
         if self.graph is None:
             bare_model = self.accelerator.unwrap_model(model)
-            choose_checkpoints(
-                bare_model.get_base_model().model.layers, self.kept_layers, self.keep_weights
-            )
+            layers = bare_model.get_base_model().model.layers
+            choose_checkpoints(layers, self.kept_layers, self.keep_weights, self.offload)
             self.graph = StepGraph(bare_model, inputs)
         loss, processes = self.graph(inputs), self.accelerator.num_processes
         if processes > 1 and self.accelerator.sync_gradients:
@@ -184,22 +184,24 @@ class StepGraph:
         return loss.detach()
 
 
-def choose_checkpoints(layers, kept_layers: int, keep_weights: bool) -> None:
+def choose_checkpoints(layers, kept_layers: int, keep_weights: bool, offload: bool = False) -> None:
     """Keep the activations of the last layers, which the backward pass needs first.
 
     All that products made, that is; outputs of norms and gates are cheap to make again. The others
-    run a second time. With `keep_weights` the backward pass of a layer takes the 16-bit weights of
-    that second run, and need not unpack them once more.
+    run a second time, with `offload` every second one of them: see helpers/offloading.py. With
+    `keep_weights` the backward pass of a layer takes the 16-bit weights of its second run, and need
+    not unpack them once more.
     """
-    first_kept = len(layers) - kept_layers
-    for layer in layers[first_kept:]:
-        layer._gradient_checkpointing_func = keep_products
-    for layer in layers[:first_kept]:
-        layer._gradient_checkpointing_func = partial(
-            checkpoint,
-            **CHECKPOINT_OPTIONS,
-            context_fn=lambda: (Pass(keep_weights), Pass(keep_weights, is_second=True)),
-        )
+    run_twice = partial(
+        checkpoint,
+        **CHECKPOINT_OPTIONS,
+        context_fn=lambda: (Pass(keep_weights), Pass(keep_weights, is_second=True)),
+    )
+    ways = [run_twice] * (len(layers) - kept_layers) + [keep_products] * kept_layers
+    if offload:
+        ways = offload_layers(ways, kept_layers)
+    for layer, way in zip(layers, ways, strict=True):
+        layer._gradient_checkpointing_func = way
 
 
 def keep_products(forward, *inputs):

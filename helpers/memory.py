@@ -83,7 +83,8 @@ class Run:
     checkpointing: bool = True
     # With checkpointing: the last layers that keep their activations all the same.
     kept_layers: int = 0
-    # Checkpoints wait in the host's memory (SFTConfig(activation_offloading=)).
+    # Checkpoints wait in the host's memory (SFTConfig(activation_offloading=)). On the fast path:
+    # activations of every second layer of those that do not keep them.
     offload: bool = False
     accumulation: int = 1
     upcast: bool = False
@@ -125,6 +126,7 @@ class Run:
             optimizer=config.optim,
             checkpointing=config.activation_checkpointing,
             kept_layers=config.kept_layers or 0,
+            offload=config.activation_offloading,
             accumulation=config.grad_acc_steps,
             compute_bytes=precision.compute_dtype(config).itemsize,
             adapter_bytes=precision.adapter_dtype(config).itemsize,
@@ -468,8 +470,40 @@ def held_bytes(model_config, run: Run) -> int:
         return layers * layer + (last_norm if run.fast else 0)
     kept = min(run.kept_layers, layers)
     kept_bytes = kept * kept_layer_bytes(model_config, run)
-    # Offloaded, one checkpoint is in use while the next one travels.
-    return last_norm + kept_bytes + (2 if run.offload else layers - kept) * state
+    checkpoints = layers - kept
+    if run.offload:  # else, one checkpoint is in use while the next one travels
+        checkpoints = checkpoints - len(offloaded_layers(layers, kept)) if run.fast else 2
+    return last_norm + kept_bytes + checkpoints * state
+
+
+def offloaded_layers(layers: int, kept_layers: int) -> range:
+    """Which layers the fast path offloads, of those that do not keep their activations.
+
+    Every second one: a card that is fast for its bus computes two layers while one travels. After
+    each come `offload_lead` others.
+    """
+    return range(0, layers - max(kept_layers + 1, offload_lead(kept_layers)), 2)
+
+
+def offload_lead(kept_layers: int) -> int:
+    """For how many layers activations may travel: three to seven, where that costs nothing.
+
+    With as many layers that keep theirs, and one more, it does not: what those will take is free
+    yet on the way to the host, and free again on the way back.
+    """
+    return min(max(3, kept_layers - 1), 7)
+
+
+def travelling_bytes(model_config, run: Run) -> int:
+    """What is on the GPU of layers whose activations are on their way, at most."""
+    travelling = 1 + offload_lead(run.kept_layers) // 2
+    return run.offload * run.fast * travelling * kept_layer_bytes(model_config, run)
+
+
+def host_bytes(model_config, run: Run) -> int:
+    """What the fast path's offloaded activations take of the host's memory."""
+    count = len(offloaded_layers(model_config.num_hidden_layers, run.kept_layers))
+    return run.offload * run.fast * count * kept_layer_bytes(model_config, run)
 
 
 def loss_bytes(model_config, run: Run) -> int:
@@ -522,7 +556,7 @@ def weights_fit_in_place(model_config, run: Run) -> bool:
     """
     one_layer = linear_parameters(model_config) // model_config.num_hidden_layers
     free = run.kept_layers * kept_layer_bytes(model_config, run)
-    free -= layer_activation_bytes(model_config, run)
+    free -= layer_activation_bytes(model_config, run) + travelling_bytes(model_config, run)
     return run.checkpointing and one_layer * run.compute_bytes <= free
 
 
@@ -583,7 +617,8 @@ def _moments(model_config, run: Run) -> dict[str, dict[str, int]]:
     held, back = held_bytes(model_config, run), backward_bytes(model_config, run)
     # Layers that keep their activations come first; theirs are gone when a checkpoint runs again.
     gone = run.kept_layers * kept_layer_bytes(model_config, run)
-    recomputed = max(0, layer - gone) if run.checkpointing else 0
+    again = layer + travelling_bytes(model_config, run)
+    recomputed = max(0, again - gone) if run.checkpointing else 0
     one_layer = layer + (checkpoint_bytes(model_config, run) if run.checkpointing else 0)
     logits = loss_bytes(model_config, run)
 
@@ -622,19 +657,23 @@ def torch_bytes() -> int:
     return min(share, whole - CONTEXT_BYTES)
 
 
-def plan(model_config, run: Run, card_bytes: int, reserve_bytes: int = GIB) -> Plan:
+def plan(
+    model_config, run: Run, card_bytes: int, reserve_bytes: int = GIB, host_room: int = 0
+) -> Plan:
     """The fastest way to take `run`'s step of `run.batch` rows on a card of `card_bytes`.
 
     Tried: every power of two up to `run.batch` (the rest is accumulated), checkpointing on and off,
-    offloaded checkpoints (on the fast path: any number of kept layers), the run's own optimizer and
-    8-bit AdamW, plain and paged. `reserve_bytes` is kept free for the CUDA context, the desktop
-    and, off the fast path, the allocator's gaps: a margin, not a prediction.
+    offloaded or not (on the fast path with any number of kept layers, if it takes no more than
+    `host_room` bytes there), the run's own optimizer and 8-bit AdamW, plain and paged.
+    `reserve_bytes` is kept free for the CUDA context, the desktop and, off the fast path, the
+    allocator's gaps: a margin, not a prediction.
     """
     room = card_bytes - reserve_bytes
     layers = model_config.num_hidden_layers
     candidates = sorted(_candidates(run, layers), key=partial(relative_cost, layers=layers))
     for candidate in candidates:
-        if _fits(model_config, candidate, room):
+        in_host = host_bytes(model_config, candidate)
+        if in_host <= host_room and _fits(model_config, candidate, room):
             predicted = estimate(model_config, candidate)
             return Plan(True, candidate, predicted, _summary(candidate, predicted, room))
     smallest = min(candidates, key=lambda item: estimate(model_config, item).total)
@@ -653,25 +692,30 @@ def spare_bytes(model_config, run: Run, total: int) -> int:
     return max(MORE_GAPS * widest_weight_bytes(model_config, run), round(SPARE * total))
 
 
-def relative_cost(run: Run, ridge: int = 500, layers: int = 32) -> tuple[float, bool]:
+def relative_cost(run: Run, ridge: int = 500, layers: int = 32) -> tuple[float, bool, bool]:
     """How slow a run is for each token, to rank plans; not a time.
 
     A frozen weight is passed twice, forward and backward, a third time to recompute unless its
-    layer is one of those that keep their activations, and moving
-    checkpoints to the host counts as one more. A pass costs its tokens plus `ridge`, the tokens
+    layer is one of those that keep their activations or, on the fast path, offload them. Moving
+    all checkpoints to the host counts as one more. A pass costs its tokens plus `ridge`, the tokens
     at which the arithmetic takes as long as unpacking the weights: (operations a byte) x 4.5
     bytes / 2 operations, at 160 to 300 operations a byte for cards from a T4 to an H100 (roofline
     model, Williams et al. 2009).
     """
-    passes = 2 + run.checkpointing * (1 - run.kept_layers / layers) + run.offload
-    return passes * (1 + ridge / run.tokens), run.optimizer.startswith("paged")
+    once = run.kept_layers
+    if run.fast and run.offload:
+        once += len(offloaded_layers(layers, run.kept_layers))
+    passes = 2 + run.checkpointing * (1 - once / layers) + (run.offload and not run.fast)
+    paged = run.optimizer.startswith("paged")
+    return passes * (1 + ridge / run.tokens), paged, run.offload
 
 
 def _candidates(run: Run, layers: int) -> list[Run]:
     # checkpointing, kept layers, offload
     ways = [(False, 0, False), (True, 0, False), (True, 0, True)]
-    if run.fast:
+    if run.fast:  # where most layers keep theirs there is little to gain by moving the rest
         ways = [(False, 0, False), *((True, kept, False) for kept in range(layers + 1))]
+        ways += [(True, kept, True) for kept in range(layers // 2)]
     batches = [2**power for power in range(run.batch.bit_length()) if 2**power <= run.batch]
     return [
         dataclasses.replace(
@@ -694,6 +738,8 @@ def _summary(run: Run, predicted: Estimate, room: int) -> str:
     if run.kept_layers:
         checkpoints += f" but for {run.kept_layers} layers"
     offloaded = ", checkpoints offloaded to the host" if run.offload else ""
+    if run.offload and run.fast:
+        offloaded = ", every second of the others offloaded to the host"
     return (
         f"batch {run.batch} x {run.accumulation} accumulated, {checkpoints}{offloaded}, "
         f"{run.optimizer}: {predicted.total / GIB:.1f} GiB of {room / GIB:.1f}"

@@ -15,6 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from datasets import DatasetDict, load_from_disk
 from peft import LoraConfig
@@ -160,8 +161,9 @@ def prepare_tracker(config: Config) -> None:
 def planned(config: Config) -> Config:
     """The Config with the fastest way to take its step that its GPU has room for, which is printed.
 
-    The rows of a step stay the same; how many go at a time, which layers keep their activations and
-    the optimizer are `memory.plan`'s, for the smallest of several GPUs. A Config that is off the
+    The rows of a step stay the same; how many go at a time, which layers keep or offload their
+    activations and the optimizer are `memory.plan`'s, for the smallest of several GPUs and half of
+    the host's free memory. A Config that is off the
     fast path or names KEPT_LAYERS stays as it is. Raises ConfigError when nothing fits: only the
     model's shape was loaded by then.
     """
@@ -171,7 +173,11 @@ def planned(config: Config) -> Config:
     shape, step = models.load_shape(config.model_name), memory.Run.from_config(config)
     if "LOCAL_RANK" in os.environ:  # DDP keeps gradients a second time
         room -= memory.estimate(shape, step).gradients
-    plan = memory.plan(shape, step, room, reserve_bytes=0)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    host_room = checkpoints.least_of_all(
+        psutil.virtual_memory().available // 2 // processes, config.device
+    )
+    plan = memory.plan(shape, step, room, reserve_bytes=0, host_room=host_room)
     if not plan.fits:
         raise ConfigError(
             f"{config.model_name} does not train on the fast path in {room / memory.GIB:.1f} GiB "
@@ -189,6 +195,7 @@ def follow(config: Config, run: memory.Run) -> Config:
         grad_acc_steps=run.accumulation,
         activation_checkpointing=run.checkpointing,
         kept_layers=run.kept_layers,
+        activation_offloading=run.offload,
         optim=run.optimizer,
     )
 
@@ -258,6 +265,7 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
         # trl takes none when it packs
         trainer.data_collator = fixed_collator(config, tokenizer, packed)
         trainer.kept_layers = config.kept_layers or 0
+        trainer.offload = config.activation_offloading
         trainer.keep_weights = memory.weights_fit_in_place(
             model.config, memory.Run.from_config(config)
         )

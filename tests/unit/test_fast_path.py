@@ -143,8 +143,10 @@ def one_step(tmp_path, fast: bool, **changes):
     return loss.item(), {n: p.grad.float().clone() for n, p in named if p.grad is not None}
 
 
-def planned(tmp_path, monkeypatch, gib, **changes):
+def planned(tmp_path, monkeypatch, gib, host_gib=0, **changes):
     """`training.planned` of a Llama 2 7B with `gib` of a GPU; loading a weight is an error."""
+    free = Mock(available=host_gib * memory.GIB)
+    monkeypatch.setattr(training.psutil, "virtual_memory", lambda: free)
     monkeypatch.setattr(fast_path, "is_supported", lambda: True)
     monkeypatch.setattr(memory, "torch_bytes", lambda: round(gib * memory.GIB))
     monkeypatch.setattr(models, "load_model", None)
@@ -170,6 +172,19 @@ def test_the_fast_path_is_planned_to_the_card_and_says_so(tmp_path, monkeypatch,
     assert 0 < small.kept_layers < 32 and small.activation_checkpointing
     assert not large.activation_checkpointing and large.optim == "adamw_torch_fused"
     assert training.planned(small) is small
+
+
+def test_half_of_the_hosts_memory_takes_activations_and_the_plan_says_so(
+    tmp_path, monkeypatch, capsys
+):
+    without, offloaded = (planned(tmp_path, monkeypatch, 8, gib) for gib in (0.5, 12))
+    assert not without.activation_offloading and offloaded.activation_offloading
+    assert "every second of the others offloaded to the host" in capsys.readouterr().out
+    step = memory.Run.from_config(offloaded)
+    assert 4 * memory.GIB < memory.host_bytes(memory.llama2_config("7B"), step) < 6 * memory.GIB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each of two processes has a quarter
+    step = memory.Run.from_config(planned(tmp_path, monkeypatch, 8, 12))
+    assert 0 < memory.host_bytes(memory.llama2_config("7B"), step) < 3 * memory.GIB
 
 
 def test_a_card_that_is_too_small_is_refused_before_the_weights(tmp_path, monkeypatch):
@@ -300,13 +315,21 @@ def test_a_kept_layer_makes_the_inputs_of_its_adapters_again(packed):
 
 
 @on_gpu
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_one_step_is_as_near_to_float32_as_trls_own(tmp_path, checkpointing):
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"activation_checkpointing": False},
+        {"activation_checkpointing": True},
+        {"kept_layers": 6, "activation_offloading": True},
+    ],
+    ids=["none run twice", "all run twice", "offloaded"],
+)
+def test_one_step_is_as_near_to_float32_as_trls_own(tmp_path, way):
     float32 = {"bnb_4bit_compute_dtype": "float32", "bf16": False}
     exact_loss, exact = one_step(tmp_path, fast=False, **float32)
     errors = {}
     for fast in (True, False):
-        loss, found = one_step(tmp_path, fast, activation_checkpointing=checkpointing)
+        loss, found = one_step(tmp_path, fast, **way)
         assert loss == pytest.approx(exact_loss, rel=0.01)
         errors[fast] = np.mean([relative_error(found[name], exact[name]) for name in exact])
     print(f"mean error of the gradients: {errors[True]:.3f}, of trl's own step {errors[False]:.3f}")

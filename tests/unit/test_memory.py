@@ -301,6 +301,31 @@ def test_more_memory_lets_more_rows_go_at_once_or_more_layers_keep_their_activat
         assert plan.estimate.total < cap * memory.GIB - 2**29
 
 
+def test_the_hosts_memory_lets_fewer_layers_run_twice():
+    step = replace(FAST, batch=4, length=1024)
+    plans = [
+        memory.plan(LLAMA, step, 8 * memory.GIB, reserve_bytes=0, host_room=gib * memory.GIB)
+        for gib in (0, 3, 6)
+    ]
+    assert [plan.run.offload for plan in plans] == [False, True, True]
+    costs = [memory.relative_cost(plan.run) for plan in plans]
+    assert costs == sorted(costs, reverse=True) and len({*costs}) == 3
+    for plan, gib in zip(plans, (0, 3, 6), strict=True):
+        assert memory.host_bytes(LLAMA, plan.run) <= gib * memory.GIB
+
+
+def test_offloaded_layers_take_no_memory_but_on_their_way():
+    kept, run = 4, replace(FAST, batch=4, length=1024, kept_layers=4)
+    offloaded = replace(run, offload=True)
+    count, state = len(memory.offloaded_layers(32, kept)), memory.checkpoint_bytes(LLAMA, run)
+    held = [memory.held_bytes(LLAMA, step) for step in (run, offloaded)]
+    assert held[0] - held[1] == count * state > 0
+    one = memory.kept_layer_bytes(LLAMA, run)
+    assert memory.host_bytes(LLAMA, offloaded) == count * one
+    assert memory.travelling_bytes(LLAMA, offloaded) == 2 * one
+    assert memory.travelling_bytes(LLAMA, run) == memory.host_bytes(LLAMA, run) == 0
+
+
 def test_weights_are_kept_where_their_layers_activations_were():
     shape, run = memory.llama2_config("7B"), memory.Run(fast=True, batch=4, length=1024)
     fits = [
