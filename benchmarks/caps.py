@@ -1,6 +1,7 @@
 """Does the planner keep its word? Llama 2's shapes under caps of GPU memory.
 
     python benchmarks/caps.py one 7B --cap 8 --length 1024          plan, train, one JSON line
+    python benchmarks/caps.py one 7B --cap 8 --way card             without the host's memory
     python benchmarks/caps.py one 7B --cap 4 --way forced           train what the plan refuses
     python benchmarks/caps.py group 1                               a group of GROUPS, added to
                                                                     results/caps.json
@@ -27,8 +28,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 RESULTS = PROJECT / "benchmarks" / "results" / "caps.json"
-# (size, GiB, tokens of the longest row, way). Ways: "planned"; "forced" trains, though refused, as
-# little at a time as it can.
+# (size, GiB, tokens of the longest row, way). Ways: "planned"; "card", planned without the host's
+# memory; "forced" trains, though refused, as little at a time as it can.
 GROUPS = (
     tuple(
         ("7B", cap, length, "planned") for cap in (24, 16, 12, 8, 6) for length in (512, 1024, 2048)
@@ -92,7 +93,7 @@ def one(size: str, cap: float, length: int, way: str) -> dict:
             max_steps=STEPS, log_steps=10,
         )  # fmt: skip
         shape, room = memory.llama2_config(size), memory.torch_bytes()
-        if way == "forced":
+        if way != "planned":
             plan = memory.plan(shape, memory.Run.from_config(config), room, reserve_bytes=0)
             found |= {"plan": plan.advice, "fits": plan.fits}
             config = training.follow(config, plan.run)
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("what", help="7B, 13B or 70B; or the number of a group, from 1")
     parser.add_argument("--cap", type=float, default=24.0, help="GiB")
     parser.add_argument("--length", type=int, default=512, help="tokens of the longest row")
-    parser.add_argument("--way", choices=["planned", "forced"], default="planned")
+    parser.add_argument("--way", choices=["planned", "card", "forced"], default="planned")
     options = parser.parse_args()
     if options.command == "one":
         print(json.dumps(one(options.what, options.cap, options.length, options.way)))

@@ -9,7 +9,9 @@ Names: ours, ours_plain (the same batches through trl's own step), article, unsl
 grouped by length), unsloth_packed (its own packing). Speed and memory do not depend on what the
 weights are. Every way gets rows of the same lengths (log-normal, median 300 tokens), rank 64, and a
 process of its own. Unsloth must be installed to be measured; UNSLOTH_PATH may name a folder that
-holds it with its own dependencies.
+holds it with its own dependencies. Its xformers is built for CUDA 12: beside a PyTorch for CUDA 13
+it loads where LD_LIBRARY_PATH leads to libcudart.so.12 (package nvidia-cuda-runtime-cu12), and the
+results say whether it did.
 """
 
 import argparse
@@ -105,7 +107,9 @@ class Clock:
             self.profiler.__exit__(None, None, None)
             events = self.profiler.key_averages()
             self.kernels = sorted(events, key=lambda e: -e.self_device_time_total)
-            self.busy = sum(e.self_device_time_total for e in events) / 1e3
+            # Copies between host and card run beside the rest.
+            busy = [e for e in events if not e.key.startswith(HOST_COPIES)]
+            self.busy = sum(e.self_device_time_total for e in busy) / 1e3
             self.profiled = tokens - self.last if self.padded else tokens / step
 
     def result(self) -> dict:
@@ -128,7 +132,9 @@ class Clock:
 
 
 # What a kernel is for, by its name; the first that is found counts.
+HOST_COPIES = ("Memcpy DtoH", "Memcpy HtoD")
 PARTS = {
+    "copies to and from the host, beside the rest": HOST_COPIES,
     "attention": ("flash",),
     "unpacking 4 bits": ("Dequantize", "rshift"),
     "products": ("nvjet", "gemm", "cutlass", "splitK"),
@@ -262,14 +268,6 @@ def run_loop(folder: Path, options: argparse.Namespace, load, packed: bool = Fal
     return {**clock.result(), "losses": losses}
 
 
-def run_unsloth_packed(folder: Path, options: argparse.Namespace) -> dict:
-    """Unsloth with its own packing; which kernel does its attention is part of the result."""
-    found = run_loop(folder, options, load_unsloth, packed=True)
-    from unsloth.utils.attention_dispatch import select_attention_backend
-
-    return {"attention": select_attention_backend(use_varlen=True), **found}
-
-
 def load_article(folder: Path, options: argparse.Namespace):
     """The article's configuration: float16, q and v alone, everything else upcast to float32."""
     import bitsandbytes as bnb
@@ -326,7 +324,7 @@ WAYS = {
     "ours_plain": lambda folder, options: run_ours(folder, options, fast=False),
     "article": lambda folder, options: run_loop(folder, options, load_article),
     "unsloth": lambda folder, options: run_loop(folder, options, load_unsloth),
-    "unsloth_packed": run_unsloth_packed,
+    "unsloth_packed": lambda folder, options: run_loop(folder, options, load_unsloth, packed=True),
 }
 
 
@@ -383,11 +381,15 @@ def circumstances() -> dict:
     import torch
 
     packages = ["torch", "transformers", "trl", "peft", "bitsandbytes"]
-    packages += ["unsloth"] if "unsloth" in sys.modules else []
+    versions = {name: version(name) for name in packages}
+    if "unsloth" in sys.modules:
+        from unsloth.models._utils import xformers_version  # None where it does not load
+
+        versions |= {"unsloth": version("unsloth"), "xformers": xformers_version}
     return {
         "hardware": torch.cuda.get_device_name(),
         "date": f"{datetime.date.today()}",
-        "versions": {name: version(name) for name in packages},
+        "versions": versions,
     }
 
 

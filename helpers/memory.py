@@ -126,7 +126,7 @@ class Run:
             optimizer=config.optim,
             checkpointing=config.activation_checkpointing,
             kept_layers=config.kept_layers or 0,
-            offload=config.activation_offloading,
+            offload=config.fast_path and config.activation_offloading,
             accumulation=config.grad_acc_steps,
             compute_bytes=precision.compute_dtype(config).itemsize,
             adapter_bytes=precision.adapter_dtype(config).itemsize,
