@@ -131,8 +131,8 @@ class Clock:
         }
 
 
-# What a kernel is for, by its name; the first that is found counts.
 HOST_COPIES = ("Memcpy DtoH", "Memcpy HtoD")
+# What a kernel is for, by its name; the first that is found counts.
 PARTS = {
     "copies to and from the host, beside the rest": HOST_COPIES,
     "attention": ("flash",),

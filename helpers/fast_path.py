@@ -199,7 +199,7 @@ def choose_checkpoints(layers, kept_layers: int, keep_weights: bool, offload: bo
     )
     ways = [run_twice] * (len(layers) - kept_layers) + [keep_products] * kept_layers
     if offload:
-        ways = offload_layers(ways, kept_layers)
+        ways = offload_layers(ways, kept_layers, keep_products)
     for layer, way in zip(layers, ways, strict=True):
         layer._gradient_checkpointing_func = way
 

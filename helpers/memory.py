@@ -470,9 +470,9 @@ def held_bytes(model_config, run: Run) -> int:
         return layers * layer + (last_norm if run.fast else 0)
     kept = min(run.kept_layers, layers)
     kept_bytes = kept * kept_layer_bytes(model_config, run)
-    checkpoints = layers - kept
-    if run.offload:  # else, one checkpoint is in use while the next one travels
-        checkpoints = checkpoints - len(offloaded_layers(layers, kept)) if run.fast else 2
+    checkpoints = layers - kept - offloaded_count(run, layers)
+    if run.offload and not run.fast:
+        checkpoints = 2  # one is in use while the next one travels
     return last_norm + kept_bytes + checkpoints * state
 
 
@@ -483,6 +483,10 @@ def offloaded_layers(layers: int, kept_layers: int) -> range:
     each come `offload_lead` others.
     """
     return range(0, layers - max(kept_layers + 1, offload_lead(kept_layers)), 2)
+
+
+def offloaded_count(run: Run, layers: int) -> int:
+    return len(offloaded_layers(layers, run.kept_layers)) if run.fast and run.offload else 0
 
 
 def offload_lead(kept_layers: int) -> int:
@@ -502,8 +506,8 @@ def travelling_bytes(model_config, run: Run) -> int:
 
 def host_bytes(model_config, run: Run) -> int:
     """What the fast path's offloaded activations take of the host's memory."""
-    count = len(offloaded_layers(model_config.num_hidden_layers, run.kept_layers))
-    return run.offload * run.fast * count * kept_layer_bytes(model_config, run)
+    count = offloaded_count(run, model_config.num_hidden_layers)
+    return count * kept_layer_bytes(model_config, run)
 
 
 def loss_bytes(model_config, run: Run) -> int:
@@ -670,10 +674,13 @@ def plan(
     """
     room = card_bytes - reserve_bytes
     layers = model_config.num_hidden_layers
-    candidates = sorted(_candidates(run, layers), key=partial(relative_cost, layers=layers))
-    for candidate in candidates:
-        in_host = host_bytes(model_config, candidate)
-        if in_host <= host_room and _fits(model_config, candidate, room):
+    candidates = [
+        candidate
+        for candidate in _candidates(run, layers)
+        if host_bytes(model_config, candidate) <= host_room
+    ]
+    for candidate in sorted(candidates, key=partial(relative_cost, layers=layers)):
+        if _fits(model_config, candidate, room):
             predicted = estimate(model_config, candidate)
             return Plan(True, candidate, predicted, _summary(candidate, predicted, room))
     smallest = min(candidates, key=lambda item: estimate(model_config, item).total)
@@ -702,9 +709,7 @@ def relative_cost(run: Run, ridge: int = 500, layers: int = 32) -> tuple[float, 
     bytes / 2 operations, at 160 to 300 operations a byte for cards from a T4 to an H100 (roofline
     model, Williams et al. 2009).
     """
-    once = run.kept_layers
-    if run.fast and run.offload:
-        once += len(offloaded_layers(layers, run.kept_layers))
+    once = run.kept_layers + offloaded_count(run, layers)
     passes = 2 + run.checkpointing * (1 - once / layers) + (run.offload and not run.fast)
     paged = run.optimizer.startswith("paged")
     return passes * (1 + ridge / run.tokens), paged, run.offload
@@ -737,9 +742,8 @@ def _summary(run: Run, predicted: Estimate, room: int) -> str:
     checkpoints = "with checkpointing" if run.checkpointing else "without checkpointing"
     if run.kept_layers:
         checkpoints += f" but for {run.kept_layers} layers"
-    offloaded = ", checkpoints offloaded to the host" if run.offload else ""
-    if run.offload and run.fast:
-        offloaded = ", every second of the others offloaded to the host"
+    moved = "every second of the others" if run.fast else "checkpoints"
+    offloaded = f", {moved} offloaded to the host" if run.offload else ""
     return (
         f"batch {run.batch} x {run.accumulation} accumulated, {checkpoints}{offloaded}, "
         f"{run.optimizer}: {predicted.total / GIB:.1f} GiB of {room / GIB:.1f}"

@@ -4,28 +4,29 @@ They travel while other layers compute, so the step need not wait, and their lay
 Everything is enqueued in order, without a look at what has arrived: a CUDA graph can record it.
 """
 
+from functools import partial
+
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from helpers import memory
-from helpers.kernels import Pass
 
 
 class Offloaded:
-    """Runs a layer's forward pass; what that saves goes to the host, and returns when told to.
+    """`run`, of a layer's forward pass; what that saves goes to the host, and returns when told to.
 
     `stream` is the one that copies. Buffers in the host's memory are made in the first pass and
     used again, so all passes must be of one shape.
     """
 
-    def __init__(self, stream: torch.cuda.Stream):
-        self.stream, self.buffers = stream, []
+    def __init__(self, run, stream: torch.cuda.Stream):
+        self.run, self.stream, self.buffers = run, stream, []
 
     def __call__(self, forward, hidden_states, *inputs):
         self.leaving, self.places, self.views = [], {}, []
         self.smallest = hidden_states.nbytes  # adapters and sums are not worth a copy
-        with Pass(remakes_inputs=True), saved_tensors_hooks(self.send, self.take):
-            output = forward(hidden_states, *inputs)
+        with saved_tensors_hooks(self.send, self.take):
+            output = self.run(forward, hidden_states, *inputs)
         self.has_left = self.stream.record_event()
         return output
 
@@ -75,29 +76,24 @@ class Offloaded:
                 target.copy_(source, non_blocking=True)
 
 
-def offload_layers(ways: list, kept_layers: int) -> list:
-    """`ways` to run each layer, with those in place that offload.
+def offload_layers(ways: list, kept_layers: int, keep) -> list:
+    """`ways` to run each layer, where some now offload what the way `keep` keeps.
 
     A copy has the time of `offload_lead` layers: the originals go when so many more have run, and
     copies are asked for as many layers before they are needed.
     """
     stream, lead = torch.cuda.Stream(), memory.offload_lead(kept_layers)
-    offloaded = {
-        index: Offloaded(stream) for index in memory.offloaded_layers(len(ways), kept_layers)
-    }
+    places = memory.offloaded_layers(len(ways), kept_layers)
+    offloaded = {index: Offloaded(keep, stream) for index in places}
     ways = [offloaded.get(index, way) for index, way in enumerate(ways)]
     for index, layer in offloaded.items():
-        ways[index + lead] = telling(layer, ways[index + lead])
+        ways[index + lead] = partial(run_and_tell, layer, ways[index + lead])
     return ways
 
 
-def telling(layer: Offloaded, run):
+def run_and_tell(layer: Offloaded, run, forward, *inputs):
     """`run`, of a later layer, which tells an offloaded one when to leave and to come back."""
-
-    def run_and_tell(forward, *inputs):
-        output = run(forward, *inputs)
-        layer.leave()
-        output.register_hook(layer.come_back)
-        return output
-
-    return run_and_tell
+    output = run(forward, *inputs)
+    layer.leave()
+    output.register_hook(layer.come_back)
+    return output

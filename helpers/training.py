@@ -163,9 +163,8 @@ def planned(config: Config) -> Config:
 
     The rows of a step stay the same; how many go at a time, which layers keep or offload their
     activations and the optimizer are `memory.plan`'s, for the smallest of several GPUs and half of
-    the host's free memory. A Config that is off the
-    fast path or names KEPT_LAYERS stays as it is. Raises ConfigError when nothing fits: only the
-    model's shape was loaded by then.
+    the host's free memory. A Config that is off the fast path or names KEPT_LAYERS stays as it is.
+    Raises ConfigError when nothing fits: only the model's shape was loaded by then.
     """
     if config.kept_layers is not None or not uses_fast_path(config):
         return config

@@ -318,6 +318,15 @@ def test_the_hosts_memory_lets_fewer_layers_run_twice():
         assert memory.host_bytes(LLAMA, plan.run) <= gib * memory.GIB
 
 
+def test_a_refused_plan_takes_no_more_of_the_host_than_there_is():
+    """Of 70B's plans the smallest offloads."""
+    refused = [
+        memory.plan(memory.llama2_config("70B"), FAST, 30 * memory.GIB, host_room=gib * memory.GIB)
+        for gib in (0, 100)
+    ]
+    assert [(plan.fits, plan.run.offload) for plan in refused] == [(False, False), (False, True)]
+
+
 def test_offloaded_layers_take_no_memory_but_on_their_way():
     kept, run = 4, replace(FAST, batch=4, length=1024, kept_layers=4)
     offloaded = replace(run, offload=True)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from helpers import fast_path, memory
-from helpers.offloading import Offloaded
+from helpers.offloading import Offloaded, run_and_tell
 
 LAYERS = 12
 make_copy = torch.Tensor.copy_
@@ -99,9 +99,8 @@ def offloaded_in(layers) -> dict[int, Offloaded]:
     """By place, also where a layer tells another one besides."""
     ways = [layer._gradient_checkpointing_func for layer in layers]
     for index, way in enumerate(ways):
-        while not isinstance(way, Offloaded) and getattr(way, "__closure__", None):
-            way = dict(zip(way.__code__.co_freevars, way.__closure__, strict=True))["run"]
-            way = way.cell_contents
+        while isinstance(way, partial) and way.func is run_and_tell:
+            _, way = way.args
         ways[index] = way
     return {index: way for index, way in enumerate(ways) if isinstance(way, Offloaded)}
 
@@ -120,7 +119,7 @@ def test_what_the_plan_counts_is_what_moves_and_nothing_stays(late, kept_layers)
         assert layer.leaving == [] and set(layer.back) == {None}
 
 
-def test_a_layer_has_time_to_travel_and_no_more_of_them_do_than_counted():
+def test_an_offloaded_layer_has_layers_after_it_to_travel_through():
     for kept_layers in range(33):
         lead = memory.offload_lead(kept_layers)
         places = memory.offloaded_layers(32, kept_layers)
