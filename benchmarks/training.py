@@ -159,10 +159,10 @@ def by_part(kernels: list) -> dict[str, float]:
 
 def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
     """This project's own trainer, as notebook 04 builds it."""
+    from helpers import models, training  # isort: skip  (says how memory grows, before it is asked)
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    from helpers import models, training
     from helpers.config import Config
 
     with tempfile.TemporaryDirectory() as run_dir:
