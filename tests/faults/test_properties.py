@@ -76,7 +76,8 @@ def test_nothing_can_be_hidden_in_what_parse_accepts(user, noise, place):
 # -- HTML to Markdown: no word is lost, code comes back to the letter.
 
 TAGS = (
-    "p div b strong i em code kbd tt pre br hr ul ol li blockquote h1 h3 a img table tr td span dl"
+    "p div b strong i em code kbd tt pre br hr ul ol li blockquote h1 h3 a img table tr td span dl "
+    "del s sup sub th caption"
 ).split()
 tags = st.sampled_from([f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")])
 words = st.sampled_from("apple bridge candle desert engine forest".split())

@@ -30,6 +30,118 @@ def test_html_becomes_markdown(html, markdown):
     assert html_to_markdown(html) == markdown
 
 
+ITEMS = "".join(f"<li>x{number}</li>" for number in range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("html", "markdown"),
+    [
+        (f"<ol>{ITEMS}</ol>", "\n".join(f"{number}. x{number}" for number in range(1, 13))),
+        ('<ol class="a" start="5"><li>x</li><li>y</li></ol>', "5. x\n6. y"),
+        ('<ol start="0"><li>x</li></ol>', "0. x"),
+        ('<ol start="-1"><li>x</li><li>y</li></ol>', "-1. x\n0. y"),
+        ('<ol start="first"><li>x</li></ol>', "1. x"),
+        ("<ol reversed><li>x</li><li>y<ul><li>z</li></ul></li></ol>", "2. x\n1. y\n   - z"),
+        ('<ol reversed start="9"><li>x</li><li>y</li></ol>', "9. x\n8. y"),
+        ('<ol><li>x</li><li value="7">y</li><li>z</li></ol>', "1. x\n7. y\n8. z"),
+        (
+            '<ol start="9"><li>x</li><li><p>y</p><p>more</p><ol><li>z</li></ol></li></ol>',
+            "9. x\n10. y\n\n    more\n    1. z",
+        ),
+        (
+            '<ol start="10"><li>do<pre>f()</pre><p>then</p></li><li>y</li></ol>',
+            "10. do\n\n```\nf()\n```\n\n    then\n11. y",
+        ),
+        ("<ol><li>x</li></ol><ol><li>y</li></ol>", "1. x\n\n1. y"),
+    ],
+)
+def test_the_numbers_of_a_list_are_those_that_a_browser_shows(html, markdown):
+    assert html_to_markdown(html) == markdown
+
+
+@pytest.mark.parametrize(
+    ("html", "markdown"),
+    [
+        (
+            "<p>So:</p><table><thead><tr><th>Name</th><th>Age</th></tr></thead>"
+            "<tbody><tr><td>Ann</td><td>31</td></tr></tbody></table><p>end</p>",
+            "So:\n\n| Name | Age |\n| --- | --- |\n| Ann | 31 |\n\nend",
+        ),
+        (
+            "<table><caption>Who</caption><tr><td></td><th>Age</th></tr>"
+            "<tr><th>Ann</th><td>31</td></tr></table>",
+            "Who\n\n|  | Age |\n| --- | --- |\n| Ann | 31 |",
+        ),
+        # No row is called a header that was none; row headers are not one.
+        ("<table><tr><th>Ann<td>31</table>", "|  |  |\n| --- | --- |\n| Ann | 31 |"),
+        (
+            "<table><tr><td>a|b<br>c</td><td><code>x | y</code><p>d</p><p>e</p></td></tr></table>",
+            "|  |  |\n| --- | --- |\n| a\\|b<br>c | `x \\| y`<br>d<br>e |",
+        ),
+        (
+            "<table><tr><th colspan=2>a<th>b<tr><td rowspan=2>c<td>d<td>e<tr><td>f<td>g</table>",
+            "| a |  | b |\n| --- | --- | --- |\n| c | d | e |\n|  | f | g |",
+        ),
+        ("<ul><li>x<table><tr><th>a</table></li></ul>", "- x\n\n  | a |\n  | --- |"),
+        # What holds more than lines of text is no table in Markdown: its cells are paragraphs.
+        (
+            "<table><tr><td>1</td><td><pre>f()</pre></td></tr><tr><td>a<td>b</table>",
+            "1\n\n```\nf()\n```\n\na\n\nb",
+        ),
+        (
+            "<table><tr><td>out<td><table><tr><th>a<th>b<tr><td>c<td>d</table><td>z</table>",
+            "out\n\n| a | b |\n| --- | --- |\n| c | d |\n\nz",
+        ),
+    ],
+)
+def test_cells_of_a_table_stay_apart(html, markdown):
+    assert html_to_markdown(html) == markdown
+
+
+@pytest.mark.parametrize(
+    ("html", "markdown"),
+    [
+        ("10<sup>3</sup> and 2<sup>32</sup>, 10<sup>-9</sup>", "10^3 and 2^32, 10^-9"),
+        ("H<sub>2</sub>O, x<sup>n+1</sup>, x<sub>max</sub>", "H_2O, x^(n+1), x_(max)"),
+        ("<code>x<sup>2</sup></code>, x<sup><code>k</code></sup>", "`x^2`, x^(`k`)"),
+        ("<pre>x<sup>2</sup> + y<sub>i</sub></pre>", "```\nx^2 + y_i\n```"),
+        ("<p><sup>1</sup> A note.</p><sub>Small print.</sub>", "1 A note.\n\nSmall print."),
+        ("<p>y <sub>small</sub>, <sup></sup>x</p>", "y small, x"),
+    ],
+)
+def test_a_raised_or_lowered_text_is_told_from_its_base(html, markdown):
+    assert html_to_markdown(html) == markdown
+
+
+@pytest.mark.parametrize(
+    ("html", "markdown"),
+    [
+        ("<p>Use <del>a</del> b, <s>c</s> <strike>d </strike>e</p>", "Use ~~a~~ b, ~~c~~ ~~d~~ e"),
+        ("<del><p>a</p><p>b<br>c</p></del><p>d</p>", "~~a~~\n\n~~b~~  \n~~c~~\n\nd"),
+        ("<p><b>a<strong>b</strong></b> <b><i>c</i></b> <b> </b></p>", "**ab** ***c***"),
+        ("<b>a<br></b>b", "**a**  \nb"),
+        ("<pre>a<br>b</pre>", "```\na\nb\n```"),
+        ("<p><code>a<br>b</code></p>", "`a`  \n`b`"),
+        ("<h2>a<br>b</h2>", "## a b"),
+        (
+            "<article>a</article><article>b</article><details><summary>c</summary>d",
+            "a\n\nb\n\nc\n\nd",
+        ),
+        ("<dl><dt>a</dt><dd>b</dd></dl>", "a\n\nb"),
+        ("<p>a</p><script>x = '<pre><b>'</script><style>p > b {}</style><p>b</p>", "a\n\nb"),
+        ("<p>a</p><iframe><pre></iframe><p>b</p>", "a\n\nb"),
+    ],
+)
+def test_what_is_struck_out_broken_or_a_script_does_not_read_as_something_else(html, markdown):
+    assert html_to_markdown(html) == markdown
+
+
+def test_a_hostile_table_stays_small():
+    wide = "<table>" + "<tr><td colspan=1000 rowspan=60000>x</td></tr>" * 500 + "</table>"
+    assert len(html_to_markdown(wide)) < 2_000_000
+    assert len(html_to_markdown("<table><tr>" + "<td>x" * 3000 + "<tr><td>y" * 3000)) < 100_000
+
+
 def test_a_fence_inside_of_a_list_is_found_again():
     html = "<ol><li>first<pre><code>def f():\n    return 1\n</code></pre></li><li>second</li></ol>"
     kinds = []
