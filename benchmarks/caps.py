@@ -151,7 +151,7 @@ def side_by_side(cases: tuple) -> Iterator[dict]:
                 size, cap, length, way = map(str, case)
                 command = [sys.executable, __file__, "one", size, "--cap", cap]
                 command += ["--length", length, "--way", way]
-                running[case] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+                running[case] = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
         ended = [case for case, process in running.items() if process.poll() is not None]
         for case in ended:
             process = running.pop(case)
@@ -176,11 +176,11 @@ def main() -> None:
     from benchmarks.training import circumstances
 
     facts = {"what": f"Llama 2's shapes, planned for a cap, {STEPS} steps", **circumstances()}
-    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows = json.loads(RESULTS.read_text("utf-8"))["rows"] if RESULTS.exists() else []
     for row in side_by_side(GROUPS[int(options.what) - 1]):
         print(json.dumps(row), flush=True)
         rows.append(row)
-        RESULTS.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

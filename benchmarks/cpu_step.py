@@ -62,7 +62,7 @@ def main(run_dir: str) -> None:
         "ratios": [ours / trl for ours, trl in zip(speeds["ours"], speeds["trl"], strict=True)],
     }
     print(json.dumps(result, indent=1))
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

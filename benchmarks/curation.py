@@ -285,8 +285,8 @@ class Watch(threading.Thread):
             rss = pss = 0
             for pid in tree(self.pid):
                 try:
-                    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                    text = Path(f"/proc/{pid}/smaps_rollup").read_text("utf-8")
+                    times = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
                 except (OSError, ProcessLookupError):
                     continue
                 self.ticks[pid] = int(times[11]) + int(times[12])
@@ -304,7 +304,9 @@ def tree(pid: int) -> list[int]:
     for task in Path(f"/proc/{pid}/task").glob("*"):
         try:
             pids += [
-                p for child in (task / "children").read_text().split() for p in tree(int(child))
+                p
+                for child in (task / "children").read_text("utf-8").split()
+                for p in tree(int(child))
             ]
         except OSError:
             continue
@@ -319,7 +321,7 @@ def kilobytes(text: str, label: str) -> int:
 def measure(arguments: list[str]) -> dict:
     """Run this script in a process of its own; what it printed, its time and peak memory."""
     started, command = time.perf_counter(), [sys.executable, __file__, *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
     watch = Watch(process.pid)
     watch.start()
     output = process.communicate()[0]
@@ -366,7 +368,7 @@ def measure_all(folder: Path, shares: list[float]) -> None:
         "load_average": os.getloadavg(),
         **summary(runs),
     }
-    RESULTS.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(facts, indent=1))
 
 
@@ -393,7 +395,7 @@ def ratio_of_medians(first: list[dict], second: list[dict], name: str) -> float:
 
 
 def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 

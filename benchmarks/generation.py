@@ -151,7 +151,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.folder:
         facts = on_gpu(options.folder, options.prompts, options.tokens, options.turns)
-        RESULTS.with_name("generation_gpu.json").write_text(json.dumps(facts, indent=1) + "\n")
+        RESULTS.with_name("generation_gpu.json").write_text(
+            json.dumps(facts, indent=1) + "\n", encoding="utf-8"
+        )
         return
     from helpers import evaluation
     from helpers.pipeline import environment
@@ -173,7 +175,7 @@ def main() -> None:
         "tokens": options.tokens,
     }
     facts |= {"runs": runs}
-    RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(facts, indent=1))
 
 

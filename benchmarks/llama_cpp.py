@@ -89,9 +89,9 @@ def main() -> None:
     found = check(config, options.type, options.server, options.tokens)
     with urllib.request.urlopen(f"{options.server}/props") as answer:
         build = options.build or json.load(answer)["build_info"]
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     results[options.type] = {**environment(), "llama_cpp": build, **found}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(results[options.type], indent=1))
 
 

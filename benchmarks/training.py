@@ -341,7 +341,7 @@ def run(folder: Path, name: str, options: argparse.Namespace) -> None:
 
 def compare(folder: Path, ways: list[str], options: argparse.Namespace) -> None:
     """Each way in turn, `turns` times. A way is NAME:ROWSxLENGTH, with + for no checkpointing."""
-    facts = json.loads(options.output.read_text()) if options.output.exists() else {}
+    facts = json.loads(options.output.read_text("utf-8")) if options.output.exists() else {}
     facts["what"] = "A QLoRA training step at Llama 2 7B's shape, random weights, rank 64"
     runs = [run for run in facts.get("runs", []) if run["way"] not in ways]
     for way in ways * options.turns:
@@ -355,14 +355,14 @@ def compare(folder: Path, ways: list[str], options: argparse.Namespace) -> None:
         environment = dict(os.environ)
         if name.startswith("unsloth") and "UNSLOTH_PATH" in environment:
             environment["PYTHONPATH"] = environment["UNSLOTH_PATH"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
         if done.returncode:
             print(done.stderr[-2000:], flush=True)
             continue
         runs.append({"way": way, **json.loads(done.stdout.splitlines()[-1])})
         print({k: v for k, v in runs[-1].items() if k != "losses"}, flush=True)
         facts |= {"medians": medians(runs), "runs": runs}
-        options.output.write_text(json.dumps(facts, indent=1) + "\n")
+        options.output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def medians(runs: list[dict]) -> dict[str, dict]:

@@ -95,7 +95,7 @@ def main() -> None:
         **environment(),
         **train(settings(options.run_dir, options.steps)),
     }
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({name: value for name, value in result.items() if name != "losses"}, indent=1))
 
 

@@ -111,7 +111,7 @@ def work(model: Path, run_dir: Path, cap: float, forced: bool, settings: dict) -
     except Exception as error:  # what kept it from training is the result
         said = f"{type(error).__name__}: {error}".replace(str(model), model.name)
         return {**found, "refused": said[:600]}
-    log = json.loads((config.adapter_dir / integrity.TRAINING_LOG).read_text())
+    log = json.loads((config.adapter_dir / integrity.TRAINING_LOG).read_text("utf-8"))
     losses = [round(float(e["loss"]), 4) for e in log["history"] if "loss" in e]
     return {
         **found,
@@ -182,7 +182,7 @@ def measure(folder: Path, name: str) -> dict:
         command += ["-m", *launcher]
     command += [__file__, str(folder), name, "--work"]
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, encoding="utf-8", timeout=400)
     found = {"case": name, **circumstances(), "settings": settings, "cap_gib": cap}
     found["seconds"] = round(time.perf_counter() - start)
     if not settings.get("fast_path", True):  # else what it said counts: it chose a plan
@@ -235,7 +235,9 @@ def main() -> None:
         found = work(options.folder / size, options.folder / "run", cap, forced, settings)
         print(f"\n{MARK}{json.dumps(found)}", flush=True)
         sys.exit("refused" in found)  # the other process must not wait for this one
-    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and options.cases else []
+    rows = (
+        json.loads(RESULTS.read_text("utf-8"))["rows"] if RESULTS.exists() and options.cases else []
+    )
     for name in options.cases or CASES:
         row = measure(options.folder, name)
         print(json.dumps(row), flush=True)
@@ -243,7 +245,7 @@ def main() -> None:
         rows.sort(key=lambda row: list(CASES).index(row["case"]))
         what = "Llama 2's shapes on one GPU and on two of its kind"
         facts = {"what": what, "table": table(rows), "rows": rows}
-        RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from helpers.config import LINKED_LIST_PROMPT, PROFILES, Config, ConfigError
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 on success, else with a sentence on stderr: 1, or 128 + a signal."""
     options = _parser().parse_args(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # not each terminal has each character
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         options.command(options)

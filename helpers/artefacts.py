@@ -137,7 +137,7 @@ def alone(folder: Path, what: str) -> Iterator[None]:
     try:
         started = datetime.datetime.fromtimestamp(psutil.Process().create_time())
         record = {"pid": os.getpid(), "started": started.isoformat(" ", "seconds")}
-        owner.write_text(json.dumps(record))
+        owner.write_text(json.dumps(record), encoding="utf-8")
         yield
     finally:
         lock.release()
@@ -145,7 +145,7 @@ def alone(folder: Path, what: str) -> Iterator[None]:
 
 def _who(owner: Path) -> str:
     try:
-        record = json.loads(owner.read_text())
+        record = json.loads(owner.read_text("utf-8"))
     except (OSError, ValueError):  # it is just starting or just ending
         return "another process"
     return f"process {record['pid']}, which started at {record['started']}"
@@ -153,4 +153,6 @@ def _who(owner: Path) -> str:
 
 def public_name(name: str) -> str:
     """A path's last part, a Hub id as it is: no card tells where a disk keeps its files."""
-    return Path(name).name if Path(name).expanduser().is_absolute() else name
+    shown = Path(name).name if Path(name).expanduser().is_absolute() else name
+    # Where the locale is ASCII, Python keeps each other byte of a file's name as half a character.
+    return shown.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -164,7 +164,7 @@ def what_is_wrong(checkpoint: Path) -> str | None:
 
 def is_finished(checkpoint: Path) -> bool:
     """Whether the run that wrote it had come to its last step, or had stopped early, by then."""
-    state = json.loads((checkpoint / STATE).read_text())
+    state = json.loads((checkpoint / STATE).read_text("utf-8"))
     return state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
 
 

@@ -47,7 +47,7 @@ def set_up_source(repository: str = UNNAMED) -> str:
 
 def missing_requirements() -> list[str]:
     """Pinned lines of requirements.txt for what is not installed here in any version."""
-    lines = (PROJECT / "requirements.txt").read_text().splitlines()
+    lines = (PROJECT / "requirements.txt").read_text("utf-8").splitlines()
     pins = [line.partition("#")[0].strip() for line in lines]
     names = {pin: pin.partition("==")[0] for pin in pins if pin}
     return [pin for pin, name in names.items() if name not in NOT_NEEDED and not _installed(name)]
@@ -75,7 +75,7 @@ def install() -> None:
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         kept = [f"{name}=={_installed(name)}\n" for name in KEPT if _installed(name)]
-        constraints.write_text("".join(kept))
+        constraints.write_text("".join(kept), encoding="utf-8")
         subprocess.run(
             [*pip, "install", "--quiet", "--constraint", str(constraints), *missing], check=True
         )

@@ -698,7 +698,7 @@ def _write_dataset(
         shutil.copy(folder / QUARANTINE, draft)
     seal(draft)
     report.seconds["write"] = time.perf_counter() - started
-    (draft / "README.md").write_text(dataset_card(config, report, partitions))
+    (draft / "README.md").write_text(dataset_card(config, report, partitions), encoding="utf-8")
 
 
 def verify_dataset(dataset, tokenizer) -> list[tuple[int, list[str]]]:

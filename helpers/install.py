@@ -58,7 +58,7 @@ def fingerprint() -> str:
 
 def is_installed() -> bool:
     """Whether `.venv` holds what the files ask for now."""
-    return DONE_MARK.exists() and DONE_MARK.read_text() == fingerprint()
+    return DONE_MARK.exists() and DONE_MARK.read_text("utf-8") == fingerprint()
 
 
 def pip(*arguments: str) -> None:
@@ -80,7 +80,7 @@ def install() -> None:
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
         pip(*REQUIREMENTS)
         pip("--no-deps", "--editable", ".")
-        DONE_MARK.write_text(fingerprint())
+        DONE_MARK.write_text(fingerprint(), encoding="utf-8")
     subprocess.run([str(VENV_PYTHON), "-m", "helpers", "fetch-model"], cwd=PROJECT, check=True)
 
 

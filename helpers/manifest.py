@@ -52,7 +52,7 @@ def verify(run_dir: Path) -> int:
     path = run_dir / NAME
     if not path.exists():
         raise ManifestError(f"{path} is missing: `python -m helpers run` writes it")
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text("utf-8"))
     found = {
         "artefacts": files(run_dir, ARTEFACTS),
         "code": code(),
@@ -130,7 +130,7 @@ def base_model(name: str) -> dict[str, str]:
 
 def requirements() -> list[str]:
     """The packages that requirements.txt names."""
-    lines = (PROJECT_DIR / "requirements.txt").read_text().splitlines()
+    lines = (PROJECT_DIR / "requirements.txt").read_text("utf-8").splitlines()
     return [found[0] for line in lines if (found := re.match(r"[\w.-]+(?===)", line))]
 
 

@@ -647,7 +647,7 @@ def measured_steps(path: Path = MEASURED_STEPS) -> dict[str, tuple[Run, int]]:
 
     The file also says on what hardware, when, and with which versions.
     """
-    rows = json.loads(path.read_text())["rows"]
+    rows = json.loads(path.read_text("utf-8"))["rows"]
     return {row["name"]: (Run(**row["run"]), row["measured_bytes"]) for row in rows}
 
 
@@ -791,7 +791,9 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     if PROCESS_STATUS.exists():
         # "VmHWM:   123456 kB": the high-water mark of resident memory, proc(5)
-        (peak,) = [w[6:] for w in PROCESS_STATUS.read_text().splitlines() if w[:6] == "VmHWM:"]
+        (peak,) = [
+            w[6:] for w in PROCESS_STATUS.read_text("utf-8").splitlines() if w[:6] == "VmHWM:"
+        ]
         return int(peak.split()[0]) * 1024
     return _peak_of_process()
 
@@ -805,7 +807,7 @@ def reset_peak_memory() -> bool:
         torch.cuda.reset_peak_memory_stats()
         return True
     try:
-        CLEAR_REFS.write_text("5")
+        CLEAR_REFS.write_text("5", encoding="utf-8")
     except OSError:
         return False
     return True

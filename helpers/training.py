@@ -572,7 +572,9 @@ def _write_adapter(trainer: SFTTrainer, tokenizer, config: Config, weights: dict
         tokenizer.save_pretrained(draft)
         log = {"history": trainer.state.log_history, "steps": step_log(trainer)}
         log |= {"dataset": integrity.dataset_fingerprint(config), "recipe": config.recipe}
-        (draft / integrity.TRAINING_LOG).write_text(json.dumps(log, indent=1, default=float))
+        (draft / integrity.TRAINING_LOG).write_text(
+            json.dumps(log, indent=1, default=float), encoding="utf-8"
+        )
         integrity.seal(draft)
     shutil.rmtree(config.checkpoints_dir, ignore_errors=True)
 

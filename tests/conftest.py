@@ -89,7 +89,7 @@ def watch_the_network(folder):
         patch.setenv("OUTSIDE_CALLS", str(log))
         # Offline mode would hide a call that a reader's run makes.
         patch.delenv("HF_HUB_OFFLINE")
-        yield lambda: log.read_text().splitlines() if log.exists() else []
+        yield lambda: log.read_text("utf-8").splitlines() if log.exists() else []
 
 
 @pytest.fixture

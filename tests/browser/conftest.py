@@ -109,7 +109,7 @@ def server(tmp_path_factory):
     for name, settings in SETTINGS.items():
         path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings))
+        path.write_text(json.dumps(settings), encoding="utf-8")
     token = secrets.token_hex(16)
     options = {
         "ServerApp.ip": "127.0.0.1",
@@ -129,7 +129,7 @@ def server(tmp_path_factory):
         "PYTHONPATH": str(PROJECT_DIR),
         **{k: str(v) for k, v in places.items()},
     }
-    with open(home / "log", "w") as log:
+    with open(home / "log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         yield _address(home, process), token, folder
@@ -143,9 +143,9 @@ def _address(home: Path, process, patience: float = 60) -> str:
     end = time.monotonic() + patience
     while time.monotonic() < end and process.poll() is None:
         for path in home.glob("jpserver-*.json"):
-            return json.loads(path.read_text())["url"]
+            return json.loads(path.read_text("utf-8"))["url"]
         time.sleep(0.2)
-    pytest.fail(f"JupyterLab did not start: {(home / 'log').read_text()[-2000:]}")
+    pytest.fail(f"JupyterLab did not start: {(home / 'log').read_text('utf-8')[-2000:]}")
 
 
 @pytest.fixture(scope="session")

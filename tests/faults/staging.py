@@ -72,7 +72,7 @@ def _write_below(folder: str, event: str, given) -> str | None:
 def first_of_each(log: Path) -> dict[str, int]:
     """The number of the first write of each name in a log, by name."""
     found = {}
-    for number, name in enumerate(log.read_text().splitlines(), 1):
+    for number, name in enumerate(log.read_text("utf-8").splitlines(), 1):
         found.setdefault(name, number)
     return found
 

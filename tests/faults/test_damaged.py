@@ -114,7 +114,7 @@ def test_a_base_that_was_moved_is_the_same_base(config, tmp_path):
 def test_an_adapter_of_another_tokenizer_is_refused(config, tmp_path):
     other = shutil.copytree(config.model_name, tmp_path / Path(config.model_name).name)
     path = other / "tokenizer.json"
-    path.write_text(exchange_two_tokens(path.read_text()))
+    path.write_text(exchange_two_tokens(path.read_text("utf-8")), encoding="utf-8")
     before, after = map(models.load_tokenizer, (config.model_name, str(other)))
     assert before("in the end")["input_ids"] != after("in the end")["input_ids"]
     config = dataclasses.replace(config, model_name=str(other))
@@ -153,7 +153,7 @@ def test_an_adapter_from_elsewhere_has_no_seal_and_loads(config):
     with warnings.catch_warnings():
         warnings.simplefilter("error", ArtefactWarning)
         merging.load_tuned(config)
-    (config.adapter_dir / "adapter_config.json").write_text('{"r": 4,')
+    (config.adapter_dir / "adapter_config.json").write_text('{"r": 4,', encoding="utf-8")
     refuses(config, merging.load_tuned, "adapter_config.json cannot be read .* run notebook 04")
 
 
@@ -254,7 +254,7 @@ def test_a_damaged_dataset_is_not_uploaded(config):
 
 def test_what_a_library_leaves_beside_the_dataset_is_no_damage(config):
     (config.dataset_dir / "train" / "cache-0.arrow").write_bytes(b"x")
-    (config.dataset_dir / "README.md").write_text("a card of one's own")
+    (config.dataset_dir / "README.md").write_text("a card of one's own", encoding="utf-8")
     assert len(load_dataset(config)["prompt"]) == 16
 
 
@@ -279,7 +279,9 @@ def test_damaged_metrics_are_named_and_the_others_stay(config, data, words):
     (config.metrics_dir / "04.json").write_bytes(data)
     refuses(config, integrity.read_metrics, words)
     refuses(config, hub.model_card, words)
-    assert json.loads((config.metrics_dir / "05.json").read_text()) == {"eval_loss_merged": 1.6}
+    assert json.loads((config.metrics_dir / "05.json").read_text("utf-8")) == {
+        "eval_loss_merged": 1.6
+    }
 
 
 # -- The base model.

@@ -69,13 +69,13 @@ def test_bad_lines_are_put_aside_with_number_and_reason_and_no_good_one_is_lost(
         report, kept, config = curated(path, tmp_path)
     assert_nothing_good_is_lost(kept)
     assert report.quarantined == report.metrics()["quarantined_lines"] == len(BAD)
-    listed = (config.dataset_dir / sources.QUARANTINE).read_text().splitlines()
+    listed = (config.dataset_dir / sources.QUARANTINE).read_text("utf-8").splitlines()
     found = {entry["line"]: entry for entry in map(json.loads, listed)}
     assert list(found) == list(places)
     for number, reason in places.items():
         assert found[number]["reason"].startswith(reason)
         assert 0 < len(found[number]["content"]) <= 200
-    card = (config.dataset_dir / "README.md").read_text()
+    card = (config.dataset_dir / "README.md").read_text("utf-8")
     assert "no rows and are left out: 10." in card
 
 
@@ -111,7 +111,7 @@ def test_a_benchmark_is_read_strictly_since_a_lost_line_would_hide_a_leak(tmp_pa
 def test_a_csv_row_that_cannot_be_read_names_its_line(tmp_path, cell):
     path = tmp_path / "own.csv"
     good = "".join(f'"{row["prompt"]}","{row["answer"]}"\n' for row in OWN_ROWS)
-    path.write_text(f"prompt,answer\n{good}{cell}\n")
+    path.write_text(f"prompt,answer\n{good}{cell}\n", encoding="utf-8")
     if len(cell) > 1000:
         with pytest.raises(
             DataError, match=f"own.csv, line {len(OWN_ROWS) + 1}, .*field larger than"

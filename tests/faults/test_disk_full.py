@@ -35,13 +35,13 @@ def said(folder, function, *arguments):
     try:
         function(*arguments)
     except artefacts.DiskFull as error:
-        (folder / "said").write_text(str(error))
+        (folder / "said").write_text(str(error), encoding="utf-8")
 
 
 def sentence(folder, limit, function, *arguments):
     """What a function says when files cannot grow beyond `limit` bytes."""
     assert start(with_file_limit, limit, said, folder, function, *arguments) == 0
-    return (folder / "said").read_text()
+    return (folder / "said").read_text("utf-8")
 
 
 # -- The embedded model.

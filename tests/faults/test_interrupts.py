@@ -46,10 +46,10 @@ def start_runner(tmp_path):
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     runner = subprocess.Popen(command, cwd=PROJECT_DIR, **options)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "kernel").exists() or not (tmp_path / "kernel").read_text():
+    while not (tmp_path / "kernel").exists() or not (tmp_path / "kernel").read_text("utf-8"):
         assert runner.poll() is None and time.monotonic() < deadline, runner.stderr.read()
         time.sleep(0.1)
-    return runner, int((tmp_path / "kernel").read_text())
+    return runner, int((tmp_path / "kernel").read_text("utf-8"))
 
 
 def is_gone(pid, seconds=10):
@@ -81,10 +81,10 @@ def test_a_signal_stops_with_one_sentence_and_the_next_run_goes_on(notebooks, tm
     )
     assert "Traceback" not in err and is_gone(kernel)
     run = tmp_path / "run"
-    assert last.removeprefix("stopped: ") in (run / "report.html").read_text()
+    assert last.removeprefix("stopped: ") in (run / "report.html").read_text("utf-8")
     assert statuses(run / "executed" / "02_two.failed.ipynb")[-2:] == ["failed", "pending"]
     (tmp_path / "go").touch()
-    done = subprocess.run(runner.args, cwd=PROJECT_DIR, capture_output=True, text=True)
+    done = subprocess.run(runner.args, cwd=PROJECT_DIR, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and "01_one: finished already" in done.stdout
     assert sorted(path.name for path in (run / "executed").glob("*.ipynb")) == [
         "01_one.ipynb",
@@ -113,7 +113,7 @@ def test_a_dead_kernel_is_named_and_no_later_cell_looks_done(tmp_path):
     # The parameters, the ones that papermill injects, and the four cells.
     done = ["completed"] * 3
     assert statuses(executed / "01_one.failed.ipynb") == [*done, "failed", "pending", "pending"]
-    report = (tmp_path / "run" / "report.html").read_text()
+    report = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "The run stopped:" in report and "01_one, cell 3 (import os, signal)" in report
     assert "executed/01_one.failed.html" in report and "executed/01_one.html" not in report
 
@@ -125,7 +125,7 @@ def test_a_cell_over_its_limit_is_named_and_its_kernel_is_gone(tmp_path):
     message = r"cell 2 \(import os, pathlib, time\): it ran longer than the limit of 3 seconds"
     with pytest.raises(pipeline.RunStopped, match=message):
         run_notebooks(tmp_path / "notebooks", tmp_path / "run", timeout=3)
-    assert is_gone(int(mark.read_text()))
+    assert is_gone(int(mark.read_text("utf-8")))
     failed = tmp_path / "run" / "executed" / "01_one.failed.ipynb"
     assert statuses(failed)[-2:] == ["failed", "pending"]
 

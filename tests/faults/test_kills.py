@@ -86,7 +86,7 @@ def questions(tmp_path):
     words = "apple bridge candle desert engine forest garden harbor island jungle".split()
     line = '{"prompt": "How is %s %s counted %d times?", "answer": "%s"}\n'
     answer = "Use a loop of %s and %s:\\n\\n```python\\nfor %s in range(%d):\\n    print(%s)\\n```"
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for i in range(40):
             a, b = words[i % 10], words[(i // 10 + i) % 10]
             file.write(line % (a, b, i, answer % (a, b, a, i, a)))
@@ -209,7 +209,7 @@ def test_recording(tmp_path, executed, monkeypatch):
         for name, found in folder_hashes(folder / "notebooks", "[0-9]*").items():
             assert found == after[name] or (not ended and found == before[name]), name
         metrics = folder / "run" / "metrics" / "01.json"
-        assert not metrics.exists() or metrics.read_text() == '{\n "value": 1\n}\n'
+        assert not metrics.exists() or metrics.read_text("utf-8") == '{\n "value": 1\n}\n'
 
     points = kill_everywhere(tmp_path, executed, "", record_job, check=check)
     assert "os.rename notebooks/02_two.ipynb" in points
@@ -237,7 +237,7 @@ def test_the_runner(tmp_path):
             assert notebook.metadata.run_fingerprint
             assert all(c.execution_count for c in notebook.cells if c.cell_type == "code")
         for path in [*run.glob("executed/[0-9]*.html"), *run.glob("report.html")]:
-            assert path.read_text().rstrip().endswith("</html>")
+            assert path.read_text("utf-8").rstrip().endswith("</html>")
         if ended:
             names = {path.name for path in (run / "executed").glob("[0-9]*")}
             assert names == {"01_one.ipynb", "01_one.html", "02_two.ipynb", "02_two.html"}
@@ -261,7 +261,7 @@ def fetch_job(folder):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     def convert(gguf, target):
-        (target / "config.json").write_text("{}")
+        (target / "config.json").write_text("{}", encoding="utf-8")
         (target / "model.safetensors").write_bytes(gguf.read_bytes())
 
     models.subprocess.run, models._convert_to_safetensors = download, convert

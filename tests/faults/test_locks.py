@@ -28,7 +28,7 @@ with artefacts.alone(Path(sys.argv[1]), "run"):
 def holder(tmp_path):
     """Another process that holds the run folder."""
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
-    process = subprocess.Popen(command, cwd=PROJECT_DIR, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=PROJECT_DIR, stdout=subprocess.PIPE, encoding="utf-8")
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -73,11 +73,11 @@ def test_a_lock_is_given_back_when_a_run_fails(tmp_path):
 def test_two_writers_of_one_artefact(tmp_path):
     """Also outside of the runner: two notebooks that save to one folder."""
     with artefacts.whole_folder(tmp_path / "dataset") as draft:
-        (draft / "rows").write_text("first")
+        (draft / "rows").write_text("first", encoding="utf-8")
         with pytest.raises(artefacts.InUse, match=rf"dataset is being .* process {os.getpid()},"):
             with artefacts.whole_folder(tmp_path / "dataset"):
                 pass
-    assert (tmp_path / "dataset" / "rows").read_text() == "first"
+    assert (tmp_path / "dataset" / "rows").read_text("utf-8") == "first"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -37,7 +37,7 @@ def run(finished, tmp_path):
 
 
 def test_it_records_versions_hardware_parameters_and_hashes(finished):
-    record = json.loads((finished / "manifest.json").read_text())
+    record = json.loads((finished / "manifest.json").read_text("utf-8"))
     assert record["parameters"] == {"PROFILE": "smoke", "RUN_DIR": str(finished), "MAX_STEPS": 7}
     assert record["settings"]["max_steps"] == 7 and record["settings"]["lora_r"] == 64
     assert "CPU cores" in record["environment"]["hardware"]
@@ -59,7 +59,7 @@ def test_a_package_that_is_not_here_ends_no_run(tmp_path, monkeypatch):
     """Colab has neither JupyterLab nor the test suite."""
     monkeypatch.setattr(manifest, "requirements", lambda: ["torch", "no-such-package"])
     manifest.write(Config.from_profile("smoke", run_dir=tmp_path), {}, {})
-    versions = json.loads((tmp_path / "manifest.json").read_text())["versions"]
+    versions = json.loads((tmp_path / "manifest.json").read_text("utf-8"))["versions"]
     assert versions["no-such-package"] == "not installed" and versions["torch"].startswith("2.")
     assert manifest.verify(tmp_path) == 0
 
@@ -92,9 +92,9 @@ def test_everything_that_differs_is_named_at_once(run, capsys):
     ],
 )
 def test_other_code_data_versions_or_weights_are_named(run, part, name, value, message):
-    record = json.loads((run / "manifest.json").read_text())
+    record = json.loads((run / "manifest.json").read_text("utf-8"))
     record[part][name] = value
-    (run / "manifest.json").write_text(json.dumps(record))
+    (run / "manifest.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(manifest.ManifestError, match=message):
         manifest.verify(run)
 

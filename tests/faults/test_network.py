@@ -241,7 +241,7 @@ def test_curation_and_loading_never_ask_for_the_network(tiny_config, outside_cal
         "run_dir=sys.argv[1]); curate(config); models.load_model(config)",
         str(tiny_config.run_dir),
     ]
-    done = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert (tiny_config.run_dir / "dataset" / "dataset_dict.json").exists()
     assert outside_calls() == []
@@ -249,6 +249,6 @@ def test_curation_and_loading_never_ask_for_the_network(tiny_config, outside_cal
 
 def test_the_watch_sees_a_call_to_the_outside(outside_calls):
     call = "import urllib.request; urllib.request.urlopen('http://example.org')"
-    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, encoding="utf-8")
     assert done.returncode != 0 and "no network in this test" in done.stderr
     assert outside_calls() == ["example.org"]

@@ -92,7 +92,7 @@ def run_dir(straight, tmp_path):
 
 def results(folder, number):
     """The metrics of a lesson that must not differ between two runs."""
-    metrics = json.loads((folder / "metrics" / f"{number}.json").read_text())
+    metrics = json.loads((folder / "metrics" / f"{number}.json").read_text("utf-8"))
     return {name: value for name, value in metrics.items() if not name.endswith(MEASURED)}
 
 

@@ -162,7 +162,7 @@ except ConfigError as error:
 print(sorted({"torch", "transformers", "datasets"} & set(sys.modules)))
 """
     command = [sys.executable, "-c", program, str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout == "LORA_R is 0; it must lie between 1 and 4,096\n[]\n"
     assert not (tmp_path / "run").exists()
 
@@ -170,7 +170,7 @@ print(sorted({"torch", "transformers", "datasets"} & set(sys.modules)))
 def test_the_command_line_names_all_of_them_and_writes_nothing(tmp_path):
     command = [sys.executable, "-m", "helpers", "run", "--run-dir", str(tmp_path / "run")]
     options = ["-p", "LORA_R", "0", "-p", "MAX_STPES", "3", "-p", "LEARNING_RATE", "1e9"]
-    done = subprocess.run(command + options, capture_output=True, text=True)
+    done = subprocess.run(command + options, capture_output=True, encoding="utf-8")
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("stopped: ")

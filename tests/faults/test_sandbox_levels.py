@@ -83,7 +83,7 @@ def as_user(user, program, *arguments, home):
         cwd=PROJECT_DIR,
         env=environment(home),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         **identity,
     )
 

@@ -24,7 +24,7 @@ FLOORS = {
 
 def pins(name: str) -> dict[str, str]:
     """Versions in a requirements file, by canonical package name."""
-    lines = (PROJECT_DIR / name).read_text().splitlines()
+    lines = (PROJECT_DIR / name).read_text("utf-8").splitlines()
     found = [LINE.match(line) for line in lines if line.strip() and not line.startswith("#")]
     return {canonicalize_name(match[1]): match[2] for match in found}
 
@@ -96,7 +96,7 @@ def test_the_installation_uses_the_lock_and_notices_when_it_changes(monkeypatch,
 
 
 def test_the_workflow_with_the_newest_versions_lifts_the_lock_too():
-    workflow = (PROJECT_DIR / ".github" / "workflows" / "test.yml").read_text()
+    workflow = (PROJECT_DIR / ".github" / "workflows" / "test.yml").read_text("utf-8")
     (line,) = [line for line in workflow.splitlines() if "sed -i" in line]
     assert "requirements.txt constraints.txt" in line
 

@@ -258,7 +258,7 @@ def test_a_run_that_took_rungs_is_the_run_that_began_there(config, monkeypatch):
 def start(run_dir, model_dir, **changes):
     settings = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
     command = [sys.executable, "-m", "tests.faults.train_tiny", str(run_dir), str(model_dir)]
-    return subprocess.Popen([*command, *settings], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command, *settings], stdout=subprocess.PIPE, encoding="utf-8")
 
 
 def last_step(line: str) -> int:

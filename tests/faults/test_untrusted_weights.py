@@ -108,13 +108,15 @@ def test_a_pickle_under_the_name_of_safetensors_is_refused(config, canary):
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_code_that_a_model_brings_is_not_run(config, canary, name, kind):
     folder = Path(config.model_name)
-    (folder / "code.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass Own: pass\n")
-    settings = json.loads((folder / name).read_text())
+    (folder / "code.py").write_text(
+        f"import os\nos.mkdir({str(canary)!r})\nclass Own: pass\n", encoding="utf-8"
+    )
+    settings = json.loads((folder / name).read_text("utf-8"))
     classes = {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Own"}
     settings["auto_map"] = {**classes, "AutoTokenizer": ["code.Own", "code.Own"]}
     if name == "config.json":
         settings["model_type"] = kind
-    (folder / name).write_text(json.dumps(settings))
+    (folder / name).write_text(json.dumps(settings), encoding="utf-8")
     for load in (lambda: models.load_model(config), lambda: models.load_tokenizer(str(folder))):
         with pytest.raises(ArtefactError, match=f"{name} names code to be run .* never run here"):
             load()
@@ -177,7 +179,7 @@ def test_a_payload_in_a_checkpoint_does_not_run(finished, checkpoint, tokenizer,
 def sources():
     for folder in ("helpers", "benchmarks"):
         for path in sorted((PROJECT_DIR / folder).rglob("*.py")):
-            yield str(path.relative_to(PROJECT_DIR)), path.read_text()
+            yield str(path.relative_to(PROJECT_DIR)), path.read_text("utf-8")
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         yield path.name, notebook_source(path)
 

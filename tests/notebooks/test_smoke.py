@@ -120,14 +120,16 @@ def test_nothing_but_safetensors_and_arrow_is_left(smoke):
 def test_no_problem_is_in_the_training_data(smoke):
     dataset = load_from_disk(str(smoke.dataset_dir))
     texts = [prompt for split in dataset.values() for prompt in split["prompt"]]
-    problems = [json.loads(line)["prompt"] for line in PROBLEMS_FILE.read_text().splitlines()]
+    problems = [
+        json.loads(line)["prompt"] for line in PROBLEMS_FILE.read_text("utf-8").splitlines()
+    ]
     assert not [p for p in problems if any(p in text for text in texts)]
 
 
 def test_the_executed_notebooks_and_the_report_are_there(smoke):
     names = sorted(path.name for path in smoke.executed_dir.glob("*.ipynb"))
     assert names == [path.name for path in pipeline.notebooks()]
-    report = (smoke.run_dir / "report.html").read_text()
+    report = (smoke.run_dir / "report.html").read_text("utf-8")
     assert all(name.replace(".ipynb", ".html") in report for name in names)
     assert "answers that stop by themselves, tuned" in report
 
@@ -164,7 +166,7 @@ def test_a_second_run_finds_everything_finished(smoke, capsys):
 def test_plain_papermill_with_a_mistyped_parameter_fails_at_once(path, tmp_path):
     command = [sys.executable, "-m", "papermill", str(path), str(tmp_path / "out.ipynb")]
     options = ["-p", "PROFILE", "smoke", "-p", "MAX_STPES", "3", "-p", "RUN_DIR", str(tmp_path)]
-    done = subprocess.run(command + options, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command + options, capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode != 0
     assert "did you mean MAX_STEPS" in done.stderr
     assert not (tmp_path / "metrics").exists()

@@ -34,7 +34,7 @@ GONE = {
 
 def sources():
     for path in sorted((PROJECT_DIR / "helpers").glob("*.py")):
-        yield path.name, path.read_text()
+        yield path.name, path.read_text("utf-8")
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         yield path.name, notebook_source(path)
 

@@ -68,7 +68,7 @@ def test_install_moves_nothing_that_the_kernel_may_have_loaded(commands, monkeyp
     monkeypatch.setattr(colab, "_installed", here.get)
     constraints = []
     monkeypatch.setattr(
-        colab.Path, "write_text", lambda self, text: constraints.extend(text.split())
+        colab.Path, "write_text", lambda self, text, encoding: constraints.extend(text.split())
     )
     colab.install()
     removal, addition = commands
@@ -94,10 +94,10 @@ def test_write_names_the_repository_everywhere_and_keeps_recordings_fresh(tmp_pa
         nbformat.write(notebook, path)
     for name in ("ada/other", "ada/course"):  # the second replaces the first
         colab.write(name, tmp_path)
-    assert "ada/course/blob/main/notebooks/06_" in (tmp_path / "README.md").read_text()
+    assert "ada/course/blob/main/notebooks/06_" in (tmp_path / "README.md").read_text("utf-8")
     for path in (tmp_path / "notebooks").glob("*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
-        text = path.read_text()
+        text = path.read_text("utf-8")
         assert "github.com/ada/course" in text and "ada/other" not in text
         assert notebook.cells[1].source.count("colab-badge.svg") == 1
         assert notebook.metadata.recorded.code_sha256 == code_hash(path)

@@ -127,10 +127,10 @@ def test_a_missing_artefact_names_the_notebook_that_makes_it(tmp_path):
 def test_metrics_are_written_whole_and_must_be_finite(tmp_path):
     config = Config.from_profile("smoke", run_dir=tmp_path)
     path = config.record("04", {"eval_loss_before": 1.5})
-    assert json.loads(path.read_text()) == {"eval_loss_before": 1.5}
+    assert json.loads(path.read_text("utf-8")) == {"eval_loss_before": 1.5}
     with pytest.raises(ConfigError, match="eval_loss_after"):
         config.record("04", {"eval_loss_after": float("nan")})
-    assert json.loads(path.read_text()) == {"eval_loss_before": 1.5}
+    assert json.loads(path.read_text("utf-8")) == {"eval_loss_before": 1.5}
     assert [item.name for item in path.parent.iterdir()] == ["04.json"]
 
 

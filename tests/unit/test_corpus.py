@@ -42,7 +42,7 @@ def run_all(programs: dict[str, str]) -> list[str]:
         [sys.executable, "-c", RUNNER],
         input=json.dumps(list(programs.items())),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -50,7 +50,7 @@ def run_all(programs: dict[str, str]) -> list[str]:
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")

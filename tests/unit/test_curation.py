@@ -26,7 +26,9 @@ from helpers.hub import NotLoggedIn
 from helpers.similarity import RarestIndex, jaccard, similar_pairs, sketch, word_pairs, words_of
 from helpers.sources import SAMPLE_DIR, DataError, question_hash
 
-PLANTED = [json.loads(line) for line in (SAMPLE_DIR / "planted.jsonl").read_text().splitlines()]
+PLANTED = [
+    json.loads(line) for line in (SAMPLE_DIR / "planted.jsonl").read_text("utf-8").splitlines()
+]
 
 
 def planted(*kinds):
@@ -157,7 +159,7 @@ def test_no_row_is_longer_than_max_length(dataset, tokenizer, config, report):
 
 
 def test_the_card_holds_the_numbers_and_no_path(config, report):
-    card = (config.dataset_dir / "README.md").read_text()
+    card = (config.dataset_dir / "README.md").read_text("utf-8")
     assert f"{report.train_rows} rows to train and {report.validation_rows} to validate" in card
     for rule, removed, left in report.funnel():
         assert f"| {rule} |" in card and f"| {removed} | {left} |" in card
@@ -325,7 +327,7 @@ def test_humaneval_is_read_and_found():
 def test_a_benchmark_file_of_ones_own(config, dataset, tmp_path):
     prompt = dataset["train"][5]["prompt"].split("<</SYS>>")[1]
     path = tmp_path / "mine.jsonl"
-    path.write_text(json.dumps({"prompt": prompt.replace("[/INST]", "")}) + "\n")
+    path.write_text(json.dumps({"prompt": prompt.replace("[/INST]", "")}) + "\n", encoding="utf-8")
     report = curate(replace(config, benchmarks=(str(path),), run_dir=tmp_path / "run"))
     assert (dataset["train"][5]["question_id"], f"{path} 1") in report.benchmark_hits
 
@@ -336,7 +338,7 @@ def test_a_benchmark_file_of_ones_own(config, dataset, tmp_path):
 )
 def test_a_bad_benchmark_file(tmp_path, text, words):
     path = tmp_path / "mine.jsonl"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=words):
         load_problems(str(path))
     with pytest.raises(DataError, match="does not exist: check BENCHMARKS"):
@@ -359,11 +361,11 @@ OWN_ROWS = [
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_csv(path, rows):
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -625,7 +627,7 @@ def test_no_row_survives(tmp_path):
 
 
 def test_an_unwritable_run_folder(tmp_path):
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
     config = Config.from_profile("demo", run_dir=tmp_path / "file" / "run")
     with pytest.raises(
         artefacts.Unwritable,
@@ -637,7 +639,7 @@ def test_an_unwritable_run_folder(tmp_path):
 def test_a_failed_run_keeps_the_old_dataset(tmp_path, monkeypatch):
     config = Config.from_profile("smoke", run_dir=tmp_path)
     curate(config)
-    before = (config.dataset_dir / "README.md").read_text()
+    before = (config.dataset_dir / "README.md").read_text("utf-8")
 
     def fail(*arguments):
         raise OSError("disk full")
@@ -645,7 +647,7 @@ def test_a_failed_run_keeps_the_old_dataset(tmp_path, monkeypatch):
     monkeypatch.setattr(curation, "dataset_card", fail)
     with pytest.raises(OSError, match="disk full"):
         curate(config)
-    assert (config.dataset_dir / "README.md").read_text() == before
+    assert (config.dataset_dir / "README.md").read_text("utf-8") == before
     assert len(datasets.load_from_disk(str(config.dataset_dir))["train"]) == 16
 
 

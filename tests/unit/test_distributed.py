@@ -33,9 +33,11 @@ def launch(config, *parameters, processes):
         command += ["accelerate.commands.launch", "--config_file", str(CONFIG_FILE), "-m"]
     command += ["helpers", "train", "--profile", "smoke"]
     command += [str(word) for name, value in place for word in ("-p", name, value)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", env=os.environ, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    log = json.loads((config.adapter_dir / integrity.TRAINING_LOG).read_text())
+    log = json.loads((config.adapter_dir / integrity.TRAINING_LOG).read_text("utf-8"))
     return done.stdout, [entry["loss"] for entry in log["history"] if "loss" in entry]
 
 
@@ -48,7 +50,7 @@ def test_two_processes_train_as_one_does_on_the_same_rows(tmp_path, tiny_model_d
         given = ("PER_DEVICE_TRAIN_BATCH_SIZE", rows)
         lines[processes], losses[processes] = launch(config, given, processes=processes)
         integrity.check_seal(config.adapter_dir, "04")
-        metrics = json.loads((config.metrics_dir / "04.json").read_text())
+        metrics = json.loads((config.metrics_dir / "04.json").read_text("utf-8"))
         assert metrics["eval_loss_after"] < metrics["eval_loss_before"]
         assert not config.checkpoints_dir.exists()
     assert losses[2] == pytest.approx(losses[1], abs=1e-4)
@@ -59,7 +61,7 @@ def test_two_processes_train_as_one_does_on_the_same_rows(tmp_path, tiny_model_d
 
 def fsdp_environment() -> dict:
     """What accelerate makes of the committed file for the processes that it starts."""
-    settings = yaml.safe_load((PROJECT_DIR / "accelerate" / "fsdp_qlora.yaml").read_text())
+    settings = yaml.safe_load((PROJECT_DIR / "accelerate" / "fsdp_qlora.yaml").read_text("utf-8"))
     named = {name.upper(): str(value) for name, value in settings["fsdp_config"].items()}
     named["FSDP_TRANSFORMER_CLS_TO_WRAP"] = named.pop("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP")
     return {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true", **named}
@@ -76,10 +78,12 @@ def test_two_shards_train_as_one_model_does(tmp_path, tiny_model_dir):
         command += ["--nproc_per_node", str(processes), "-m", "tests.unit.shard_tiny"]
         command += [str(config.run_dir), str(tiny_model_dir), str(rows)]
         environment = os.environ | sharded
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", env=environment, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         integrity.check_seal(config.adapter_dir, "04")
-        log = json.loads((config.adapter_dir / integrity.TRAINING_LOG).read_text())
+        log = json.loads((config.adapter_dir / integrity.TRAINING_LOG).read_text("utf-8"))
         history = [entry for entry in log["history"] if entry["step"] > 0]
         logs[processes] = [e[key] for e in history for key in ("loss", "eval_loss") if key in e]
         adapters[processes] = load_file(config.adapter_dir / integrity.ADAPTER_WEIGHTS)
@@ -119,7 +123,7 @@ def test_shards_without_room_are_refused_before_the_weights_load(tmp_path, monke
     assert "planned for 2 shards" in capsys.readouterr().out
 
 
-TWO_GPUS = json.loads((PROJECT_DIR / "benchmarks/results/two_gpus.json").read_text())
+TWO_GPUS = json.loads((PROJECT_DIR / "benchmarks/results/two_gpus.json").read_text("utf-8"))
 
 
 PLANNED = [row for row in TWO_GPUS["table"] if row["planned GiB"] and row["measured GiB"]]
@@ -162,7 +166,7 @@ def test_under_fsdp_packed_bytes_pass_for_numbers(tmp_path, tiny_model_dir, monk
 
 
 def test_the_fsdp_file_wraps_the_layers_of_a_llama():
-    settings = yaml.safe_load((PROJECT_DIR / "accelerate" / "fsdp_qlora.yaml").read_text())
+    settings = yaml.safe_load((PROJECT_DIR / "accelerate" / "fsdp_qlora.yaml").read_text("utf-8"))
     assert settings["distributed_type"] == "FSDP" and settings["num_processes"] == 2
     wrapped = settings["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"]
     assert hasattr(modeling_llama, wrapped)

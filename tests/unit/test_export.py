@@ -46,12 +46,12 @@ def short_tokenizer(tokenizer, tmp_path_factory):
     """The embedded model's first 1,200 tokens: to read all 49,152 back takes 10 s or more."""
     folder = tmp_path_factory.mktemp("short")
     tokenizer.save_pretrained(folder)
-    described = json.loads((folder / "tokenizer.json").read_text())
+    described = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     pairs, names = described["model"]["merges"], described["model"]["vocab"]
     kept = {name: place for name, place in names.items() if place < 1200}
     merges = [pair for pair in pairs if "".join(pair) in kept]
     described["model"] |= {"vocab": kept, "merges": merges}
-    (folder / "tokenizer.json").write_text(json.dumps(described))
+    (folder / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -203,8 +203,10 @@ def test_an_unknown_tokenizer_is_named():
 def test_what_cannot_be_written_is_refused_before_anything_is(merged, change, message):
     config, _ = merged
     (config.merged_dir / integrity.SEAL).unlink()  # as of a model from elsewhere
-    described = json.loads((config.merged_dir / "config.json").read_text())
-    (config.merged_dir / "config.json").write_text(json.dumps({**described, **change}))
+    described = json.loads((config.merged_dir / "config.json").read_text("utf-8"))
+    (config.merged_dir / "config.json").write_text(
+        json.dumps({**described, **change}), encoding="utf-8"
+    )
     with pytest.raises(ValueError, match=message):
         export.export_gguf(config)
     assert not config.gguf_dir.exists()

@@ -93,7 +93,9 @@ def build(config, texts=None):
     torch.manual_seed(0)
     tokenizer = models.load_tokenizer(config.model_name)
     if texts is None:
-        texts = [json.loads(line)["prompt"] for line in PROBLEMS_FILE.read_text().splitlines()]
+        texts = [
+            json.loads(line)["prompt"] for line in PROBLEMS_FILE.read_text("utf-8").splitlines()
+        ]
     rows = [tokenizer(text)["input_ids"][: config.max_length] for text in texts]
     data = Dataset.from_dict({"input_ids": rows, "labels": [[-100, *row[1:]] for row in rows]})
     splits = {"train": data, "validation": data.select(range(8))}

@@ -56,7 +56,7 @@ def test_the_model_goes_up_in_one_commit_under_ones_own_name(merged, api, monkey
     assert name == "reader/Llama-2-7b-minipython-instruct"
     assert api.upload_folder.call_count == 1
     assert api.upload_folder.call_args.kwargs["repo_id"] == name
-    card = (merged.merged_dir / "README.md").read_text()
+    card = (merged.merged_dir / "README.md").read_text("utf-8")
     assert "| eval_loss_after | 1.5 |" in card and "| adapter | rank 64, alpha 16 |" in card
 
 

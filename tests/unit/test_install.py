@@ -17,7 +17,7 @@ PIN = re.compile(r"^([A-Za-z0-9_.-]+)==(\S+)")
 
 
 def requirement_lines():
-    lines = (PROJECT_DIR / "requirements.txt").read_text().splitlines()
+    lines = (PROJECT_DIR / "requirements.txt").read_text("utf-8").splitlines()
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -32,7 +32,7 @@ def test_the_installed_versions_are_the_pinned_ones():
 
 
 def test_environment_yml_installs_the_same_requirements():
-    environment = yaml.safe_load((PROJECT_DIR / "environment.yml").read_text())
+    environment = yaml.safe_load((PROJECT_DIR / "environment.yml").read_text("utf-8"))
     assert environment["name"] == "fine_tune_llama2"
     (pip,) = [item for item in environment["dependencies"] if isinstance(item, dict)]
     # conda hands these lines to pip as a requirements file, which takes few options.
@@ -44,7 +44,9 @@ def test_environment_yml_installs_the_same_requirements():
 def imported_packages():
     """Top-level packages that helpers, notebooks, benchmarks and tests import."""
     folders = ("helpers", "benchmarks", "tests")
-    texts = [path.read_text() for name in folders for path in (PROJECT_DIR / name).rglob("*.py")]
+    texts = [
+        path.read_text("utf-8") for name in folders for path in (PROJECT_DIR / name).rglob("*.py")
+    ]
     texts += [notebook_source(path) for path in NOTEBOOKS.glob("*.ipynb")]
     for node in (node for text in texts for node in ast.walk(ast.parse(text))):
         if isinstance(node, ast.Import):
@@ -82,7 +84,7 @@ def test_an_unreachable_index_says_what_to_do_offline(monkeypatch):
 
 def test_a_second_call_installs_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(install, "DONE_MARK", tmp_path / "mark")
-    (tmp_path / "mark").write_text(install.fingerprint())
+    (tmp_path / "mark").write_text(install.fingerprint(), encoding="utf-8")
     calls = []
     monkeypatch.setattr(subprocess, "run", lambda command, **options: calls.append(command))
     install.install()
@@ -91,13 +93,13 @@ def test_a_second_call_installs_nothing(monkeypatch, tmp_path):
 
 def test_a_changed_requirement_installs_again(monkeypatch, tmp_path):
     monkeypatch.setattr(install, "DONE_MARK", tmp_path / "mark")
-    (tmp_path / "mark").write_text("the fingerprint of other files")
+    (tmp_path / "mark").write_text("the fingerprint of other files", encoding="utf-8")
     assert not install.is_installed()
 
 
 def test_the_script_runs_before_anything_is_installed():
     """It may import the standard library alone."""
-    tree = ast.parse((PROJECT_DIR / "helpers" / "install.py").read_text())
+    tree = ast.parse((PROJECT_DIR / "helpers" / "install.py").read_text("utf-8"))
     names = {
         alias.name.split(".")[0]
         for node in ast.walk(tree)
@@ -108,7 +110,7 @@ def test_the_script_runs_before_anything_is_installed():
 
 
 def makefile_targets():
-    text = (PROJECT_DIR / "Makefile").read_text()
+    text = (PROJECT_DIR / "Makefile").read_text("utf-8")
     return set(re.findall(r"^([a-z_0-9]+):", text, flags=re.MULTILINE))
 
 

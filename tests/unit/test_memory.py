@@ -163,7 +163,7 @@ print(json.dumps({"length": length, "peak": memory.peak_memory_bytes(), "total":
 def test_prediction_is_within_a_quarter_of_a_cpu_training_step(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", CPU_STEP, str(tmp_path)],
-        capture_output=True, text=True, cwd=PROJECT_DIR, timeout=300,
+        capture_output=True, encoding="utf-8", cwd=PROJECT_DIR, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # two would wait for each other
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -246,8 +246,8 @@ def test_when_nothing_fits_the_plan_says_what_to_change(changes, card, advice):
 TOKENS = {"7B": 4096, "13B": 4096, "70B": 2048}  # in a step of benchmarks/caps.py
 FAST = memory.Run(batch=8, length=512, optimizer="adamw_torch_fused", autocast=False, fast=True)
 RESULTS = PROJECT_DIR / "benchmarks" / "results"
-CAPS = json.loads((RESULTS / "caps.json").read_text())["rows"]
-PLANS = json.loads((RESULTS / "training.json").read_text())["plans"]["rows"]
+CAPS = json.loads((RESULTS / "caps.json").read_text("utf-8"))["rows"]
+PLANS = json.loads((RESULTS / "training.json").read_text("utf-8"))["plans"]["rows"]
 
 
 def case_of(row) -> str:

@@ -115,7 +115,7 @@ def test_an_evaluation_pass_leaves_gradients_as_they_were(tiny_config):
 
 def has_avx512_bf16() -> bool:
     cpu = Path("/proc/cpuinfo")
-    return cpu.exists() and "avx512_bf16" in cpu.read_text()
+    return cpu.exists() and "avx512_bf16" in cpu.read_text("utf-8")
 
 
 @pytest.mark.skipif(not has_avx512_bf16(), reason="only CPUs with avx512_bf16 repack the weights")

@@ -60,9 +60,9 @@ def test_runs_in_order_and_writes_the_report(run):
     config = run(parameters={"MAX_STEPS": 7})
     assert executed(config) == ["01_one.ipynb", "02_two.ipynb"]
     assert integrity.read_metrics(config) == {"01": {"value": 1}, "02": {"value": 7}}
-    report = (config.run_dir / "report.html").read_text()
+    report = (config.run_dir / "report.html").read_text("utf-8")
     assert "executed/01_one.html" in report and "executed/02_two.html" in report
-    assert "first" in (config.executed_dir / "01_one.html").read_text()
+    assert "first" in (config.executed_dir / "01_one.html").read_text("utf-8")
 
 
 def test_headlines_show_counts_whole_and_rates_short(run):

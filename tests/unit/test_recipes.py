@@ -30,7 +30,7 @@ def test_every_recipe_is_trained_and_measured_by_the_same_answers(parameters, tm
     command = ["compare-recipes", "--profile", "smoke", *(word for part in given for word in part)]
     assert __main__.main(command) == 0
     assert "step    2/2" in capfd.readouterr().out  # the trainings' own lines
-    found = json.loads(output.read_text())
+    found = json.loads(output.read_text("utf-8"))
     assert {"date", "hardware", "torch", "parameters"} <= set(found)
     runs = {run["recipe"]: run for run in found["runs"]}
     assert list(runs) == list(RECIPES)
@@ -56,7 +56,7 @@ def test_a_comparison_goes_on_from_what_it_has(parameters, tmp_path, monkeypatch
         recipes.compare(parameters, [0, 1], output)
     runs = recipes.compare(parameters, [0, 1], output)
     assert len(runs) == 6 and len(asked) == 7
-    assert json.loads(output.read_text())["runs"] == runs
+    assert json.loads(output.read_text("utf-8"))["runs"] == runs
     recipes.compare(parameters, [1], output)
     assert len(asked) == 7
     with pytest.raises(ConfigError, match="measured with parameters = .*name another file"):
@@ -74,7 +74,7 @@ def test_a_training_that_crashes_is_named_and_the_others_are_kept(
     monkeypatch.setattr(recipes, "_measured_alone", crash)
     with pytest.raises(RuntimeError, match="qlora_paper with seed 0 ended with code -9"):
         recipes.compare(parameters, [0], tmp_path / "recipes.json")
-    kept = json.loads((tmp_path / "recipes.json").read_text())["runs"]
+    kept = json.loads((tmp_path / "recipes.json").read_text("utf-8"))["runs"]
     assert [run["recipe"] for run in kept] == ["article", "recommended"]
 
 

@@ -44,7 +44,7 @@ def isolated():
 @pytest.fixture
 def canary(tmp_path):
     path = tmp_path / "canary.txt"
-    path.write_text(CANARY)
+    path.write_text(CANARY, encoding="utf-8")
     return path
 
 
@@ -134,8 +134,8 @@ for family, address in {addresses!r}:
 
 
 def test_no_read_of_home_project_or_any_other_folder(isolated, canary):
-    with tempfile.NamedTemporaryFile("w", dir=Path.home(), prefix=".sandbox-test-") as file:
-        file.write(CANARY)
+    with tempfile.NamedTemporaryFile(dir=Path.home(), prefix=".sandbox-test-") as file:
+        file.write(CANARY.encode())
         file.flush()
         paths = [file.name, str(canary), sandbox.__file__, "/etc/passwd", "/etc/hostname"]
         program = f"""
@@ -194,7 +194,7 @@ for path in [{str(canary)!r}] + {new!r}:
     for path in escaped:
         os.remove(path)
     assert (outcome.passed, outcome.output, escaped) == (True, "", [])
-    assert canary.read_text() == CANARY
+    assert canary.read_text("utf-8") == CANARY
 
 
 def test_links_and_odd_paths_lead_nowhere(isolated, canary):
@@ -217,7 +217,7 @@ except OSError:
     pass
 """
     outcome = run(program, isolated)
-    assert outcome.output == "" and canary.read_text() == CANARY
+    assert outcome.output == "" and canary.read_text("utf-8") == CANARY
 
 
 def test_no_mount_no_new_namespace_no_privilege(isolated):
@@ -610,7 +610,9 @@ def test_the_probe_refuses_isolation_that_shows_the_project(isolated, monkeypatc
 
 
 def test_the_probe_reports_a_machine_that_forbids_namespaces(isolated, monkeypatch, tmp_path):
-    source = sandbox.INSIDE.read_text().replace('libc("unshare", parts', 'libc("unshare", -1')
-    (tmp_path / "inside.py").write_text(source)
+    source = sandbox.INSIDE.read_text("utf-8").replace(
+        'libc("unshare", parts', 'libc("unshare", -1'
+    )
+    (tmp_path / "inside.py").write_text(source, encoding="utf-8")
     monkeypatch.setattr(sandbox, "INSIDE", tmp_path / "inside.py")
     assert "unshare" in sandbox.probe.__wrapped__("namespaces")

@@ -101,7 +101,7 @@ def test_the_adapter_is_saved_whole_and_the_checkpoints_are_gone(trained, config
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
     assert not config.checkpoints_dir.exists()
     assert not list(config.run_dir.glob(".*partial"))
-    log = json.loads((config.adapter_dir / "training_log.json").read_text())
+    log = json.loads((config.adapter_dir / "training_log.json").read_text("utf-8"))
     assert len(log["steps"]) == 4 and any("eval_loss" in entry for entry in log["history"])
 
 
@@ -199,7 +199,7 @@ def test_a_merged_model_is_saved_beside_the_adapter_and_comes_back_equal(
     rows = training.load_dataset(config)["validation"]
     merged = merging.merge(config, "16bit")
     folder = merging.save_merged(merged, tokenizer, config)
-    template = (folder / "chat_template.jinja").read_text()
+    template = (folder / "chat_template.jinja").read_text("utf-8")
     assert template == prompts.chat_template(config.system_message)
     assert folder == config.merged_dir and (config.adapter_dir / "adapter_config.json").exists()
     again = models.load_model(config, quantized=False, source=folder)

@@ -19,7 +19,7 @@ def _watch(event, arguments):
         return
     host = host.decode() if isinstance(host, bytes) else host
     if host not in HERE:
-        with open(os.environ["OUTSIDE_CALLS"], "a") as log:
+        with open(os.environ["OUTSIDE_CALLS"], "a", encoding="utf-8") as log:
             log.write(f"{host}\n")
         raise OSError(f"no network in this test: {host}")
 
