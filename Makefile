@@ -22,8 +22,8 @@ run: install  ## execute the six notebooks with PROFILE and write the report
 
 test: install  ## style, units, notebooks, and the fast half of the faults
 	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check .
-	@$(TEST_BY_TWO) -m "not slow and not alone"
-	@$(VENV_PYTHON) -m pytest -m alone
+	@$(TEST_BY_TWO) -m "not slow and not alone" --part first
+	@$(VENV_PYTHON) -m pytest -m alone --part second
 
 test-slow: install  ## what `make test` leaves out: kills at every write, full disks, bad networks
 	@$(TEST_BY_TWO) -m slow

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from helpers import models
 from helpers.config import PROJECT_DIR, Config
 
+pytest_plugins = ["tests.not_run"]
 WATCH_DIR = PROJECT_DIR / "tests" / "faults" / "watch"
 
 

@@ -17,9 +17,6 @@ from helpers.config import PROBLEMS_FILE, Config, ConfigError
 from helpers.sources import SAMPLE_DIR
 from tests.conftest import fill_adapters, relative_error
 
-on_gpu = pytest.mark.skipif(
-    not fast_path.is_supported(), reason="needs a GPU with bfloat16 and flash attention"
-)
 ROWS = [[5 + row] * (8 + 3 * row) for row in range(6)]
 
 
@@ -316,7 +313,7 @@ def test_a_kept_layer_makes_the_inputs_of_its_adapters_again(packed):
     assert found[0] - found[1] == len(layers) * (whole - kept) > 0
 
 
-@on_gpu
+@pytest.mark.needs_gpu
 @pytest.mark.parametrize(
     "way",
     [
@@ -338,7 +335,7 @@ def test_one_step_is_as_near_to_float32_as_trls_own(tmp_path, way):
     assert errors[True] < 1.2 * errors[False]
 
 
-@on_gpu
+@pytest.mark.needs_gpu
 def test_rows_of_a_packed_batch_do_not_see_each_other(tmp_path):
     trainer = build(tiny_config(tmp_path, fast_path=True, **GPU))
     hidden = {}
@@ -353,7 +350,7 @@ def test_rows_of_a_packed_batch_do_not_see_each_other(tmp_path):
     assert relative_error(hidden["after others"], hidden["alone"]) < 1e-2
 
 
-@on_gpu
+@pytest.mark.needs_gpu
 def test_training_goes_as_with_trls_own_step(tmp_path):
     """On rows enough that none is seen often: what is learnt by heart has losses near 0."""
     answers = pd.read_csv(SAMPLE_DIR / "Answers.csv", encoding="ISO-8859-1")
