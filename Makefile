@@ -8,8 +8,8 @@ RUN := $(HELPERS) run --profile $(PROFILE)
 TEST_BY_TWO := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup run test test-slow test-faults record lab generate_dataset push_dataset \
-	fine_tune merge_models push_model new_model_inference llama2_inference all
+.PHONY: help install for-tests setup run test test-slow test-faults record lab generate_dataset \
+	push_dataset fine_tune merge_models push_model new_model_inference llama2_inference all
 
 help:     ## list the targets
 	@sed -n 's/^\([a-z_0-9-]*\): .*##/\1:/p' Makefile
@@ -17,18 +17,21 @@ help:     ## list the targets
 install:  ## .venv, pinned requirements, embedded model; a second call does nothing
 	@$(PYTHON) helpers/install.py
 
+for-tests: install  ## what the tests need beside: a Chromium, and on Linux bubblewrap
+	@$(VENV_PYTHON) setup/for_tests.py
+
 run: install  ## execute the six notebooks with PROFILE and write the report
 	@$(RUN)
 
-test: install  ## style, units, notebooks, and the fast half of the faults
+test: for-tests  ## style, units, notebooks, and the fast half of the faults
 	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check .
 	@$(TEST_BY_TWO) -m "not slow and not alone" --part first
 	@$(VENV_PYTHON) -m pytest -m alone --part second
 
-test-slow: install  ## what `make test` leaves out: kills at every write, full disks, bad networks
+test-slow: for-tests  ## what `make test` leaves out: kills at every write, full disks, bad networks
 	@$(TEST_BY_TWO) -m slow
 
-test-faults: install  ## every fault, fast and slow
+test-faults: for-tests  ## every fault, fast and slow
 	@$(VENV_PYTHON) -m pytest tests/faults
 
 record: run  ## put the outputs of a demo run into the committed notebooks
@@ -67,7 +70,7 @@ all: run new_model_inference llama2_inference  ## everything but the uploads, in
 
 # -- In a browser, and for Colab.
 .PHONY: test-browser colab picture
-test-browser: install  ## open the lessons in JupyterLab and Chromium, and use them
+test-browser: for-tests  ## open the lessons in JupyterLab and Chromium, and use them
 	@$(VENV_PYTHON) -m pytest tests/browser
 
 colab: install  ## write badges and the clone address: make colab REPO=owner/name

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 
 # Nothing in the tests may reach for the network; a library that tries fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,10 +10,12 @@ import helpers  # noqa: F401, I001  before torch, since it says how torch's thre
 
 import pytest
 import torch
+from playwright.sync_api import sync_playwright
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import models
 from helpers.config import PROJECT_DIR, Config
+from setup import for_tests
 
 pytest_plugins = ["tests.not_run"]
 WATCH_DIR = PROJECT_DIR / "tests" / "faults" / "watch"
@@ -23,13 +24,12 @@ WATCH_DIR = PROJECT_DIR / "tests" / "faults" / "watch"
 @pytest.fixture(scope="session")
 def browser():
     """One Chromium for all tests: two Playwrights in one process stand in each other's way."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    installed = next(filter(None, map(shutil.which, names)), None)
-    if installed is None:
-        pytest.skip(f"none of {', '.join(names)} is installed here")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+    with sync_playwright() as driver:
+        path = for_tests.find_browser(driver)
+        if path is None:
+            command = for_tests.command_for_browser(driver)
+            pytest.skip(f"no Chromium starts here: run `{command}` as root")
+        yield driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ import pytest
 NO_GPU = "there is no CUDA GPU with bfloat16 and flash attention"
 # Tests that the call itself leaves out, by their marker: what they are, and who runs them.
 LEFT_OUT = {
-    "slow": ("slow test{}", "`make test-slow` runs {}"),
-    "alone": ("test{} by the clock", "`make test` runs {} last"),
-    "": ("other test{}", "`make test` runs {}"),
+    "slow": ("slow test", "`make test-slow`"),
+    "alone": ("timed test", "`make test` at its end"),
+    "": ("other test", "`make test`"),
 }
 
 
@@ -103,24 +103,19 @@ class NotRun:
         for name, why in self.skipped:
             groups[why].add(name)
         for why, names in sorted(groups.items()):
-            files = ", ".join(sorted({name.partition("::")[0] for name in names}))
-            yield f"did not run: {counted(names)} ({files}): {why}"
+            files = sorted({name.partition("::")[0] for name in names})
+            # A file that is skipped as a whole has no number of tests.
+            number = len(names - set(files))
+            what = counted(number, "test") if number else "all tests"
+            yield f"did not run: {what} ({', '.join(files)}): {why}"
         if unreached > 0:
             yield f"did not run: {unreached} more, because the run ended before"
         elif not groups:
             yield "did not run: nothing, no test was skipped"
-        for marker, (what, who) in LEFT_OUT.items():
+        for marker, (kind, command) in LEFT_OUT.items():
             if number := sum(marker == found for _, found in self.left_out):
-                what, who = (
-                    what.format("s" * (number > 1)),
-                    who.format("them" if number > 1 else "it"),
-                )
-                yield f"not part of this run: {number} {what}, {who}"
+                yield f"not part of this run: {counted(number, kind)}, run by {command}"
 
 
-def counted(names) -> str:
-    """ "3 tests"; a file that was skipped as a whole has no number of tests."""
-    tests = sum("::" in name for name in names)
-    parts = [f"{tests} test{'s' * (tests != 1)}"] * (tests > 0)
-    files = len(names) - tests
-    return " and ".join(parts + [f"{files} whole file{'s' * (files != 1)}"] * (files > 0))
+def counted(number: int, kind: str) -> str:
+    return f"{number} {kind}{'s' * (number != 1)}"

@@ -69,7 +69,7 @@ def test_what_was_skipped_is_grouped_by_its_reason_and_fails_ci(run, ci, two_by_
     files = {"test_a.py": PASSES + TOOL, "test_b.py": TOOL, "test_c.py": WHOLE, "test_d.py": GPU}
     code, lines = run(files, ci=ci, two_by_two=two_by_two)
     assert lines[:3] == [
-        "did not run: 1 whole file (test_c.py): could not import 'no_such_package': "
+        "did not run: all tests (test_c.py): could not import 'no_such_package': "
         "No module named 'no_such_package'",
         "did not run: 4 tests (test_a.py, test_b.py): no bwrap",
         f"did not run: 1 test (test_d.py): {NO_GPU}",
@@ -94,12 +94,12 @@ def test_tests_that_the_call_leaves_out_are_counted(run, two_by_two):
         0,
         [
             NOTHING,
-            "not part of this run: 1 slow test, `make test-slow` runs it",
-            "not part of this run: 1 test by the clock, `make test` runs it last",
+            "not part of this run: 1 slow test, run by `make test-slow`",
+            "not part of this run: 1 timed test, run by `make test` at its end",
         ],
     )
     _, lines = run({"test_a.py": MARKED}, "-m", "slow", two_by_two=two_by_two)
-    assert lines[-1] == "not part of this run: 1 other test, `make test` runs it"
+    assert lines[-1] == "not part of this run: 1 other test, run by `make test`"
 
 
 def test_the_second_of_two_runs_speaks_for_both(run):
@@ -110,7 +110,7 @@ def test_the_second_of_two_runs_speaks_for_both(run):
         [
             "did not run: 2 tests (test_b.py): no bwrap",
             "did not run: 1 test (test_a.py): no quiet here",
-            "not part of this run: 1 slow test, `make test-slow` runs it",
+            "not part of this run: 1 slow test, run by `make test-slow`",
         ],
     )
 
