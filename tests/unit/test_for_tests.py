@@ -18,7 +18,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(for_tests.os, "geteuid", lambda: 0)
 
     def add(name, text):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n", "utf-8")
         (tmp_path / name).chmod(0o755)
         return str(tmp_path / name)
 

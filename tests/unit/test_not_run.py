@@ -36,8 +36,8 @@ def run(tmp_path):
 
     def run_pytest(files, *options, ci="", two_by_two=False):
         for name, text in files.items():
-            (tmp_path / name).write_text(text)
-        (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow\n    alone\n")
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow\n    alone\n", "utf-8")
         command = [
             sys.executable,
             "-m",
