@@ -42,8 +42,8 @@ def test_environment_yml_installs_the_same_requirements():
 
 
 def imported_packages():
-    """Top-level packages that helpers, notebooks, benchmarks and tests import."""
-    folders = ("helpers", "benchmarks", "tests")
+    """Top-level packages that helpers, set-up, notebooks, benchmarks and tests import."""
+    folders = ("helpers", "setup", "benchmarks", "tests")
     texts = [
         path.read_text("utf-8") for name in folders for path in (PROJECT_DIR / name).rglob("*.py")
     ]
@@ -59,7 +59,8 @@ def test_every_package_we_import_is_a_direct_requirement():
     required = {PIN.match(line).group(1).replace("-", "_").lower() for line in requirement_lines()}
     providers = packages_distributions()
     # kagglehub is for readers with Kaggle credentials; without it the error says how to get it.
-    own = {"helpers", "tests", "benchmarks", "kagglehub", "unsloth"} | sys.stdlib_module_names
+    own = {"helpers", "setup", "tests", "benchmarks"}
+    own |= {"kagglehub", "unsloth"} | sys.stdlib_module_names
     for package in sorted(set(imported_packages()) - own):
         names = {name.replace("-", "_").lower() for name in providers.get(package, [])}
         assert names & required, f"{package} is imported, and no line of requirements.txt brings it"
