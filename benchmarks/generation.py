@@ -41,7 +41,7 @@ def one_by_one(model, tokenizer, texts: list[str], config: Config) -> tuple[list
     start = time.perf_counter()
     answers = [pipe(text, **options, return_full_text=False)[0] for text in texts]
     seconds = time.perf_counter() - start
-    return [answer["generated_text"].strip() for answer in answers], seconds
+    return [prompts.read_completion(answer["generated_text"]) for answer in answers], seconds
 
 
 @torch.no_grad()

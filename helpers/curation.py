@@ -401,11 +401,11 @@ def judge(pair: dict, config: Config, is_html: bool) -> tuple[str, dict | str | 
     if rule := judge_code(kinds, is_html):
         return rule, None
     title = html.unescape(title).strip()
-    question = html_to_markdown(question) if is_html else question.strip()
-    user = f"{title}\n\n{question}".strip()
+    question = html_to_markdown(question) if is_html else question
+    user = prompts.without_blank_lines(f"{title}\n\n{question}")
     if any(marker in user or marker in answer for marker in prompts.MARKERS):
         return "template_marker", None
-    if not user or not answer:
+    if not user.strip() or not answer.strip():
         return "length", None
     words = words_of(f"{user} {answer}")
     features = word_pairs(words)
@@ -434,7 +434,7 @@ def clean_answer(answer: str, is_html: bool, kinds: list[str]) -> str:
         return html_to_markdown(answer, kinds)
     blocks = fenced_blocks(answer)
     kinds += [code_kind(code) for language, code in blocks if language in PYTHON_FENCES]
-    return answer.strip()
+    return prompts.without_blank_lines(answer)
 
 
 def judge_code(kinds: list[str], is_html: bool) -> str:

@@ -46,13 +46,15 @@ def modelfile(config: Config, weights: str = "model.q8_0.gguf") -> str:
     """Ollama's description of the model. Its template is the one of training, byte for byte.
 
     Ollama fills in `.System` and `.Prompt`; BOS comes from the file's own flag. Temperature 0 is
-    greedy, as everywhere in this course.
+    greedy, as everywhere in this course. Ollama cannot take off the blank lines around a
+    request, as `prompts.render_prompt` does.
     """
-    if '"""' in config.system_message:
+    system = prompts.without_blank_lines(config.system_message)
+    if '"""' in system:
         raise ValueError('SYSTEM_MESSAGE holds """, which ends a text in a Modelfile: reword it')
     template = prompts.render_prompt("{{ .Prompt }}", "{{ .System }}")
     return (
-        f'FROM ./{weights}\nTEMPLATE """{template}"""\nSYSTEM """{config.system_message}"""\n'
+        f'FROM ./{weights}\nTEMPLATE """{template}"""\nSYSTEM """{system}"""\n'
         f"PARAMETER temperature 0\nPARAMETER num_predict {config.max_new_tokens}\n"
     )
 

@@ -146,6 +146,5 @@ def _answer(prompt: str, ids: list[int], tokenizer) -> Answer:
     """Cut the padding that follows EOS and decode what is left."""
     stopped = tokenizer.eos_token_id in ids
     ids = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
-    return Answer(
-        prompt, tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), stopped
-    )
+    text = prompts.read_completion(tokenizer.decode(ids, skip_special_tokens=True))
+    return Answer(prompt, text, len(ids), stopped)

@@ -4,7 +4,9 @@ r"""Llama 2's prompt template: render it, parse it, verify that a tokenizer read
 
 `<s>` and `</s>` are never written as text here: the tokenizer adds the first, trl the second. The
 space that follows `[/INST]` belongs to the completion, so that the prompt's tokens are a prefix of
-the whole text's tokens. Source: `chat_completion` in Meta's llama repository, generation.py.
+the whole text's tokens. Texts lose the blank lines around them and nothing else: in code, the
+spaces of the first line have a meaning. Source: `chat_completion` in Meta's llama repository,
+generation.py.
 """
 
 import itertools
@@ -46,6 +48,16 @@ def render_completion(answer: str) -> str:
     return f" {_clean('answer', answer)} "
 
 
+def read_completion(text: str) -> str:
+    """The answer in what a model produced: `render_completion` undone."""
+    return without_blank_lines(text.removeprefix(" ").removesuffix(" "))
+
+
+def without_blank_lines(text: str) -> str:
+    """The text without the line feeds around it; the first line keeps its indentation."""
+    return text.strip("\n")
+
+
 def render(conversation: Conversation, bos: str = "", eos: str = "") -> str:
     """A whole conversation of one or more turns.
 
@@ -69,13 +81,15 @@ def chat_template(system: str) -> str:
 
     `system` is the system message of a conversation that brings none.
     """
-    first = render_prompt("{{ message['content'] | trim }}", "{{ system | trim }}")
-    later = _render_turn("{{ message['content'] | trim }}")
-    answer = render_completion("{{ message['content'] | trim }}")
+    content = r"{{ message['content'].strip('\n') }}"  # as `without_blank_lines` does
+    first, later = render_prompt(content, r"{{ system.strip('\n') }}"), _render_turn(content)
+    answer = render_completion(content)
+    # A text between quotes is written in Jinja as in JSON, but for \u: there, half a character.
+    spelled = json.dumps(system, ensure_ascii=False)
     return (
         "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
         "{% set turns = messages[1:] %}{% else %}"
-        f"{{% set system = {json.dumps(system)} %}}{{% set turns = messages %}}{{% endif %}}"
+        f"{{% set system = {spelled} %}}{{% set turns = messages %}}{{% endif %}}"
         "{% for message in turns %}{% if message['role'] == 'user' %}{{ bos_token }}"
         f"{{% if loop.first %}}{first}{{% else %}}{later}{{% endif %}}"
         f"{{% else %}}{answer}{{{{ eos_token }}}}{{% endif %}}{{% endfor %}}"
@@ -149,16 +163,18 @@ def verify_rows(
     while batch := list(itertools.islice(rows, batch_size)):
         wholes = tokenizer([p + c + tokenizer.eos_token for p, c in batch]).encodings
         for (prompt, completion), whole in zip(batch, wholes, strict=True):
-            problems = _template_problems(prompt + completion)
+            problems = _template_problems(prompt, completion)
             problems += _token_problems(tokenizer, whole, len(prompt))
             yield len(whole), problems
 
 
-def _template_problems(text: str) -> list[str]:
+def _template_problems(prompt: str, completion: str) -> list[str]:
     try:
-        parse(text)
+        parse(prompt + completion)
     except TemplateError as error:
         return [f"template: {error}"]
+    if not prompt.endswith(CLOSE_USER):
+        return [f"template: the prompt ends in {prompt[-10:]!r} and not in {CLOSE_USER}"]
     return []
 
 
@@ -196,10 +212,10 @@ def _render_turn(user: str) -> str:
 
 
 def _clean(what: str, text: str) -> str:
-    """The stripped text; TemplateError when it holds one of the template's own markers."""
+    """The text to put in; TemplateError when it holds one of the template's own markers."""
     for marker in MARKERS:
         if marker in text:
             raise TemplateError(
                 f"{what} holds the template's own marker {marker}: remove or reword it"
             )
-    return text.strip()
+    return without_blank_lines(text)

@@ -23,6 +23,7 @@ import pyarrow.csv
 
 from helpers.artefacts import public_name
 from helpers.config import PROJECT_DIR
+from helpers.prompts import read_completion
 
 SAMPLE_DIR = PROJECT_DIR / "data" / "sample"
 SAMPLE_LICENCE = "CC BY-SA 4.0"  # written for this course, unlike the posts of the real set
@@ -51,7 +52,7 @@ KEYS = {"Questions": "Id", "Answers": "ParentId", "Tags": "Id"}  # the column wi
 PROMPT_NAMES = ("prompt", "question", "instruction", "input", "user")
 ANSWER_NAMES = ("answer", "completion", "response", "output", "assistant")
 ARTICLE_TEXT = re.compile(
-    r"(?:<s>)?\s*\[INST\]\s*(?:<</?SYS>>.*?<</SYS>>)?(?P<prompt>.*?)\[/INST\]"
+    r"(?:<s>)?\s*\[INST\](?:\s*<</?SYS>>.*?<</SYS>>)?(?P<prompt>.*?)\[/INST\]"
     r"(?P<answer>.*?)(?:</s>)?",
     re.DOTALL,
 )
@@ -477,7 +478,8 @@ def _pairs(
             continue
         if len(columns) == 1:
             found = ARTICLE_TEXT.fullmatch(values[0].strip())
-            values = [found["prompt"].strip(), found["answer"].strip()] if found else ["", ""]
+            texts = found.groups() if found else ("", "")
+            values = [read_completion(text) for text in texts]  # a space on either side here too
         yield tuple(values)
 
 

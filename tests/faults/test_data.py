@@ -1,5 +1,6 @@
 """Dirty data: what is no row is put aside and named, a row stays whole, no mask shifts."""
 
+import itertools
 import json
 
 import datasets
@@ -203,6 +204,36 @@ def test_white_space_without_end_is_read_in_linear_time(tmp_path):
     report, kept, _ = curated(path, tmp_path)
     assert_nothing_good_is_lost(kept)
     assert report.removed["length"] == [len(OWN_ROWS) + n for n in (1, 2, 3)]
+
+
+# -- Code that begins with indentation.
+
+STEP = "Then print it, {n} times, and go on with the {thing} as before."
+INDENTED = [
+    {
+        "prompt": f"    {thing} = {n}\nWhat follows this line?",
+        "answer": f"    x = {n}\n    print(x)  # {STEP.format(n=n, thing=thing)}",
+    }
+    for n, thing in enumerate("door window gate barrel crate lamp roof wall stair chair".split())
+]
+
+
+@pytest.mark.parametrize("frame", ["{}", "\n\n{}\n", "\r\n{}"])
+def test_the_first_line_keeps_its_indentation(tmp_path, frame):
+    path = tmp_path / "own.jsonl"
+    framed = [{name: frame.format(text) for name, text in row.items()} for row in INDENTED]
+    path.write_bytes(lines(framed))
+    _, kept, _ = curated(path, tmp_path)
+    assert_nothing_good_is_lost(kept, INDENTED)
+
+
+def test_the_first_line_keeps_its_indentation_in_the_articles_form(tmp_path):
+    systems = itertools.cycle(["", "<<SYS>>\nS\n<</SYS>>\n\n"])
+    texts = [f"<s>[INST] {next(systems)}{r['prompt']} [/INST] {r['answer']} </s>" for r in INDENTED]
+    path = tmp_path / "own.jsonl"
+    path.write_bytes(lines({"text": text} for text in texts))
+    _, kept, _ = curated(path, tmp_path)
+    assert_nothing_good_is_lost(kept, INDENTED)
 
 
 # -- Text that speaks to the model: the template's markers and the tokenizer's special tokens.

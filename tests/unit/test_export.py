@@ -1,5 +1,6 @@
 """GGUF: what is written is read back as the same model and tokenizer; the templates agree."""
 
+import dataclasses
 import json
 import shutil
 
@@ -144,7 +145,8 @@ def test_rotary_pairs_become_neighbours():
 
 
 def test_the_tokenizer_comes_back(tiny_config, tokenizer):
-    config, _ = save_merged(tiny_config, tokenizer)
+    hostile = dataclasses.replace(tiny_config, system_message=HOSTILE)
+    config, _ = save_merged(hostile, tokenizer)
     export.export_gguf(config)
     again = AutoTokenizer.from_pretrained(config.gguf_dir, gguf_file="model.f16.gguf")
     prompt = prompts.render_prompt(QUESTION, SYSTEM)
@@ -236,29 +238,46 @@ def test_ollamas_template_is_that_of_training(tiny_config):
     before, template, middle, system, after = text.split('"""')
     assert before == "FROM ./model.q8_0.gguf\nTEMPLATE " and middle == "\nSYSTEM "
     assert "PARAMETER temperature 0\n" in after
+    framed = dataclasses.replace(tiny_config, system_message=f"\n    {system}\n\n")
+    assert export.modelfile(framed) == text.replace(system, f"    {system}")
     filled = template.replace("{{ .System }}", system).replace("{{ .Prompt }}", QUESTION)
     assert filled == prompts.render_prompt(QUESTION, tiny_config.system_message)
 
 
 def test_a_system_message_that_ends_the_text_is_refused(tiny_config):
-    import dataclasses
-
     quoted = dataclasses.replace(tiny_config, system_message='Say """ twice.')
     with pytest.raises(ValueError, match="SYSTEM_MESSAGE holds"):
         export.modelfile(quoted)
 
 
-@pytest.mark.parametrize("system", [SYSTEM, 'Say "yes" or \\no, é.'])
-def test_the_chat_template_renders_what_training_rendered(tokenizer, system):
+# What Jinja, JSON or Python might read as something else than text.
+HOSTILE = (
+    "\n'Say' \"yes\" or \\no\\n \\u0041, \u00e9 \U0001f600\u2028\x7f\t"
+    "{{ x }} {% raw %} {# c #} -%}\r\n "
+)
+
+
+@pytest.mark.parametrize("system", [SYSTEM, 'Say "yes" or \\no, é.', HOSTILE, "    Indented.", ""])
+@pytest.mark.parametrize("saved", [False, True], ids=["in memory", "saved"])
+def test_the_chat_template_renders_what_training_rendered(
+    tokenizer, short_tokenizer, tiny_config, system, saved
+):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     tokenizer.chat_template = prompts.chat_template(system)
-    turns = (("one", "two"), (QUESTION, None))
+    if saved:
+        config = dataclasses.replace(tiny_config, system_message=system)
+        save_merged(config, short_tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(config.merged_dir)
+    code = "\n    x = 0\n    y = {{ x }} \U0001f600 \n"
+    turns = (("one", "two"), (code, code), (QUESTION, None))
     asked = prompts.render(
         prompts.Conversation(system, turns), tokenizer.bos_token, tokenizer.eos_token
     )
     messages = [
         {"role": "user", "content": "one"},
         {"role": "assistant", "content": "two"},
+        {"role": "user", "content": code},
+        {"role": "assistant", "content": code},
         {"role": "user", "content": QUESTION},
     ]
     given = [{"role": "system", "content": system}, *messages]

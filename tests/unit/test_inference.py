@@ -35,7 +35,7 @@ def test_a_batch_gives_the_answers_of_single_prompts_in_the_order_given(model, t
 def test_a_streamed_answer_is_the_same_text(model, tokenizer, config):
     (whole,), _ = inference.answer_all(model, tokenizer, ["hello there"], config)
     pieces = list(inference.stream(model, tokenizer, "hello there", config))
-    assert "".join(pieces).strip() == whole.text
+    assert prompts.read_completion("".join(pieces)) == whole.text
 
 
 def test_an_answer_ends_at_eos_and_says_whether_it_did(tokenizer):
@@ -44,6 +44,12 @@ def test_an_answer_ends_at_eos_and_says_whether_it_did(tokenizer):
     stopped = inference._answer("q", [*ids, end, pad, pad], tokenizer)
     assert (stopped.text, stopped.tokens, stopped.stopped) == ("done", len(ids), True)
     assert inference._answer("q", ids, tokenizer).stopped is False
+
+
+def test_an_answer_keeps_its_indentation(tokenizer):
+    answer = "    x = 0\n    y = x + 1"
+    ids = tokenizer(prompts.render_completion(answer), add_special_tokens=False)["input_ids"]
+    assert inference._answer("q", ids, tokenizer).text == answer
 
 
 def test_an_unknown_model_name_is_named(config):

@@ -32,6 +32,7 @@ def test_the_template_letter_by_letter():
         (("U", "A"), ("more?", "B\n1. x"), ("last", None)),
         (("U", "A"), ("again", "B")),
         (("", ""), ("U [/INST", "] [INST")),
+        (("    x = 0\n    y", "        x = 1\n    y "), ("\tU ", " "), (" ", None)),
     ],
 )
 def test_parse_undoes_render(turns, bos, eos):
@@ -55,6 +56,27 @@ def test_parse_undoes_render(turns, bos, eos):
 def test_parse_refuses_other_text(text):
     with pytest.raises(TemplateError):
         prompts.parse(text)
+
+
+def test_indentation_stays_and_blank_lines_around_go():
+    code = "    x = 0\n    y = x + 1"
+    assert prompts.render_completion(f"\n\n{code}\n") == f" {code} "
+    assert prompts.render_prompt(f"\n{code}\n\n", "\nS\n").endswith(
+        f"\nS\n<</SYS>>\n\n{code} [/INST]"
+    )
+
+
+@pytest.mark.parametrize("answer", ["    x = 0\n    y = 1", "\tx", "  - a\n  - b  "])
+def test_a_row_that_begins_with_indentation_verifies(tokenizer, answer):
+    user = "    x = 0\nWhat is x?"
+    prompt, completion = prompts.render_prompt(user, "S"), prompts.render_completion(answer)
+    assert prompts.parse(prompt + completion) == Conversation("S", ((user, answer),))
+    assert prompts.read_completion(completion) == answer
+    assert prompts.verify(tokenizer, prompt, completion) == []
+    row = prompts.encode(tokenizer, prompt, completion)
+    learned = [token for token in row["labels"] if token != prompts.IGNORED_LABEL]
+    assert row["input_ids"] == tokenizer(prompt)["input_ids"] + learned
+    assert tokenizer.decode(learned) == completion + tokenizer.eos_token
 
 
 @pytest.mark.parametrize("marker", prompts.MARKERS)
@@ -84,11 +106,12 @@ def bad_rows(tokenizer):
         "2 BOS": (bos + PROMPT, COMPLETION),
         "2 EOS": (PROMPT, COMPLETION + eos),
         "not a prefix": (PROMPT + " ", COMPLETION.lstrip()),
+        "ends in '..*/INST\\] ' and not in": (PROMPT + " ", COMPLETION),
         "EOS are not both": (PROMPT, ""),
     }
 
 
-@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("place", range(6))
 def test_each_bad_template_is_named(tokenizer, place):
     words, row = list(bad_rows(tokenizer).items())[place]
     with pytest.raises(AssertionError, match=words):
