@@ -664,9 +664,9 @@ def torch_bytes() -> int:
 def plan(
     model_config, run: Run, card_bytes: int, reserve_bytes: int = GIB, host_room: int = 0
 ) -> Plan:
-    """The fastest way to take `run`'s step of `run.batch` rows on a card of `card_bytes`.
+    """The fastest way to take `run`'s step of batch x accumulation rows on a card of `card_bytes`.
 
-    Tried: every power of two up to `run.batch` (the rest is accumulated), checkpointing on and off,
+    Tried: every batch up to `run.batch` that divides the step's rows, checkpointing on and off,
     offloaded or not (on the fast path with any number of kept layers, if it takes no more than
     `host_room` bytes there), the run's own optimizer and 8-bit AdamW, plain and paged.
     `reserve_bytes` is kept free for the CUDA context, the desktop and, off the fast path, the
@@ -721,21 +721,26 @@ def _candidates(run: Run, layers: int) -> list[Run]:
     if run.fast:  # where most layers keep theirs there is little to gain by moving the rest
         ways = [(False, 0, False), *((True, kept, False) for kept in range(layers + 1))]
         ways += [(True, kept, True) for kept in range(layers // 2)]
-    batches = [2**power for power in range(run.batch.bit_length()) if 2**power <= run.batch]
+    rows = run.batch * run.accumulation
     return [
         dataclasses.replace(
             run,
             batch=batch,
-            accumulation=run.accumulation * math.ceil(run.batch / batch),
+            accumulation=rows // batch,
             checkpointing=checkpointing,
             kept_layers=kept,
             offload=offload,
             optimizer=optimizer,
         )
-        for batch in batches
+        for batch in whole_batches(rows, most=run.batch)
         for checkpointing, kept, offload in ways
         for optimizer in dict.fromkeys((run.optimizer, *PLANNED_OPTIMIZERS))
     ]
+
+
+def whole_batches(rows: int, most: int) -> list[int]:
+    """The batches of up to `most` rows that a step of `rows` rows is made of without a rest."""
+    return [batch for batch in range(1, most + 1) if rows % batch == 0]
 
 
 def _summary(run: Run, predicted: Estimate, room: int) -> str:

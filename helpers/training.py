@@ -313,18 +313,22 @@ def out_of_memory_advice(trainer: SFTTrainer):
 def next_rung(config: Config) -> dict:
     """What to change first when a step does not fit: what costs least speed. Fields and values.
 
-    Halving the rows of a batch and doubling the batches of a step leaves the step's rows the same.
+    Fewer rows go at a time and more batches make a step, so that the step's rows stay the same.
     """
-    rows, eval_rows = config.per_device_train_batch_size, config.per_device_eval_batch_size
+    batch = config.per_device_train_batch_size
+    step_rows = batch * config.grad_acc_steps
     if not config.activation_checkpointing:
         return {"activation_checkpointing": True}
     if config.kept_layers:
         return {"kept_layers": config.kept_layers // 2}
-    if rows > 1:
+    if batch > 1:
+        smaller = memory.whole_batches(step_rows, most=batch - 1)[-1]
         return {
-            "per_device_train_batch_size": rows // 2,
-            "grad_acc_steps": 2 * config.grad_acc_steps,
-            "per_device_eval_batch_size": max(1, eval_rows // 2),
+            "per_device_train_batch_size": smaller,
+            "grad_acc_steps": step_rows // smaller,
+            "per_device_eval_batch_size": max(
+                1, config.per_device_eval_batch_size * smaller // batch
+            ),
         }
     return {"max_length": config.max_length // 2}
 

@@ -204,6 +204,24 @@ def test_a_full_gpu_is_answered_with_the_next_rung(config, monkeypatch, changes,
         training.fine_tune(trainer)
 
 
+@pytest.mark.parametrize("batch", range(1, 65))
+def test_every_rung_keeps_the_rows_of_a_step(config, batch):
+    for accumulation in range(1, 65):
+        rung = dataclasses.replace(
+            config,
+            activation_checkpointing=True,
+            per_device_train_batch_size=batch,
+            grad_acc_steps=accumulation,
+        )
+        seen = [batch]
+        while rung.per_device_train_batch_size > 1:
+            rung = dataclasses.replace(rung, **training.next_rung(rung))
+            seen.append(rung.per_device_train_batch_size)
+            assert seen[-1] * rung.grad_acc_steps == batch * accumulation
+        rows = range(1, batch)
+        assert seen[1:] == [n for n in reversed(rows) if batch * accumulation % n == 0]
+
+
 class Card:
     """A GPU of a given size: a step with more rows, or without checkpointing, does not fit."""
 

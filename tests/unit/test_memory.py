@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
@@ -217,6 +218,37 @@ def test_a_plan_fits_its_card_and_a_larger_card_is_never_slower():
         assert plan.run.batch * plan.run.accumulation == 16
     costs = [memory.relative_cost(plan.run) for plan in plans]
     assert costs == sorted(costs, reverse=True)
+
+
+def test_whatever_is_planned_keeps_the_rows_of_a_step():
+    for batch, accumulation in product(range(1, 65), repeat=2):
+        step, rows = memory.Run(batch=batch, accumulation=accumulation), batch * accumulation
+        found = memory._candidates(step, layers=32)
+        assert {run.batch * run.accumulation for run in found} == {rows}
+        assert {run.batch for run in found} == {n for n in range(1, batch + 1) if rows % n == 0}
+
+
+def test_more_rows_at_a_time_are_never_dearer():
+    rows = memory.whole_batches(180, most=180)
+    assert rows == [1, 2, 3, 4, 5, 6, 9, 10, 12, 15, 18, 20, 30, 36, 45, 60, 90, 180]
+    costs = [memory.relative_cost(memory.Run(batch=batch)) for batch in rows]
+    assert costs == sorted(costs, reverse=True) and len({*costs}) == len(costs)
+
+
+@pytest.mark.parametrize(
+    "batch, accumulation, cap, planned",
+    [
+        (6, 1, 16, (3, 2)),
+        (12, 1, 8, (6, 2)),
+        (24, 1, 8, (8, 3)),
+        (9, 2, 8, (9, 2)),
+        (7, 1, 8, (7, 1)),
+    ],
+)
+def test_what_fits_of_an_odd_step_is_a_divisor_of_it(batch, accumulation, cap, planned):
+    step = memory.Run(batch=batch, accumulation=accumulation, length=512)
+    run = memory.plan(LLAMA, step, cap * memory.GIB).run
+    assert (run.batch, run.accumulation) == planned
 
 
 def test_of_two_plans_with_one_batch_the_one_that_recomputes_less_is_faster():
