@@ -71,6 +71,25 @@ RULES = {
     "too_many_tokens": "longer than max_length tokens",
 }
 
+# What to do about each rule, when it leaves too few rows.
+ADVICE = {
+    "no_answer": "check that Answers.csv belongs to Questions.csv",
+    "low_score": "lower MIN_QUESTION_SCORE or MIN_ANSWER_SCORE",
+    "other_language": "give posts about Python",
+    "picture": "give questions that are text and no <img>",
+    "length": "lower MIN_ANSWER_CHARACTERS or raise MAX_POST_CHARACTERS",
+    "no_code": "give answers with code in <pre>",
+    "bad_encoding": "get the source again, or save it as UTF-8 from where its text is whole",
+    "python2": "translate the code to Python 3",
+    "does_not_parse": "repair the code, or name its language after the ``` if it is not Python",
+    "template_marker": f"remove {', '.join(prompts.MARKERS)} from the texts",
+    "contaminated": "check BENCHMARKS",
+    "exact_duplicate": "give rows that are not equal",
+    "near_duplicate": "raise NEAR_DUPLICATE_SIMILARITY",
+    "not_verified": "check the texts, or name a MODEL_NAME with another tokenizer",
+    "too_many_tokens": "raise MAX_LENGTH",
+}
+
 # UTF-8 read as Latin-1 ("Ã©"), control characters of the C1 range, the replacement character.
 MOJIBAKE = re.compile("[ÃÂâ][\x80-\xbf]|[\x80-\x9f\ufffd]")
 NOT_PYTHON_TAGS = frozenset(
@@ -596,7 +615,10 @@ def _write_rows(path: Path, rows: list[dict], schema: pa.Schema = PAIR_SCHEMA) -
 
 
 def choose_validation(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
-    """True for the validation rows: whole groups in a seeded order, up to `wanted` rows."""
+    """True for the validation rows: whole groups in a seeded order, up to `wanted` rows.
+
+    Where each group is larger than that, the smallest.
+    """
     names, which, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     chosen, left = np.zeros(len(names), bool), wanted
     for index in np.argsort(question_hash(names, seed + 1), kind="stable"):
@@ -604,6 +626,8 @@ def choose_validation(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
             chosen[index], left = True, left - sizes[index]
         if left == 0:
             break
+    if not chosen.any():
+        chosen[sizes.argmin()] = True
     return chosen[which]
 
 
@@ -681,8 +705,11 @@ def _write_dataset(
         validation=dataset.select(np.flatnonzero(held)),
     )
     if min(map(len, splits.values())) == 0:
-        raise DataError(
-            f"{len(rows)} rows survive, too few to train and to validate: use more data"
+        raise _too_few(
+            report,
+            f"too few rows survive: {len(rows)} of {report.raw_questions} questions, in one group "
+            "of rows that resemble each other, and training and validation need one each",
+            "give more rows that differ",
         )
     report.train_rows, report.validation_rows = len(splits["train"]), len(splits["validation"])
     validation = rows.filter(pa.array(held))
@@ -799,12 +826,18 @@ def push_dataset(config: Config) -> list[str]:
 
 def _fail_if_empty(report: Report, left: int) -> None:
     if left == 0:
-        counts = ", ".join(f"{rule} {removed}" for rule, removed, _ in report.funnel() if removed)
-        raise DataError(
-            f"no row survives of {report.raw_questions} questions (removed: {counts}): check "
-            "DATA_SOURCE, lower MIN_ANSWER_SCORE or MIN_ANSWER_CHARACTERS, or raise MAX_LENGTH, "
-            "whichever removed most"
-        )
+        raise _too_few(report, f"no row survives of {report.raw_questions} questions")
+
+
+def _too_few(report: Report, what: str, *advice: str) -> DataError:
+    """`what` with the three rules that removed most, and what to do about them."""
+    removed = sorted(report.funnel(), key=lambda step: -step[1])
+    removed = [(rule, count) for rule, count, _ in removed[:3] if count]
+    counts = ", ".join(f"{rule} {count}" for rule, count in removed)
+    told = "; ".join([*advice, *(ADVICE[rule] for rule, _ in removed)])
+    for *_, problems in report.examples["not_verified"][:1]:
+        told += f"; the first problem of a prompt: {problems.partition(';')[0]}"
+    return DataError(f"{what}{counts and f' (removed: {counts})'}: {told}")
 
 
 def default_workers(source: str) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from transformers import AutoTokenizer
 
 from helpers import artefacts, curation, prompts, sources
 from helpers.config import Config
@@ -615,15 +616,71 @@ def test_utf8_is_repaired(folder, tmp_path, config, dataset):
 
 def test_no_row_survives(tmp_path):
     config = Config.from_profile("demo", min_answer_score=100_000, run_dir=tmp_path)
-    with pytest.raises(
-        DataError,
-        match=r"no row survives of 640 questions \(removed: no_answer 7, low_score 633\): .*MIN_",
-    ):
+    words = (
+        r"no row survives of 640 questions \(removed: low_score 633, no_answer 7\): lower "
+        "MIN_QUESTION_SCORE or MIN_ANSWER_SCORE; check that Answers.csv"
+    )
+    with pytest.raises(DataError, match=words):
         curate(config)
     config = Config.from_profile("demo", max_length=16, run_dir=tmp_path)
-    with pytest.raises(DataError, match="too_many_tokens 491.* raise MAX_LENGTH"):
+    with pytest.raises(DataError, match=r"removed: too_many_tokens 491, .*\): raise MAX_LENGTH; "):
         curate(config)
     assert {path.name for path in tmp_path.iterdir()} == {".dataset.lock", ".dataset.lock.json"}
+
+
+def test_each_rule_has_its_advice():
+    assert curation.ADVICE.keys() == curation.RULES.keys()
+    for rule in curation.RULES:
+        report = curation.Report(raw_questions=2)
+        report.remove(rule, 1, text="the first problem")
+        with pytest.raises(DataError) as caught:
+            curation._fail_if_empty(report, 0)
+        message = str(caught.value)
+        assert message.startswith(f"no row survives of 2 questions (removed: {rule} 1): ")
+        assert [r for r, advice in curation.ADVICE.items() if advice in message] == [rule]
+        assert ("the first problem" in message) == (rule == "not_verified")
+        assert "\n" not in message and len(message) < 300
+
+
+def test_a_tokenizer_that_writes_no_bos_is_named(tmp_path, tokenizer):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    tokenizer.add_bos_token = False
+    tokenizer.save_pretrained(tmp_path / "no-bos")
+    shutil.copy(f"{tokenizer.name_or_path}/config.json", tmp_path / "no-bos")
+    config = Config.from_profile("demo", model_name=str(tmp_path / "no-bos"), run_dir=tmp_path)
+    words = (
+        r"removed: not_verified 491, .*\): .*MODEL_NAME .*: 0 BOS tokens, there must be exactly one"
+    )
+    with pytest.raises(DataError, match=words):
+        curate(config)
+
+
+WORDS = [chr(97 + a) + chr(97 + b) for a in range(5) for b in range(8)]
+
+
+def curate_rows(tmp_path, rows, **changes):
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    source = {"data_source": str(tmp_path / "a.jsonl"), "run_dir": tmp_path / "run"}
+    return curate(Config.from_profile("demo", **source, **changes))
+
+
+def test_too_few_rows_are_told_with_what_took_the_others(tmp_path):
+    rows = [OWN_ROWS[0], {"prompt": "What is 1?", "answer": "One."}]
+    words = r"too few rows survive: 1 of 2.* \(removed: length 1\): .*; lower MIN_ANSWER_CHARACTERS"
+    with pytest.raises(DataError, match=words):
+        curate_rows(tmp_path, rows)
+    with pytest.raises(DataError, match="too few rows survive: 1 of 1.*each: give more rows that"):
+        curate_rows(tmp_path, rows[:1])
+
+
+def test_rows_in_two_large_groups_are_split(tmp_path):
+    """Where no group is as small as the rows to hold out, the smallest is held out."""
+    rows = [
+        {"prompt": f"How do I turn {n}?", "answer": " ".join(f"{word}{n // 6}" for word in WORDS)}
+        for n in range(11)
+    ]
+    report = curate_rows(tmp_path, rows, near_duplicate_similarity=1.0)
+    assert (report.train_rows, report.validation_rows) == (6, 5)
 
 
 def test_an_unwritable_run_folder(tmp_path):
