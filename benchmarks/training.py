@@ -196,7 +196,7 @@ def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
                 clock.begin(state.global_step + 1)
 
             def on_step_end(self, args, state, control, **kwargs):
-                clock.end(state.global_step, trainer._total_train_tokens)
+                clock.end(state.global_step, state.num_input_tokens_seen)
 
         trainer.add_callback(Timer())
         with training.kernels(trainer):

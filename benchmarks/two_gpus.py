@@ -124,12 +124,10 @@ def work(model: Path, run_dir: Path, cap: float, forced: bool, settings: dict) -
 
 
 def speed(log: dict) -> float:
-    """Tokens of all GPUs a second in the later half of the steps, from trl's own count."""
-    counts = [(e["step"], float(e["num_tokens"])) for e in log["history"] if "loss" in e]
-    half = len(counts) // 2
-    (first, before), (last, after) = counts[half - 1], counts[-1]
-    seconds = sum(s["seconds"] for s in log["steps"] if first < s["step"] <= last)
-    return round((after - before) / seconds)
+    """Tokens of all GPUs a second in the later half of the steps."""
+    from helpers import training
+
+    return round(training.tokens_per_second(log["steps"][len(log["steps"]) // 2 :]))
 
 
 def planned_bytes(model: Path, run_dir: Path, shards: int, settings: dict) -> int:

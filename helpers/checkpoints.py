@@ -4,10 +4,10 @@ The trainer writes a checkpoint file by file under its final name. Only the seal
 says that all of it is there.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
+import os
 import signal
 import threading
 from pathlib import Path
@@ -16,10 +16,28 @@ import torch
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from helpers import artefacts, integrity
+from helpers import artefacts, integrity, manifest, models
 from helpers.config import Config
 
 STATE = "trainer_state.json"
+PLAN = "plan.json"
+# The settings of a Config that training depends on: other ones, another folder of checkpoints. Not
+# here are those that only say where a layer's activations are in the meantime. What made the rows
+# is not here either, for the rows themselves are asked.
+NAMED_BY = (
+    *("seed", "use_4bit", "bnb_4bit_compute_dtype", "bnb_4bit_compute_quant_type"),
+    *("use_nested_quant", "lora_r", "lora_alpha", "lora_dropout", "target_modules"),
+    *("num_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("grad_acc_steps", "learning_rate", "weight_decay", "max_grad_norm", "scheduler_type"),
+    *("warmup_ratio", "optim", "fp16", "bf16", "group_by_length", "packing", "fast_path"),
+    *("max_length", "completion_only_loss", "save_steps", "eval_steps"),
+    "early_stopping_patience",
+)
+# What is decided for a step when it is planned to a card: see training.planned.
+PLANNED = (
+    *("per_device_train_batch_size", "grad_acc_steps", "optim"),
+    *("activation_checkpointing", "kept_layers", "activation_offloading"),
+)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -43,6 +61,13 @@ class SealCheckpoints(TrainerCallback):
             integrity.seal(folder_of_step(args, state))
 
 
+class LogTheLastStep(TrainerCallback):
+    """A log line after the last step too, whatever LOG_STEPS is: no step goes without."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log = control.should_log or state.global_step >= state.max_steps
+
+
 class StopAtStepEdge(TrainerCallback):
     """While `with` lasts, Ctrl-C and SIGTERM end the run after the step, with a checkpoint."""
 
@@ -50,7 +75,7 @@ class StopAtStepEdge(TrainerCallback):
         self.received = None
 
     def __enter__(self):
-        self.before = {}
+        self.received, self.before = None, {}
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self._note)
@@ -95,17 +120,17 @@ def least_of_all(number: int, device) -> int:
 
 
 class SameOrder(TrainerCallback):
-    """Draws the order of every later epoch from the seed and the epoch, so that a resume has it.
+    """Draws the order of every epoch from the seed and the epoch, so that a resume has it.
 
     transformers groups rows by length with the random numbers that the process has come to, and a
-    resumed process has come to others. In the first epoch both begin at the seed.
+    process that resumes has come to others.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        batches, epoch = train_dataloader.batch_sampler, int(state.epoch)
+        batches = train_dataloader.batch_sampler
         sampler = getattr(batches, "batch_sampler", batches).sampler  # DDP deals out another's
-        if epoch > 0 and isinstance(sampler, LengthGroupedSampler):
-            sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch))
 
 
 def load_in_own_type(model) -> None:
@@ -123,16 +148,37 @@ def checkpoint_bytes(model) -> int:
     return sum(p.nbytes + 8 * p.numel() for p in trained)
 
 
-def folder_of(config: Config) -> Path:
-    """Where a Config's checkpoints lie: other settings, another folder; none is mixed up.
+def folder_of(config: Config, tokenizer) -> Path:
+    """Where the checkpoints of a training lie: named by all that it depends on, and nothing else.
 
-    Which GPU it is makes no difference: the processes of one run share the folder.
+    That is the rows, the tokenizer, the base model, NAMED_BY, and over how many processes it goes.
+    `config` is what was asked for, before it is planned to a card: on a card with another amount of
+    memory the run goes on. Which GPU it is makes no difference: the processes of one run share it.
     """
-    settings = dataclasses.asdict(config) | {"device_map": config.device.split(":")[0]}
-    for name in ("run_dir", "report_to", "fit_to_memory"):  # they change no step
-        del settings[name]
-    settings = json.dumps(settings, sort_keys=True)
-    return config.checkpoints_dir / hashlib.sha256(settings.encode()).hexdigest()[:12]
+    models.load_shape(config.model_name)  # a model of the Hub has its commit on this disk then
+    named_by = {name: getattr(config, name) for name in NAMED_BY} | {
+        "planned": config.kept_layers is None,
+        "device": config.device.split(":")[0],
+        "processes": [os.environ.get("WORLD_SIZE", "1"), models.is_sharded()],
+        "dataset": integrity.dataset_fingerprint(config),
+        "tokenizer": [integrity.tokenizer_rules(tokenizer), tokenizer.eos_token],
+        "base_model": [*manifest.base_model(config.model_name).items()],
+    }
+    text = json.dumps(named_by, sort_keys=True)
+    return config.checkpoints_dir / hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def record_plan(folder: Path, config: Config) -> None:
+    """Write down how the run in a folder takes its steps, as it begins."""
+    plan = {name: getattr(config, name) for name in PLANNED}
+    artefacts.write_text(artefacts.writable(folder) / PLAN, json.dumps(plan) + "\n")
+
+
+def recorded_plan(folder: Path) -> dict:
+    """The fields of a Config with which the run in a folder began; {} if it has no checkpoint."""
+    if not any(folder.glob(f"checkpoint-*/{integrity.SEAL}")) or not (folder / PLAN).is_file():
+        return {}
+    return json.loads((folder / PLAN).read_text(encoding="utf-8"))
 
 
 def folder_of_step(args, state) -> Path:
@@ -175,7 +221,7 @@ def restore_finished(trainer, checkpoint: Path) -> None:
     model by a method without a public name is the price of not taking it.
     """
     trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
-    best = checkpoint.parent / Path(trainer.state.best_model_checkpoint).name
-    trainer.state.best_model_checkpoint = str(best)
+    best = trainer.state.best_model_checkpoint or checkpoint  # the last, where no best was saved
+    trainer.state.best_model_checkpoint = str(checkpoint.parent / Path(best).name)
     trainer._load_callback_state()
     trainer._load_best_model()

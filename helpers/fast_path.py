@@ -91,7 +91,8 @@ class FastTrainer(SFTTrainer):
         return prepared
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self._total_train_tokens += inputs.pop("used_tokens")
+        used = gather_object([inputs.pop("used_tokens")])  # of each process
+        self.state.num_input_tokens_seen += sum(used)
         inputs = {**self._prepare_inputs(inputs), "graded": num_items_in_batch}
         if not model.training:
             model.train()
@@ -105,12 +106,6 @@ class FastTrainer(SFTTrainer):
             # DDP would do that bit by bit within the pass, which is one piece here.
             torch.distributed.all_reduce(self.graph.gradient)
         return loss * processes  # its share of the step's tokens; the trainer takes the mean
-
-    def log(self, logs, *arguments, **options):
-        if self.model.training:  # here all processes wait anyway, in a step none has to
-            counts = gather_object([self._total_train_tokens])
-            self._metrics["train"]["num_tokens"] = [sum(counts)]
-        super().log(logs, *arguments, **options)
 
     def _load_best_model(self):
         self.graph = None  # the adapter is read into the memory of the recording

@@ -7,6 +7,7 @@ checked.
 
 import hashlib
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -32,12 +33,17 @@ class ArtefactWarning(UserWarning):
 
 def seal(folder: Path) -> None:
     """Write SHA256SUMS over the files of a folder, but for hidden ones and cards."""
-    lines = []
-    for path in sorted(item for item in folder.rglob("*") if item.is_file()):
-        name = path.relative_to(folder)
-        if path.suffix != ".md" and not any(part.startswith(".") for part in name.parts):
-            lines.append(f"{sha256(path)}  {name.as_posix()}\n")
-    (folder / SEAL).write_text("".join(lines), encoding="utf-8")
+    (folder / SEAL).write_text("".join(f"{line}\n" for line in _sums(folder)), encoding="utf-8")
+
+
+def _sums(folder: Path) -> list[str]:
+    """The lines of a seal: the SHA-256 and the name of each file that it covers."""
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [
+        f"{sha256(folder / name)}  {name.as_posix()}"
+        for name in names
+        if name.suffix != ".md" and not any(part.startswith(".") for part in name.parts)
+    ]
 
 
 def check_seal(folder: Path, notebook: str) -> None:
@@ -99,8 +105,9 @@ def check_dataset(config: Config) -> Path:
 
 
 def dataset_fingerprint(config: Config) -> str:
-    """SHA-256 over the checksums of the dataset's rows; "" for one without a seal."""
-    rows = [line for line in _sealed(config.dataset_dir) if line.endswith(".arrow")]
+    """SHA-256 over the checksums of the dataset's rows; "" where there is no dataset."""
+    lines = _sealed(config.dataset_dir) or _sums(config.dataset_dir)
+    rows = [line for line in lines if re.search(r"/data-[^/]*\.arrow$", line)]  # no cached ones
     return hashlib.sha256("\n".join(rows).encode()).hexdigest() if rows else ""
 
 
@@ -162,14 +169,17 @@ def _check_base(config: Config, folder: Path, trained_on: str | None) -> None:
     if (folder / TOKENIZER).is_file():
         from helpers.models import load_tokenizer
 
-        tokenizer = load_tokenizer(config.model_name).backend_tokenizer
-        if _rules(json.loads(tokenizer.to_str())) != _rules(
-            _read(folder / TOKENIZER, _again("04"))
-        ):
+        rules = tokenizer_rules(load_tokenizer(config.model_name))
+        if rules != _rules(_read(folder / TOKENIZER, _again("04"))):
             raise ArtefactError(
                 f"the adapter in {folder} was trained with another tokenizer than that of "
                 f"{config.model_name}: {_again('04')}"
             )
+
+
+def tokenizer_rules(tokenizer) -> dict:
+    """What turns text into tokens, of a loaded tokenizer."""
+    return _rules(json.loads(tokenizer.backend_tokenizer.to_str()))
 
 
 def _rules(tokenizer: dict) -> dict:

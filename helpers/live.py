@@ -115,10 +115,9 @@ def curves(history: list[dict], steps: list[dict]) -> list[list[tuple[int, float
 
 def speeds(history: list[dict], steps: list[dict]) -> list[tuple[int, float]]:
     """(step, tokens per second since the log line before), evaluations not counted."""
-    seconds = {item["step"]: item["seconds"] for item in steps}
-    pairs, last_step = [], 0
-    for step, tokens in training.token_counts(history):
-        taken = sum(seconds.get(number, 0.0) for number in range(last_step + 1, step + 1))
-        pairs += [(step, tokens / taken)] if taken else []
-        last_step = step
-    return pairs
+    ends = [entry["step"] for entry in history if "loss" in entry]
+    parts = [
+        (last, [item for item in steps if first < item["step"] <= last])
+        for first, last in itertools.pairwise([0, *ends])
+    ]
+    return [(last, training.tokens_per_second(part)) for last, part in parts if part]

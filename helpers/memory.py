@@ -662,7 +662,12 @@ def torch_bytes() -> int:
 
 
 def plan(
-    model_config, run: Run, card_bytes: int, reserve_bytes: int = GIB, host_room: int = 0
+    model_config,
+    run: Run,
+    card_bytes: int,
+    reserve_bytes: int = GIB,
+    host_room: int = 0,
+    same_step: bool = False,
 ) -> Plan:
     """The fastest way to take `run`'s step of batch x accumulation rows on a card of `card_bytes`.
 
@@ -670,7 +675,7 @@ def plan(
     offloaded or not (on the fast path with any number of kept layers, if it takes no more than
     `host_room` bytes there), the run's own optimizer and 8-bit AdamW, plain and paged.
     `reserve_bytes` is kept free for the CUDA context, the desktop and, off the fast path, the
-    allocator's gaps: a margin, not a prediction.
+    allocator's gaps: a margin, not a prediction. With `same_step` the batch and the optimizer stay.
     """
     room = card_bytes - reserve_bytes
     layers = model_config.num_hidden_layers
@@ -678,6 +683,7 @@ def plan(
         candidate
         for candidate in _candidates(run, layers)
         if host_bytes(model_config, candidate) <= host_room
+        and (not same_step or (candidate.batch, candidate.optimizer) == (run.batch, run.optimizer))
     ]
     for candidate in sorted(candidates, key=partial(relative_cost, layers=layers)):
         if _fits(model_config, candidate, room):
@@ -687,6 +693,11 @@ def plan(
     return Plan(
         False, smallest, estimate(model_config, smallest), _advice(model_config, smallest, room)
     )
+
+
+def fits(model_config, run: Run, room: int, host_room: int) -> bool:
+    """Whether a run takes no more bytes of the GPU and of the host than there are for it."""
+    return host_bytes(model_config, run) <= host_room and _fits(model_config, run, room)
 
 
 def _fits(model_config, run: Run, room: int) -> bool:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from helpers import (
     artefacts,
-    checkpoints,
     evaluation,
     inference,
     merging,
@@ -117,7 +116,7 @@ def measure(config: Config) -> dict:
         **{n: metrics[n] for n in ("train_tokens_per_second", "peak_memory_bytes")},
         "exec_time_seconds": metrics["exec_time_seconds"],
     }
-    shutil.rmtree(checkpoints.folder_of(config))
+    shutil.rmtree(trainer.args.output_dir)
     return numbers
 
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import torch
 from datasets import DatasetDict, load_from_disk
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
@@ -91,15 +92,15 @@ def uses_fast_path(config: Config) -> bool:
     return config.fast_path and fast_path.is_supported()
 
 
-def sft_config(config: Config) -> SFTConfig:
-    """The training settings of a Config in trl's terms.
+def sft_config(config: Config, folder: Path | None = None) -> SFTConfig:
+    """The training settings of a Config in trl's terms, with a folder for the checkpoints.
 
     A packed batch is one row of batch size times `max_length` tokens.
     """
     rows, eval_rows = config.per_device_train_batch_size, config.per_device_eval_batch_size
     fast = uses_fast_path(config)
     arguments = SFTConfig(
-        output_dir=str(checkpoints.folder_of(config)),
+        output_dir=str(folder or config.checkpoints_dir),
         use_cpu=config.device == "cpu",
         # The fast path computes in the model's own bfloat16.
         **({"fp16": False, "bf16": False} if fast else precision.autocast(config)),
@@ -126,6 +127,8 @@ def sft_config(config: Config) -> SFTConfig:
         accelerator_config={"non_blocking": True},
         completion_only_loss=config.completion_only_loss,
         logging_steps=config.log_steps,
+        include_num_input_tokens_seen="no" if fast else "non_padding",
+        eval_on_start=True,
         eval_strategy="steps",
         eval_steps=config.eval_steps,
         save_steps=config.save_steps,
@@ -141,8 +144,8 @@ def sft_config(config: Config) -> SFTConfig:
     return arguments
 
 
-def prepare_tracker(config: Config) -> None:
-    """Tell the tracker of `report_to`, if any, to keep its files in run_dir, a folder a run.
+def prepare_tracker(config: Config, name: str) -> None:
+    """Tell the tracker of `report_to`, if any, to keep its files in run_dir, by a run's name.
 
     Both read their folder from the environment alone. Raises ConfigError when it is not installed.
     """
@@ -154,36 +157,58 @@ def prepare_tracker(config: Config) -> None:
             f"REPORT_TO is {config.report_to!r}, and that package is not installed: run `pip "
             f'install {config.report_to}`, or set REPORT_TO = "none"'
         )
-    folder = config.run_dir / config.report_to / checkpoints.folder_of(config).name
-    os.environ[variables[config.report_to]] = str(folder)
+    os.environ[variables[config.report_to]] = str(config.run_dir / config.report_to / name)
 
 
-def planned(config: Config) -> Config:
+def planned(config: Config, folder: Path | None = None) -> Config:
     """The Config with the fastest way to take its step that its GPU has room for, which is printed.
 
     The rows of a step stay the same; how many go at a time, which layers keep or offload their
-    activations and the optimizer are `memory.plan`'s, for the smallest of several GPUs and half of
-    the host's free memory. A Config that is off the fast path or names KEPT_LAYERS stays as it is.
-    Raises ConfigError when nothing fits: only the model's shape was loaded by then.
+    activations and the optimizer are `memory.plan`'s. A Config that is off the fast path or names
+    KEPT_LAYERS stays as it is. A run that has checkpoints in `folder` goes on as it began, or, in
+    less memory, with the same rows at a time and the same optimizer. Raises ConfigError when
+    nothing fits: only the model's shape was loaded by then.
     """
+    begun = checkpoints.recorded_plan(folder) if folder else {}
+    same = {name: value for name, value in begun.items() if name in checkpoints.NAMED_BY}
+    config = dataclasses.replace(config, **same)
     if config.kept_layers is not None or not uses_fast_path(config):
         return config
-    room = checkpoints.least_of_all(memory.torch_bytes(), config.device)
-    shape, step = models.load_shape(config.model_name), memory.Run.from_config(config)
-    if "LOCAL_RANK" in os.environ:  # DDP keeps gradients a second time
-        room -= memory.estimate(shape, step).gradients
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    host_room = checkpoints.least_of_all(
-        psutil.virtual_memory().available // 2 // processes, config.device
-    )
-    plan = memory.plan(shape, step, room, reserve_bytes=0, host_room=host_room)
+    shape = models.load_shape(config.model_name)
+    room, host_room = rooms(config, shape)
+    as_begun = dataclasses.replace(config, **begun)
+    if begun and memory.fits(shape, memory.Run.from_config(as_begun), room, host_room):
+        say_once(f"planned as when this run began: {in_words(begun)}")
+        return as_begun
+    step, gib = memory.Run.from_config(config), f"{room / memory.GIB:.1f} GiB"
+    plan = memory.plan(shape, step, room, 0, host_room, same_step=bool(begun))
+    if begun and not plan.fits:
+        raise ConfigError(
+            f"the run in {folder} began with {in_words(same)}, and in {gib} it cannot go on so: "
+            "free the memory that it had, or remove that folder and training begins again"
+        )
     if not plan.fits:
         raise ConfigError(
-            f"{config.model_name} does not train on the fast path in {room / memory.GIB:.1f} GiB "
+            f"{config.model_name} does not train on the fast path in {gib} "
             f"with rows of {config.max_length} tokens: {plan.advice}"
         )
-    say_once(f"planned for {room / memory.GIB:.1f} GiB: {plan.advice}")
+    if begun:
+        say_once(f"{gib} do not hold this run as it began, with {in_words(begun)}")
+    say_once(f"planned for {gib}: {plan.advice}")
     return follow(config, plan.run)
+
+
+def rooms(config: Config, shape) -> tuple[int, int]:
+    """Bytes that a plan may take: of the smallest of several GPUs, and of the host's memory.
+
+    Of what is free on the host that is half, a share for each process.
+    """
+    room = checkpoints.least_of_all(memory.torch_bytes(), config.device)
+    if "LOCAL_RANK" in os.environ:  # DDP keeps gradients a second time
+        room -= memory.estimate(shape, memory.Run.from_config(config)).gradients
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = psutil.virtual_memory().available // 2 // processes
+    return room, checkpoints.least_of_all(free, config.device)
 
 
 def follow(config: Config, run: memory.Run) -> Config:
@@ -234,29 +259,34 @@ def load_dataset(config: Config) -> DatasetDict:
     return dataset.select_columns(["prompt", "completion"])
 
 
-def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFTTrainer:
+def build_trainer(
+    config: Config, model, tokenizer, dataset: DatasetDict, folder: Path | None = None
+) -> SFTTrainer:
     """An SFTTrainer that wraps the 4-bit model in a fresh adapter and logs every step.
 
-    Raises ValueError for a model that carries an adapter already.
+    `folder` is that of its checkpoints, for a Config that was planned already; else the Config
+    names it. Raises ValueError for a model that carries an adapter already.
     """
-    prepare_tracker(config)
-    config = planned(config)
+    folder = folder or checkpoints.folder_of(config, tokenizer)
+    prepare_tracker(config, folder.name)
+    config = planned(config, folder)
     fast = uses_fast_path(config)
     trainer = (fast_path.FastTrainer if fast else SFTTrainer)(
         model=models.without_adapter(model),
-        args=sft_config(config),
+        args=sft_config(config, folder),
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
         processing_class=tokenizer,
         peft_config=lora_config(config),
         callbacks=[
-            StepLog(),
             LogLines(),
             StopOnDivergence(),
             checkpoints.SameOrder(),
+            checkpoints.LogTheLastStep(),
             checkpoints.SealCheckpoints(),
             checkpoints.StopAtStepEdge(),
             EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience),
+            StepLog(),  # the last, which knows of everything that the others ask for
         ],
     )
     if fast:
@@ -268,7 +298,7 @@ def build_trainer(config: Config, model, tokenizer, dataset: DatasetDict) -> SFT
         trainer.keep_weights = memory.weights_fit_in_place(
             model.config, memory.Run.from_config(config)
         )
-    trainer.args.eval_on_start = models.is_sharded()  # see loss_before
+    trainer.dataset_fingerprint = integrity.dataset_fingerprint(config)
     trainer.made_from = (config, tokenizer, dataset)
     checkpoints.load_in_own_type(trainer.model)
     trainer.remove_callback(PrinterCallback)  # LogLines prints the same numbers, readable
@@ -289,6 +319,18 @@ def fixed_collator(config: Config, tokenizer, packed) -> fast_path.FixedCollator
         longest=config.max_length,
         rows=max(len(lengths) for dataset in packed for lengths in dataset["seq_lengths"]),
     )
+
+
+def examples_of(batch: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(ids, labels) of each example in a batch, whether padded on the right or laid end to end."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    if "position_ids" not in batch:
+        lengths = batch["attention_mask"].sum(dim=1)
+        return [(ids[row, :n], labels[row, :n]) for row, n in enumerate(lengths)]
+    used = batch.get("used_tokens", ids.shape[1])  # on the fast path a filling follows
+    starts = (batch["position_ids"][0, :used] == 0).nonzero().flatten().tolist()
+    places = [slice(*ends) for ends in itertools.pairwise([*starts, used])]
+    return [(ids[0, place], labels[0, place]) for place in places]
 
 
 class OutOfMemory(RuntimeError):
@@ -348,24 +390,33 @@ def memory_saved(config: Config, changes: dict, model_config) -> int:
 
 
 def one_rung_down(trainer: SFTTrainer) -> SFTTrainer:
-    """A trainer of the next rung's settings, on the same model with its adapter taken off."""
-    config, tokenizer, dataset = trainer.made_from
-    changes = next_rung(config)
+    """A trainer of the next rung's settings, on the same model with its adapter taken off.
+
+    Where they change no step it goes on from the checkpoints of the former, else it has its own.
+    """
+    changes = next_rung(trainer.made_from[0])
     print(f"starting again with {in_words(changes)}", flush=True)
+    same_steps = not changes.keys() & {*checkpoints.NAMED_BY}
+    return made_anew(trainer, changes, Path(trainer.args.output_dir) if same_steps else None)
+
+
+def made_anew(trainer: SFTTrainer, changes: dict, folder: Path | None) -> SFTTrainer:
+    """A trainer of changed settings with a fresh adapter, on the same model."""
+    config, tokenizer, dataset = trainer.made_from
     base = trainer.model.unload()
     base.given_to_an_adapter = False
-    # What the failed step held, before the new trainer asks for memory: a notebook may still have
+    # What the former's step held, before the new one asks for memory: a notebook may still have
     # the old one.
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
     memory.free_memory()
-    smaller = build_trainer(dataclasses.replace(config, **changes), base, tokenizer, dataset)
-    own = tuple(type(callback) for callback in smaller.callback_handler.callbacks)
+    new = build_trainer(dataclasses.replace(config, **changes), base, tokenizer, dataset, folder)
+    own = tuple(type(callback) for callback in new.callback_handler.callbacks)
     for callback in trainer.callback_handler.callbacks:
         if not isinstance(callback, own):  # added by a notebook, as the live chart is
-            callback.trainer = smaller
-            smaller.add_callback(callback)
-    return smaller
+            callback.trainer = new
+            new.add_callback(callback)
+    return new
 
 
 def kernels(trainer: SFTTrainer):
@@ -381,10 +432,15 @@ def fine_tune(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
     """Train, going on from the last complete checkpoint if there is one.
 
     Returns the trainer and its metrics: eval_loss_before, eval_loss_after (nats per token of the
-    answers), train_tokens_per_second (padding not counted), and what the decorators add. With
-    `fit_to_memory`, a step that does not fit makes way for a trainer of the next rung, which is
-    then the one returned; without it, OutOfMemory names that rung.
+    answers; before the first step, and of the adapter that is kept), train_tokens_per_second
+    (padding not counted), and what the decorators add. The trainer that is returned is another one
+    where training had to begin with a fresh adapter: after steps that no checkpoint holds, or with
+    `fit_to_memory` where a step does not fit, which then makes way for the next rung. Without it,
+    OutOfMemory names that rung.
     """
+    folder = Path(trainer.args.output_dir)
+    if trainer.state.global_step and not checkpoints.latest(folder):
+        trainer = made_anew(trainer, {}, folder)
     while True:
         try:
             return train_once(trainer)
@@ -396,44 +452,32 @@ def fine_tune(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
         trainer = one_rung_down(trainer)
 
 
-def loss_before(trainer: SFTTrainer) -> float | None:
-    """The validation loss, measured such that training can follow.
-
-    accelerate marks a model that it has prepared for an evaluation as prepared, and under DDP
-    would then train it unwrapped: every process on its own, without a word. FSDP shards a model
-    together with its optimizer only: there `eval_on_start` measures it, and this gives None.
-    """
-    if models.is_sharded():
-        return None
-    loss = trainer.evaluate()["eval_loss"]
-    if trainer.accelerator.num_processes > 1:
-        trainer.model._is_accelerate_prepared = False
-        trainer.accelerator._models.clear()
-    return loss
-
-
 @memory_decorator
 @time_decorator
 def train_once(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
     """`fine_tune` with the settings that the trainer has."""
-    checkpoint = checkpoints.latest(Path(trainer.args.output_dir))
+    folder = Path(trainer.args.output_dir)
+    checkpoint = checkpoints.latest(folder)
+    trainer.args.eval_on_start = checkpoint is None
     stoppable = callback_of(trainer, checkpoints.StopAtStepEdge)
     with kernels(trainer), out_of_memory_advice(trainer), stoppable:
-        before = loss_before(trainer)
         if checkpoint and checkpoints.is_finished(checkpoint):
             checkpoints.restore_finished(trainer, checkpoint)
+        elif checkpoint:
+            trainer.train(resume_from_checkpoint=str(checkpoint))
         else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if before is None:
-            before = next(x["eval_loss"] for x in trainer.state.log_history if "eval_loss" in x)
-        # The best checkpoint is loaded; a run too short for an evaluation has none.
-        after = trainer.state.best_metric or trainer.evaluate()["eval_loss"]
+            if trainer.is_world_process_zero():
+                checkpoints.record_plan(folder, trainer.made_from[0])
+            set_seed(trainer.args.seed)  # what the cells before have drawn makes no difference
+            trainer.train()
     # Ready to answer: trl turns the cache off, and without it writing is three times slower.
     trainer.model.eval().config.use_cache = True
+    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    best = trainer.state.best_model_checkpoint  # which was loaded, if there is one
     return trainer, {
-        "eval_loss_before": before,
-        "eval_loss_after": after,
-        "train_tokens_per_second": tokens_per_second(trainer),
+        "eval_loss_before": losses[0],
+        "eval_loss_after": losses[int(best.split("-")[-1]) if best else max(losses)],
+        "train_tokens_per_second": tokens_per_second(step_log(trainer)),
     }
 
 
@@ -448,26 +492,13 @@ def callback_of(trainer: SFTTrainer, kind: type) -> TrainerCallback:
     return found
 
 
-def tokens_per_second(trainer: SFTTrainer) -> float:
-    """Tokens that trl counted up to its last log line, over the seconds of those steps."""
-    counts = token_counts(trainer.state.log_history)
-    tokens, last = sum(number for _, number in counts), counts[-1][0]
-    return tokens / sum(item["seconds"] for item in step_log(trainer) if item["step"] <= last)
-
-
-def token_counts(history: list[dict]) -> list[tuple[int, float]]:
-    """(step, tokens since the log line before) for each log line of training."""
-    counts, before = [], 0.0
-    for entry in [entry for entry in history if "loss" in entry]:
-        now = float(entry["num_tokens"])
-        # After a resume trl counts from zero again.
-        counts.append((entry["step"], now - before if now > before else now))
-        before = now
-    return counts
+def tokens_per_second(steps: list[dict]) -> float:
+    """The tokens of steps of a step log over their seconds, evaluations not counted."""
+    return sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
 
 
 class StepLog(TrainerCallback, ExportableState):
-    """Measures every optimizer step: its seconds, and the memory in use after it.
+    """Measures every optimizer step: its tokens, its seconds, and the memory in use after it.
 
     A process runs ahead of its GPU and waits for it at log lines, evaluations and checkpoints, so
     a step between two of these has the mean of the seconds from one to the other.
@@ -483,6 +514,7 @@ class StepLog(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.begun = []  # seconds at which the steps since the last wait began
+        self.seen = state.num_input_tokens_seen
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.begun.append(time.perf_counter())
@@ -492,10 +524,12 @@ class StepLog(TrainerCallback, ExportableState):
             {
                 "step": state.global_step,
                 "seconds": time.perf_counter() - self.begun[-1],
+                "tokens": state.num_input_tokens_seen - self.seen,
                 "memory_bytes": memory.current_memory_bytes(),
                 "peak_memory_bytes": memory.peak_memory_bytes(),
             }
         )
+        self.seen = state.num_input_tokens_seen
         waits = control.should_log or control.should_evaluate or control.should_save
         if args.device.type == "cuda" and waits:
             torch.cuda.synchronize()
@@ -575,7 +609,7 @@ def _write_adapter(trainer: SFTTrainer, tokenizer, config: Config, weights: dict
         trainer.model.save_pretrained(draft, state_dict=weights)
         tokenizer.save_pretrained(draft)
         log = {"history": trainer.state.log_history, "steps": step_log(trainer)}
-        log |= {"dataset": integrity.dataset_fingerprint(config), "recipe": config.recipe}
+        log |= {"dataset": trainer.dataset_fingerprint, "recipe": config.recipe}
         (draft / integrity.TRAINING_LOG).write_text(
             json.dumps(log, indent=1, default=float), encoding="utf-8"
         )
@@ -611,11 +645,12 @@ def train(config: Config) -> dict:
     with sft_config(config).main_process_first():
         tokenizer, dataset = models.load_tokenizer(config.model_name), load_dataset(config)
     before = memory.current_memory_bytes()
+    folder = checkpoints.folder_of(config, tokenizer)
     # Here and not only in build_trainer: before the weights are loaded.
-    config = planned(config)
+    config = planned(config, folder)
     if models.is_sharded() and config.device != "cpu":
         refuse_without_room(config)
-    trainer = build_trainer(config, models.load_model(config), tokenizer, dataset)
+    trainer = build_trainer(config, models.load_model(config), tokenizer, dataset, folder)
     trainable, every = trainer.model.get_nb_trainable_parameters()
     trainer, metrics = fine_tune(trainer)
     save_adapter(trainer, tokenizer, config)

@@ -11,14 +11,15 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from helpers import checkpoints, live, training
+from helpers import checkpoints, live, models, training
 from helpers.artefacts import DiskFull
-from tests.faults.train_tiny import build, outcome, tiny_config
+from tests.faults.train_tiny import build, outcome, tiny_config, write_dataset
 
 KILLS = 10
 
@@ -111,8 +112,9 @@ def damage(path, how):
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(config, capsys, name, how):
-    build(config).train()
-    folder = checkpoints.folder_of(config)
+    trainer = build(config)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
     assert checkpoints.latest(folder) == folder / "checkpoint-6"
     damage(folder / "checkpoint-6" / name, how)
     assert checkpoints.latest(folder).name in ("checkpoint-4", "checkpoint-2")
@@ -123,7 +125,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(config, capsys, name, how
 
 def test_a_disk_without_room_is_named_before_a_checkpoint_is_written(config, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
-    trainer, folder = build(config), checkpoints.folder_of(config)
+    trainer = build(config)
+    folder = Path(trainer.args.output_dir)
 
     def usage(path):
         return Usage(0, 0, 10**12 if not (folder / "checkpoint-2").exists() else 1000)
@@ -154,7 +157,7 @@ def test_a_signal_stops_at_a_step_edge_with_a_checkpoint(config, number):
     ):
         training.fine_tune(trainer)
     assert signal.getsignal(number) is before
-    assert checkpoints.latest(checkpoints.folder_of(config)).name == "checkpoint-3"
+    assert checkpoints.latest(Path(trainer.args.output_dir)).name == "checkpoint-3"
     resumed, _ = finish(config)
     assert resumed == whole
 
@@ -270,6 +273,141 @@ def test_a_run_that_took_rungs_is_the_run_that_began_there(config, monkeypatch):
     assert found == expected
 
 
+# -- The same cell again, in the same kernel.
+
+
+def send_in_step(trainer, step, number=signal.SIGINT):
+    """Send a signal to this process once, in the step after `step`."""
+
+    class Sender(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == step and not sent:
+                sent.append(step)
+                os.kill(os.getpid(), number)
+
+    sent = []
+    trainer.add_callback(Sender())
+
+
+def same(first, second):
+    """Whether two runs agree in what they learnt and in both of their validation losses."""
+    (learnt, metrics), (again, metrics_again) = first, second
+    names = ("eval_loss_before", "eval_loss_after")
+    return learnt == again and all(metrics[name] == metrics_again[name] for name in names)
+
+
+def test_after_ctrl_c_the_same_cell_goes_on_to_the_end(config):
+    whole = finish(config)
+    shutil.rmtree(config.checkpoints_dir)
+    trainer = build(config)
+    send_in_step(trainer, 2)
+    with pytest.raises(KeyboardInterrupt):
+        training.fine_tune(trainer)
+    trainer, metrics = training.fine_tune(trainer)
+    assert same((outcome(trainer), metrics), whole)
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_after_an_error_the_same_cell_does_not_begin_with_what_was_learnt(config, after):
+    """After step 1 there is no checkpoint to go on from, so it begins with a fresh adapter."""
+    whole = finish(config)
+    shutil.rmtree(config.checkpoints_dir)
+    trainer = build(config)
+    trainer.add_callback(StopAfter(after))
+    with pytest.raises(InterruptedError):
+        training.fine_tune(trainer)
+    trainer.remove_callback(StopAfter)
+    trainer, metrics = training.fine_tune(trainer)
+    assert same((outcome(trainer), metrics), whole)
+
+
+def test_a_run_that_is_over_is_the_same_when_its_cell_runs_again(config):
+    trainer, metrics = training.fine_tune(build(config))
+    first = (outcome(trainer), metrics)
+    trainer, metrics = training.fine_tune(trainer)
+    assert same((outcome(trainer), metrics), first)
+
+
+# -- Numbers of a run that was interrupted, or that is short.
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_every_step_keeps_its_seconds_and_its_tokens_through_a_resume(config, how):
+    config = dataclasses.replace(config, log_steps=4, max_steps=7)
+    trainer, _ = training.fine_tune(build(config))
+    tokens = [step["tokens"] for step in training.step_log(trainer)]
+    assert len(tokens) == 7 and min(tokens) > 0
+    shutil.rmtree(config.checkpoints_dir)
+    if how == "killed":
+        interrupt(config, 6)
+    else:
+        trainer = build(config)
+        send_in_step(trainer, 5)
+        with pytest.raises(KeyboardInterrupt):
+            training.fine_tune(trainer)
+    trainer, metrics = training.fine_tune(build(config))
+    steps = training.step_log(trainer)
+    assert [step["tokens"] for step in steps] == tokens
+    seconds = sum(step["seconds"] for step in steps)
+    assert metrics["train_tokens_per_second"] == pytest.approx(sum(tokens) / seconds)
+
+
+def test_the_tokens_of_a_step_are_those_of_its_rows(config):
+    trainer = build(dataclasses.replace(config, grad_acc_steps=2, max_steps=3))
+    batches = list(trainer.get_train_dataloader())
+    training.fine_tune(trainer)
+    every = {int(batch["attention_mask"].sum()) for batch in batches}
+    assert every == {96} or len(every) > 1
+    rows = trainer.train_dataset["input_ids"]
+    longest, shortest = max(map(len, rows)), min(map(len, rows))
+    for step in training.step_log(trainer):
+        assert 4 * shortest <= step["tokens"] <= 4 * longest
+
+
+def test_fewer_steps_than_a_log_line_takes_are_trained_and_measured(config):
+    config = dataclasses.replace(config, max_steps=3, log_steps=5, eval_steps=5, save_steps=5)
+    first = trainer, metrics = training.fine_tune(build(config))
+    assert metrics["train_tokens_per_second"] > 0
+    history = trainer.state.log_history
+    assert [entry["step"] for entry in history if "loss" in entry] == [3]
+    assert [entry["step"] for entry in history if "eval_loss" in entry][-1] == 3
+    first = (outcome(trainer), metrics)
+    assert same(finish(config), first)  # in a fresh kernel: it was over, and only not saved
+
+
+def test_the_loss_after_is_that_of_the_adapter_which_is_kept(config):
+    """Here the best evaluation is of a step without a checkpoint."""
+    config = dataclasses.replace(config, save_steps=4, eval_steps=1, max_steps=5, learning_rate=0.9)
+    trainer, metrics = training.fine_tune(build(config))
+    assert metrics["eval_loss_after"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
+
+
+# -- The folder of a run is named by what its training depends on.
+
+
+def test_other_data_under_a_run_that_was_not_saved_is_trained_on(config):
+    old, _ = finish(config)
+    shutil.rmtree(config.dataset_dir)
+    write_dataset(config, rows=30)
+    assert finish(config)[0]["losses"] != old["losses"]
+
+
+def test_what_training_does_not_depend_on_changes_nothing(config):
+    interrupt(config, 5)
+    other = {"sandbox": "off", "max_new_tokens": 3, "merge_into": "4bit", "evaluation_problems": 9}
+    other |= {"hf_hub_model_name": "me/mine", "log_steps": 2, "profile": "demo"}
+    trainer = build(dataclasses.replace(config, **other))
+    begun = []
+
+    class Note(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            begun.append(state.global_step)
+
+    trainer.add_callback(Note())
+    training.fine_tune(trainer)
+    assert begun[0] == 4
+
+
 # -- A process that is killed.
 
 
@@ -289,7 +427,9 @@ def test_kills_at_random_moments_change_nothing(tmp_path, tiny_model_dir):
     output, _ = start(tmp_path / "whole", tiny_model_dir, **settings).communicate(timeout=300)
     whole, chance, kills = json.loads(output.splitlines()[-1]), random.Random(3), 0
     run_dir = tmp_path / "killed"
-    folder = checkpoints.folder_of(tiny_config(run_dir, tiny_model_dir, **settings))
+    config = tiny_config(run_dir, tiny_model_dir, **settings)
+    write_dataset(config)
+    folder = checkpoints.folder_of(config, models.load_tokenizer(config.model_name))
     while kills < KILLS:
         process = start(run_dir, tiny_model_dir, **settings)
         seen = read_some(process, lines=chance.randint(1, 8))
@@ -301,7 +441,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path, tiny_model_dir):
         reached = int(kept.name.split("-")[1]) if kept else 0
         assert seen - reached <= 2 * settings["save_steps"]  # the newest may be the one cut off
         if process.returncode == 0:
-            shutil.rmtree(run_dir)  # it came to its end before it was killed: from the start
+            shutil.rmtree(folder)  # it came to its end before it was killed: from the start
     output, _ = start(run_dir, tiny_model_dir, **settings).communicate(timeout=300)
     assert json.loads(output.splitlines()[-1]) == whole
 

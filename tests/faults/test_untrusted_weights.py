@@ -147,7 +147,7 @@ def checkpoint(finished, tokenizer):
         config, models.load_model(config), tokenizer, training.load_dataset(config)
     )
     trainer.train()
-    return checkpoints.latest(checkpoints.folder_of(config))
+    return checkpoints.latest(Path(trainer.args.output_dir))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import get_peft_model
+from transformers import TrainerState
 
-from helpers import fast_path, kernels, memory, models, training
+from helpers import checkpoints, fast_path, integrity, kernels, memory, models, training
 from helpers.config import PROBLEMS_FILE, Config, ConfigError
 from helpers.sources import SAMPLE_DIR
 from tests.conftest import fill_adapters, relative_error
@@ -106,22 +107,14 @@ def test_processes_add_up_their_gradients_once_a_step(monkeypatch, last):
     """On stand-ins for the graph and for DDP: two GPUs at a time are not to be had in a test."""
     summed, graph = [], Mock(return_value=torch.tensor(1.5), gradient=torch.ones(3))
     monkeypatch.setattr(torch.distributed, "all_reduce", summed.append)
-    trainer = Mock(graph=graph, _total_train_tokens=0)
+    monkeypatch.setattr(fast_path, "gather_object", lambda own: own + [20])
+    trainer = Mock(graph=graph, state=TrainerState(num_input_tokens_seen=100))
     trainer._prepare_inputs = dict
     trainer.accelerator = Mock(num_processes=2, sync_gradients=last)
     loss = fast_path.FastTrainer.training_step(trainer, Mock(training=True), {"used_tokens": 5}, 8)
     assert summed == ([graph.gradient] if last else [])
     assert loss.item() == 3.0  # the trainer takes the mean over processes of what are shares
-
-
-def test_a_log_line_counts_the_tokens_of_all_processes(tmp_path, monkeypatch):
-    trainer, others = build(tiny_config(tmp_path)), [20]
-    trainer.__class__ = fast_path.FastTrainer
-    trainer.model.train()
-    trainer._total_train_tokens = 5
-    monkeypatch.setattr(fast_path, "gather_object", lambda own: own + others)
-    trainer.log({"loss": 1.0, "learning_rate": 1e-4, "grad_norm": 1.0})
-    assert trainer.state.log_history[-1]["num_tokens"] == 25
+    assert trainer.state.num_input_tokens_seen == 125  # of all processes
 
 
 GPU = {"device_map": {"": 0}}
@@ -142,7 +135,7 @@ def one_step(tmp_path, fast: bool, **changes):
     return loss.item(), {n: p.grad.float().clone() for n, p in named if p.grad is not None}
 
 
-def planned(tmp_path, monkeypatch, gib, host_gib=0, **changes):
+def planned(tmp_path, monkeypatch, gib, host_gib=0, folder=None, **changes):
     """`training.planned` of a Llama 2 7B with `gib` of a GPU; loading a weight is an error."""
     free = Mock(available=host_gib * memory.GIB)
     monkeypatch.setattr(training.psutil, "virtual_memory", lambda: free)
@@ -151,7 +144,7 @@ def planned(tmp_path, monkeypatch, gib, host_gib=0, **changes):
     monkeypatch.setattr(models, "load_model", None)
     memory.llama2_config("7B").save_pretrained(tmp_path)
     settings = {"model_name": str(tmp_path), "run_dir": tmp_path / "run", **changes}
-    return training.planned(Config.from_profile("llama2_7b", **settings))
+    return training.planned(Config.from_profile("llama2_7b", **settings), folder)
 
 
 def test_beside_ddp_which_keeps_gradients_too_fewer_layers_keep_theirs(tmp_path, monkeypatch):
@@ -170,7 +163,7 @@ def test_the_fast_path_is_planned_to_the_card_and_says_so(tmp_path, monkeypatch,
         assert config.per_device_train_batch_size * config.grad_acc_steps == 16
     assert 0 < small.kept_layers < 32 and small.activation_checkpointing
     assert not large.activation_checkpointing and large.optim == "adamw_torch_fused"
-    assert training.planned(small) is small
+    assert training.planned(small) == small
 
 
 def test_half_of_the_hosts_memory_takes_activations_and_the_plan_says_so(
@@ -184,6 +177,56 @@ def test_half_of_the_hosts_memory_takes_activations_and_the_plan_says_so(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each of two processes has a quarter
     step = memory.Run.from_config(planned(tmp_path, monkeypatch, 8, 12))
     assert 0 < memory.host_bytes(memory.llama2_config("7B"), step) < 3 * memory.GIB
+
+
+def begun(tmp_path, config):
+    """A folder of a run that began with this Config, and has a checkpoint."""
+    checkpoints.record_plan(tmp_path / "begun", config)
+    (tmp_path / "begun" / "checkpoint-7").mkdir()
+    (tmp_path / "begun" / "checkpoint-7" / integrity.SEAL).touch()
+    return tmp_path / "begun"
+
+
+def test_a_run_goes_on_by_the_plan_that_it_began_with(tmp_path, monkeypatch, capsys):
+    small = planned(tmp_path, monkeypatch, 10)
+    folder = begun(tmp_path, small)
+    assert planned(tmp_path, monkeypatch, 80, folder=folder) == small
+    said = capsys.readouterr().out
+    assert "planned as when this run began: PER_DEVICE_TRAIN_BATCH_SIZE = 4, GRAD_ACC" in said
+
+
+def test_a_run_goes_on_in_less_memory_with_the_same_steps(tmp_path, monkeypatch, capsys):
+    """Fewer layers keep their activations; the rows at a time and the optimizer change a step."""
+    large = planned(tmp_path, monkeypatch, 80)
+    found = planned(tmp_path, monkeypatch, 16, folder=begun(tmp_path, large))
+    for name in ("per_device_train_batch_size", "grad_acc_steps", "optim"):
+        assert getattr(found, name) == getattr(large, name)
+    assert found.activation_checkpointing and not large.activation_checkpointing
+    said = capsys.readouterr().out
+    assert "16.0 GiB do not hold this run as it began, with PER_DEVICE" in said
+    assert "planned for 16.0 GiB: batch " in said
+
+
+def test_a_run_that_does_not_fit_any_more_is_kept_and_told(tmp_path, monkeypatch):
+    folder = begun(tmp_path, planned(tmp_path, monkeypatch, 80))
+    message = f"the run in {folder} began with .*, and in 6.0 GiB it cannot go on so: free the"
+    with pytest.raises(ConfigError, match=message):
+        planned(tmp_path, monkeypatch, 6, folder=folder)
+
+
+def test_a_run_goes_on_with_its_rows_where_there_is_no_fast_path(tmp_path, monkeypatch):
+    small = planned(tmp_path, monkeypatch, 10)
+    monkeypatch.setattr(fast_path, "is_supported", lambda: False)
+    asked = Config.from_profile("llama2_7b", model_name=str(tmp_path), run_dir=tmp_path)
+    assert (asked.per_device_train_batch_size, small.per_device_train_batch_size) == (8, 4)
+    found = training.planned(asked, begun(tmp_path, small))
+    assert (found.per_device_train_batch_size, found.grad_acc_steps) == (4, 4)
+
+
+def test_a_plan_without_a_checkpoint_binds_nothing(tmp_path, monkeypatch):
+    large = planned(tmp_path, monkeypatch, 80)
+    checkpoints.record_plan(tmp_path / "begun", planned(tmp_path, monkeypatch, 10))
+    assert planned(tmp_path, monkeypatch, 80, folder=tmp_path / "begun") == large
 
 
 def test_a_card_that_is_too_small_is_refused_before_the_weights(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ def history(last: int) -> list[dict]:
     """A log line each 5 steps, an evaluation each 10."""
     entries = []
     for step in range(5, last + 1, 5):
-        line = {"learning_rate": 1e-3, "grad_norm": 1.0, "num_tokens": 100.0 * step}
+        line = {"learning_rate": 1e-3, "grad_norm": 1.0}
         entries.append({"step": step, "loss": 2 - step / 1000, **line})
         entries += [{"step": step, "eval_loss": 2.5}] if step % 10 == 0 else []
     return entries
@@ -24,7 +24,7 @@ def history(last: int) -> list[dict]:
 
 def step_log(last: int) -> list[dict]:
     return [
-        {"step": n, "seconds": 0.5, "memory_bytes": 2**30, "peak_memory_bytes": 2**30}
+        {"step": n, "seconds": 0.5, "tokens": 100, "memory_bytes": 2**30}
         for n in range(1, last + 1)
     ]
 
@@ -81,10 +81,9 @@ def test_a_picture_takes_less_than_a_tenth_of_a_second(call, monkeypatch):
     assert min(times) < 0.1, times
 
 
-def test_speed_is_counted_through_a_resume():
-    entries = [{"step": 5, "loss": 1.0, "num_tokens": 500.0}]
-    entries += [{"step": 10, "loss": 1.0, "num_tokens": 250.0}]  # trl began at zero again
-    assert live.speeds(entries, step_log(10)) == [(5, 200.0), (10, 100.0)]
+def test_speed_is_that_of_the_steps_since_the_log_line_before():
+    slower = [{**step, "seconds": 1.0} if step["step"] > 5 else step for step in step_log(10)]
+    assert live.speeds(history(10), slower) == [(5, 200.0), (10, 100.0)]
 
 
 def test_training_feeds_the_chart_and_still_prints_its_lines(tiny_config, tokenizer, capsys):

@@ -1,10 +1,11 @@
 """The comparison of recipes: every run is kept, another comparison is refused, a crash is named."""
 
+import dataclasses
 import json
 
 import pytest
 
-from helpers import __main__, recipes
+from helpers import __main__, recipes, training
 from helpers.config import RECIPES, ConfigError
 from tests.faults.train_tiny import write_dataset
 
@@ -40,6 +41,18 @@ def test_every_recipe_is_trained_and_measured_by_the_same_answers(parameters, tm
         assert (run["seed"], run["steps"]) == (5, 2)
         assert all(0 <= run[name] <= 1 for name in RATES)
         assert run["train_tokens_per_second"] > 0 and run["peak_memory_bytes"] > 5e7
+
+
+def test_a_training_that_was_planned_is_measured_and_leaves_no_checkpoints(parameters, monkeypatch):
+    """As on a GPU, where the plan has other settings than those that were asked for."""
+
+    def planned(config, *folder):
+        return dataclasses.replace(config, kept_layers=0, per_device_train_batch_size=1)
+
+    monkeypatch.setattr(training, "planned", planned)
+    config = recipes._config(parameters, "recommended", 0)
+    assert recipes.measure(config)["steps"] == 2
+    assert not list(config.checkpoints_dir.rglob("checkpoint-*"))
 
 
 def test_a_comparison_goes_on_from_what_it_has(parameters, tmp_path, monkeypatch):

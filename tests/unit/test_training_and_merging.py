@@ -1,21 +1,34 @@
 """Training and merging on a tiny model: what is trained, saved, resumed, merged and measured."""
 
+import copy
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import normalizers
 from transformers import TrainerControl, TrainerState
 
-from helpers import checkpoints, memory, merging, models, precision, prompts, training
+from helpers import (
+    checkpoints,
+    fast_path,
+    memory,
+    merging,
+    models,
+    precision,
+    prompts,
+    training,
+)
 from helpers.config import Config, ConfigError
 from tests.faults.train_tiny import write_dataset
-from tests.notebook_code import definitions_from
+from tests.notebook_code import definitions_from, notebook_path
 
 
 @pytest.fixture
@@ -58,12 +71,53 @@ def test_a_gpus_steps_take_the_time_from_wait_to_wait(monkeypatch):
     monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     log, arguments = training.StepLog(), SimpleNamespace(device=torch.device("cuda"))
-    log.on_train_begin(arguments, None, None)
+    log.on_train_begin(arguments, TrainerState(num_input_tokens_seen=100), None)
     for step, waits in ((1, False), (2, True)):
         control = TrainerControl(should_log=waits)
         log.on_step_begin(arguments, None, control)
-        log.on_step_end(arguments, TrainerState(global_step=step), control)
+        state = TrainerState(global_step=step, num_input_tokens_seen=100 + 30 * step)
+        log.on_step_end(arguments, state, control)
     assert [step["seconds"] for step in log.steps] == [1.95, 1.95]
+    assert [step["tokens"] for step in log.steps] == [30, 30]
+
+
+def test_a_step_that_a_signal_ends_has_its_seconds_as_one_that_is_waited_for(config, tokenizer):
+    """So StepLog comes last: what asks for a checkpoint has asked by then, resumed or not."""
+    kinds = [type(item) for item in trainer_for(config, tokenizer).callback_handler.callbacks]
+    asking = (checkpoints.LogTheLastStep, checkpoints.StopAtStepEdge)
+    assert max(kinds.index(kind) for kind in asking) < kinds.index(training.StepLog)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("completion_only", [False, True])
+def test_the_cell_that_shows_a_batch_shows_any(config, tokenizer, capsys, packing, completion_only):
+    config = dataclasses.replace(
+        config, packing=packing, completion_only_loss=completion_only, max_length=128
+    )
+    trainer = trainer_for(config, tokenizer)
+    cells = nbformat.read(notebook_path("04"), as_version=4).cells
+    (cell,) = [cell for cell in cells if "get_train_dataloader()" in cell.source]
+    names = {"trainer": trainer, "tokenizer": tokenizer, "prompts": prompts, "training": training}
+    exec(cell.source, names)
+    said = capsys.readouterr().out
+    begin = " 1. Add" if completion_only else r"(<\|im_start\|>)?\[INST\]|\[INST\]| ?<s>"
+    assert re.search(rf"graded:  ['\"]({begin})", said), said
+    count = len(names["examples"])
+    assert f"{count} examples in the batch, {count} of them with their end" in said
+    assert count == 2 or packing and count > 2
+    for ids, labels in names["examples"]:
+        text = tokenizer.decode(ids)
+        assert text.count("[INST]") == 1 and text.endswith(tokenizer.eos_token)
+        assert (labels[labels != prompts.IGNORED_LABEL] == ids[labels != -100]).all()
+
+
+def test_a_filled_up_batch_of_the_fast_path_has_its_examples(tokenizer):
+    rows = [[5, 6, 7], [8, 9]]
+    collate = fast_path.FixedCollator(0, padding_free=True, tokens=16, longest=8, rows=4)
+    row = {"input_ids": sum(rows, []), "labels": sum(rows, []), "seq_lengths": [3, 2]}
+    found = training.examples_of(collate([row]))
+    assert [ids.tolist() for ids, _ in found] == rows
+    assert [labels.tolist() for _, labels in found] == [[-100, 6, 7], [-100, 9]]
 
 
 def test_the_loss_falls_on_the_answer_and_its_end_alone(config, tokenizer):
@@ -105,16 +159,87 @@ def test_the_adapter_is_saved_whole_and_the_checkpoints_are_gone(trained, config
     assert len(log["steps"]) == 4 and any("eval_loss" in entry for entry in log["history"])
 
 
-def test_other_settings_have_other_checkpoints(config):
-    folders = {
-        checkpoints.folder_of(config),
-        checkpoints.folder_of(dataclasses.replace(config, lora_r=8)),
-        checkpoints.folder_of(dataclasses.replace(config, learning_rate=1e-3)),
-        checkpoints.folder_of(dataclasses.replace(config, weight_decay=0.5)),
-        checkpoints.folder_of(dataclasses.replace(config, scheduler_type="linear")),
-    }
-    assert len(folders) == 5
+# What training does not depend on, or what the checkpoints' name says in another way: the model,
+# the device and the rows, and by them all that made the rows.
+NOT_NAMED_BY = {
+    *("profile", "recipe", "run_dir", "model_name", "device_map", "data_source", "system_message"),
+    *("min_question_score", "min_answer_score", "max_train_rows", "validation_rows"),
+    *("validation_share", "near_duplicate_similarity", "min_answer_characters"),
+    *("max_post_characters", "benchmarks", "activation_checkpointing", "kept_layers"),
+    *("activation_offloading", "log_steps", "report_to", "fit_to_memory", "merge_into"),
+    *("comparison_rows", "article_prompt", "max_new_tokens", "generation_batch_size"),
+    *("evaluation_problems", "merged_problems", "samples_per_problem", "pass_at_k"),
+    *("sampling_temperature", "humaneval_problems", "sandbox", "new_dataset_name"),
+    *("new_dataset_name_complete", "new_model_name", "hf_hub_model_name", "output_dir"),
+    *("new_dataset_name_local", "new_model_path", "new_model_path_merge", "batch_size"),
+}
+OTHER = {
+    "lora_r": 8,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.5,
+    "scheduler_type": "linear",
+    "max_steps": 9,
+    "early_stopping_patience": 2,
+    "target_modules": ("q_proj",),
+}
+
+
+def test_every_setting_is_said_to_change_the_training_or_not():
+    """Whoever adds a field decides: into checkpoints.NAMED_BY, or into NOT_NAMED_BY here."""
+    named, fields = set(checkpoints.NAMED_BY), {f.name for f in dataclasses.fields(Config)}
+    assert named | NOT_NAMED_BY == fields and not named & NOT_NAMED_BY
+
+
+def test_other_trainings_have_other_checkpoints(config, tokenizer):
+    folders = {checkpoints.folder_of(config, tokenizer)}
+    for name, value in OTHER.items():
+        folders.add(checkpoints.folder_of(dataclasses.replace(config, **{name: value}), tokenizer))
+    assert len(folders) == len(OTHER) + 1
     assert checkpoints.latest(config.checkpoints_dir / "none") is None
+
+
+def test_other_rows_tokens_weights_or_processes_have_other_checkpoints(
+    config, tokenizer, tmp_path, monkeypatch
+):
+    def folder(tokenizer=tokenizer):
+        return checkpoints.folder_of(config, tokenizer)
+
+    model = shutil.copytree(config.model_name, tmp_path / "model")
+    config = dataclasses.replace(config, model_name=str(model))
+    folders = [folder()]
+    lower = copy.deepcopy(tokenizer)
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    folders.append(folder(lower))
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    folders.append(folder())
+    write_dataset(config, rows=9, held_out=2)
+    folders.append(folder())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folders.append(folder())
+    assert len(set(folders)) == 5
+
+
+def test_a_copy_of_everything_has_the_same_checkpoints(config, tokenizer, tmp_path):
+    model = shutil.copytree(config.model_name, tmp_path / "moved" / "model")
+    shutil.copytree(config.run_dir, tmp_path / "other")
+    moved = dataclasses.replace(config, model_name=str(model), run_dir=tmp_path / "other")
+    names = {checkpoints.folder_of(each, tokenizer).name for each in (config, moved)}
+    assert len(names) == 1
+
+
+def test_the_checkpoints_are_named_by_what_was_asked_for_and_not_by_the_plan(
+    config, tokenizer, monkeypatch
+):
+    asked = checkpoints.folder_of(config, tokenizer)
+    monkeypatch.setattr(training, "planned", lambda config, folder: planned(config))
+
+    def planned(config):
+        return dataclasses.replace(config, kept_layers=1, per_device_train_batch_size=1)
+
+    trainer = trainer_for(config, tokenizer)
+    assert Path(trainer.args.output_dir) == asked
+    assert trainer.args.per_device_train_batch_size == 1
 
 
 def test_adapters_are_float32_where_bfloat16_is_not_to_be_had(config, tokenizer):
@@ -140,18 +265,19 @@ def test_an_adapter_is_loaded_in_the_type_that_it_has(config, tokenizer, tmp_pat
 def test_a_tracker_that_is_not_installed_is_named(config, tokenizer, monkeypatch, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=f"REPORT_TO is '{package}', .*pip install {package}"):
-        training.prepare_tracker(dataclasses.replace(config, report_to=package))
+        training.prepare_tracker(dataclasses.replace(config, report_to=package), "a-run")
 
 
-def test_a_tracker_keeps_its_files_in_the_run_folder(config, monkeypatch):
+def test_a_tracker_keeps_its_files_in_the_run_folder(config, tokenizer, monkeypatch):
     for package, name in (("tensorboard", "TENSORBOARD_LOGGING_DIR"), ("trackio", "TRACKIO_DIR")):
         monkeypatch.setenv(name, "elsewhere")
         monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
         tracked = dataclasses.replace(config, report_to=package)
-        training.prepare_tracker(tracked)
-        assert config.run_dir / package in Path(os.environ[name]).parents
+        training.prepare_tracker(tracked, "a-run")
+        assert Path(os.environ[name]) == config.run_dir / package / "a-run"
         assert training.sft_config(tracked).report_to == [package]
-        assert checkpoints.folder_of(tracked) == checkpoints.folder_of(config)
+        folders = {checkpoints.folder_of(each, tokenizer) for each in (tracked, config)}
+        assert len(folders) == 1
 
 
 def test_tensorboard_gets_the_log(config, tokenizer, monkeypatch):
