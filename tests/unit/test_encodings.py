@@ -13,7 +13,7 @@ from helpers import prompts
 from helpers.config import PROJECT_DIR
 from tests.unit.test_curation import OWN_ROWS
 
-FOLDERS = ("helpers", "benchmarks", "tests")
+FOLDERS = ("helpers", "setup", "benchmarks", "tests")
 SOURCES = [path for name in FOLDERS for path in PROJECT_DIR.glob(f"{name}/**/*.py")]
 NOTEBOOKS = sorted(PROJECT_DIR.glob("notebooks/*.ipynb"))
 

@@ -16,6 +16,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(for_tests, "PLAYWRIGHT", str(tmp_path / "playwright"))
     monkeypatch.setattr(for_tests.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(for_tests.sys, "platform", "linux")
 
     def add(name, text):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n", "utf-8")
