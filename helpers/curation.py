@@ -626,7 +626,7 @@ def choose_validation(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
             chosen[index], left = True, left - sizes[index]
         if left == 0:
             break
-    if not chosen.any():
+    if wanted and not chosen.any():
         chosen[sizes.argmin()] = True
     return chosen[which]
 
