@@ -17,6 +17,7 @@ from pathlib import Path
 
 import filelock
 import psutil
+from safetensors import SafetensorError
 
 FULL_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -75,6 +76,7 @@ def whole_folder(final: Path, needed: int = 0) -> Iterator[Path]:
         try:
             with full_disk_said(final):
                 yield draft
+            follow_umask(draft)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
@@ -85,24 +87,41 @@ def whole_folder(final: Path, needed: int = 0) -> Iterator[Path]:
         shutil.rmtree(earlier, ignore_errors=True)
 
 
+def follow_umask(folder: Path) -> None:
+    """Let those read the files below a folder who may read the folder, which the umask decided.
+
+    safetensors writes its files for their owner alone: others could not use what is shared.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 @contextlib.contextmanager
 def full_disk_said(final: Path) -> Iterator[None]:
     """Turn any library's error about a full disk, in a with-statement, into DiskFull."""
     try:
         yield
     except Exception as error:
-        # The Rust of safetensors gives the number of the error in its text alone.
-        numbers = {
-            getattr(error, "errno", None),
-            *map(int, re.findall(r"os error (\d+)", f"{error}")),
-        }
-        if isinstance(error, DiskFull) or not numbers & FULL_DISK_ERRNOS:
+        if isinstance(error, DiskFull) or _number(error) not in FULL_DISK_ERRNOS:
             raise
         free = shutil.disk_usage(final.parent).free
         raise DiskFull(
             f"{final.name} could not be written whole, {free / 1e6:,.1f} MB are free in "
             f"{final.parent} ({error}): make room and run it again; what was there before is intact"
         ) from error
+
+
+def _number(error: Exception) -> int | None:
+    """The operating system's number of an error, None for an error of another kind.
+
+    The Rust of safetensors and tokenizers gives it at the end of a text, in errors of these two
+    types. No other error's text is read: it may quote a cell, or a row of somebody's data.
+    """
+    from_rust = type(error) in (SafetensorError, Exception)
+    found = re.search(r"\(os error (\d+)\)$", str(error)) if from_rust else None
+    return int(found[1]) if found else getattr(error, "errno", None)
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -58,6 +58,7 @@ class SealCheckpoints(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         wait_for_all()  # each process of DDP adds its own random numbers
         if state.is_world_process_zero:
+            artefacts.follow_umask(folder_of_step(args, state))
             integrity.seal(folder_of_step(args, state))
 
 

@@ -7,6 +7,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from helpers import artefacts, merging, models, pipeline
 from helpers.config import Config
@@ -176,4 +177,20 @@ def test_another_error_is_not_taken_for_a_full_disk(tmp_path):
 def test_the_text_of_an_error_of_safetensors_is_enough(tmp_path):
     with pytest.raises(artefacts.DiskFull, match="merged could not be written whole"):
         with artefacts.whole_folder(tmp_path / "merged"):
-            raise ValueError("Error while serializing: I/O error: No space left (os error 28)")
+            raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+
+def test_the_text_of_anybody_elses_error_is_no_full_disk(tmp_path):
+    """A text may quote a user's row, and a row may tell of a full disk."""
+    with pytest.raises(ValueError, match="line 3"), artefacts.whole_folder(tmp_path / "dataset"):
+        raise ValueError("line 3 is no JSON: 'No space left on device (os error 28)'")
+
+
+@pytest.mark.parametrize("error", ["RuntimeError('seen: (os error 28)')", "OSError(28, 'full')"])
+def test_a_cell_that_speaks_of_a_full_disk_is_told_as_a_cell(tmp_path, error):
+    write_notebook(tmp_path / "notebooks", "01_one.ipynb", "print('before')", f"raise {error}")
+    with pytest.raises(pipeline.RunStopped, match=r"01_one, cell 3 \(raise .*28") as caught:
+        run_notebooks(tmp_path / "notebooks", tmp_path / "run")
+    assert "could not be written" not in str(caught.value)
+    assert (tmp_path / "run" / "executed" / "01_one.failed.ipynb").exists()
+    assert "The run stopped:" in (tmp_path / "run" / "report.html").read_text("utf-8")
