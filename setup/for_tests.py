@@ -65,7 +65,8 @@ def run(command: str, seconds: float) -> None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         start_new_session=True,
         env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
     )

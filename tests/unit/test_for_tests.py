@@ -117,5 +117,5 @@ def test_a_command_over_its_time_ends_with_all_that_it_started(tmp_path, capsys)
 )
 def test_only_tests_ask_for_a_browser(target, expected):
     command = ["make", "--dry-run", "--directory", str(PROJECT_DIR), target]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     assert ("setup/for_tests.py" in done.stdout) is expected

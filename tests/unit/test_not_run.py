@@ -53,7 +53,7 @@ def run(tmp_path):
         environment = {**os.environ, "CI": ci, "CUDA_VISIBLE_DEVICES": ""}
         environment |= {"PYTHONPATH": str(PROJECT_DIR), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+            command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8"
         )
         own_last = re.search(
             r"^.*(passed|skipped|deselected|failed|no tests).* in .*s$", done.stdout, re.M
