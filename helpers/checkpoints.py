@@ -62,13 +62,6 @@ class SealCheckpoints(TrainerCallback):
             integrity.seal(folder_of_step(args, state))
 
 
-class LogTheLastStep(TrainerCallback):
-    """A log line after the last step too, whatever LOG_STEPS is: no step goes without."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_log = control.should_log or state.global_step >= state.max_steps
-
-
 class StopAtStepEdge(TrainerCallback):
     """While `with` lasts, Ctrl-C and SIGTERM end the run after the step, with a checkpoint."""
 
@@ -98,6 +91,17 @@ class StopAtStepEdge(TrainerCallback):
                 f"{who} ended training after step {state.global_step}, and a checkpoint holds it: "
                 "run the same cell or command again to go on from there"
             )
+
+
+class LogEachCheckpoint(TrainerCallback):
+    """Adds a log line at each checkpoint, whatever LOG_STEPS is, so that no step goes without.
+
+    The loss of the steps since a log line is in no checkpoint: a run that goes on would not have
+    it. The last step has a checkpoint too.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log = control.should_log or control.should_save
 
 
 def wait_for_all() -> None:

@@ -282,9 +282,9 @@ def build_trainer(
             LogLines(),
             StopOnDivergence(),
             checkpoints.SameOrder(),
-            checkpoints.LogTheLastStep(),
             checkpoints.SealCheckpoints(),
             checkpoints.StopAtStepEdge(),
+            checkpoints.LogEachCheckpoint(),  # also at one that a signal asked for
             EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience),
             StepLog(),  # the last, which knows of everything that the others ask for
         ],

@@ -367,6 +367,7 @@ def test_a_run_that_is_over_is_the_same_when_its_cell_runs_again(config):
 def test_every_step_keeps_its_seconds_and_its_tokens_through_a_resume(config, how):
     config = dataclasses.replace(config, log_steps=4, max_steps=7)
     trainer, _ = training.fine_tune(build(config))
+    losses = outcome(trainer)["losses"]
     tokens = [step["tokens"] for step in training.step_log(trainer)]
     assert len(tokens) == 7 and min(tokens) > 0
     shutil.rmtree(config.checkpoints_dir)
@@ -380,6 +381,7 @@ def test_every_step_keeps_its_seconds_and_its_tokens_through_a_resume(config, ho
     trainer, metrics = training.fine_tune(build(config))
     steps = training.step_log(trainer)
     assert [step["tokens"] for step in steps] == tokens
+    assert outcome(trainer)["losses"] == losses and [step for step, _ in losses] == [2, 4, 6, 7]
     seconds = sum(step["seconds"] for step in steps)
     assert metrics["train_tokens_per_second"] == pytest.approx(sum(tokens) / seconds)
 
