@@ -281,7 +281,6 @@ def test_a_tracker_keeps_its_files_in_the_run_folder(config, tokenizer, monkeypa
 
 
 def test_tensorboard_gets_the_log(config, tokenizer, monkeypatch):
-    pytest.importorskip("tensorboard")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
     trainer = trainer_for(dataclasses.replace(config, report_to="tensorboard"), tokenizer)
     training.fine_tune(trainer)
