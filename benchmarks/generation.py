@@ -163,7 +163,7 @@ def main() -> None:
     )
     exact = dataclasses.replace(config, bnb_4bit_compute_dtype="float32")
     texts = [
-        prompts.render_prompt(problem.prompt, config.system_message)
+        prompts.render_prompt(problem.prompt, inference.system_message(config, "tuned"))
         for problem in evaluation.load_problems(config)
     ]
     runs = [compare(config, which, texts) for which in ("base", "tuned", "merged")]

@@ -19,7 +19,7 @@ import helpers  # noqa: F401, I001  before torch, since it says how torch's thre
 
 import torch
 
-from helpers import evaluation, models, prompts, training
+from helpers import evaluation, inference, models, prompts, training
 from helpers.config import Config
 from helpers.pipeline import environment
 
@@ -59,9 +59,10 @@ def check(config: Config, name: str, server: str, length: int) -> dict:
     tokens = [post(f"{server}/tokenize", content=text, **options)["tokens"] for text in texts]
     messages = [{"role": "user", "content": "Hello?"}]
     rendered = post(f"{server}/apply-template", messages=messages)["prompt"]
-    asked = prompts.render_prompt("Hello?", config.system_message)
+    system = inference.system_message(config, "merged")
+    asked = prompts.render_prompt("Hello?", system)
     problems = [problem.prompt for problem in evaluation.load_problems(config)]
-    requests = [prompts.render_prompt(text, config.system_message) for text in problems]
+    requests = [prompts.render_prompt(text, system) for text in problems]
     return {
         "texts": len(texts),
         "texts_cut_into_the_same_tokens": sum(

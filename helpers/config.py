@@ -135,7 +135,8 @@ class Config:
 
     # -- The data. "sample", "kagglehub", a folder with Kaggle's CSV files, or a Hub dataset id.
     data_source: str = field(default="luisroque/instruct-python-llama2-20k", metadata=not_blank())
-    system_message: str = field(default=SYSTEM_MESSAGE, metadata=prompt_text())
+    # Begins each prompt. None: as in the rows of the run; notebook 02 writes SYSTEM_MESSAGE there.
+    system_message: str | None = field(default=None, metadata=prompt_text())
     min_question_score: int = field(default=0, metadata=between(-(10**6), 10**6))
     min_answer_score: int = field(default=0, metadata=between(-(10**6), 10**6))
     max_train_rows: int | None = field(default=None, metadata=between(1, 10**8))

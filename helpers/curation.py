@@ -15,7 +15,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,9 +25,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from helpers import artefacts, prompts
-from helpers.config import Config
+from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.contamination import problem_index
-from helpers.integrity import check_dataset, seal
+from helpers.integrity import check_dataset, seal, tokenizer_note, write_curation
 from helpers.markdown import code_kind, fenced_blocks, html_to_markdown
 from helpers.similarity import (
     PERMUTATIONS,
@@ -192,6 +192,8 @@ def curate(config: Config, workers: int | None = None, progress: bool = False) -
     does not depend on it. Raises DataError for a source that cannot be read and when no row
     survives, and what `artefacts.whole_folder` raises.
     """
+    if config.system_message is None:
+        config = replace(config, system_message=SYSTEM_MESSAGE)
     with artefacts.whole_folder(config.dataset_dir) as draft:
         work = draft / ".work"  # inside the draft: a killed run leaves one thing to remove, not two
         work.mkdir()
@@ -199,10 +201,24 @@ def curate(config: Config, workers: int | None = None, progress: bool = False) -
         with Workers(count, progress, partial(prepare_worker, config.benchmarks)) as pool:
             encoder = pool.begin(Encoder.of, config.model_name, work)  # takes as long as reading
             report, partitions = select_pairs(config, work, pool)
-            render_rows(config, report, partitions, encoder(), pool)
+            encoder = encoder()
+            render_rows(config, report, partitions, encoder, pool)
+            write_curation(_note(config, encoder), draft)
             _write_dataset(config, report, partitions, pool, draft)
         shutil.rmtree(work)
     return report
+
+
+def _note(config: Config, encoder: "Encoder") -> dict:
+    """What notebooks 04 to 06 must know of the rows to train on them and to ask as they do."""
+    model = {"name": artefacts.public_name(config.model_name)}
+    return {
+        "source": artefacts.public_name(config.data_source),
+        "system_message": config.system_message,
+        "template": prompts.TEMPLATE,
+        "max_length": config.max_length,
+        "tokenizer": {**model, **encoder.note},
+    }
 
 
 def select_pairs(config: Config, work: Path, workers: Workers) -> tuple[Report, Partitions]:
@@ -519,6 +535,7 @@ class Encoder:
     eos_token_id: int
     eos_token: str
     added_tokens_decoder: dict  # id -> tokenizers.AddedToken
+    note: dict  # by which the tokenizer is known again
 
     @classmethod
     def of(cls, model_name: str, folder: Path) -> "Encoder":
@@ -533,6 +550,7 @@ class Encoder:
             tokenizer.eos_token_id,
             tokenizer.eos_token,
             tokenizer.added_tokens_decoder,
+            tokenizer_note(tokenizer),
         )
 
     def __call__(self, texts: list[str]) -> SimpleNamespace:

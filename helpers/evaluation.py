@@ -174,7 +174,7 @@ def answerer(config: Config, which: str, tokenizer) -> Callable[[str], Iterator]
     """
 
     def answer(question: str):
-        prompt = prompts.render_prompt(question, config.system_message)
+        prompt = prompts.render_prompt(question, inference.system_message(config, which))
         model = inference.load(config, which)
         try:
             given = yield from inference.stream(model, tokenizer, prompt, config)
@@ -203,7 +203,8 @@ def sampled_passes(config: Config, which: str, tokenizer, problems) -> list[list
     if config.sandbox == "off":
         raise ValueError('pass@k runs generated code, and SANDBOX is "off": set it to "isolated"')
     many = [problem for problem in problems for _ in range(config.samples_per_problem)]
-    asked = [prompts.render_prompt(problem.prompt, config.system_message) for problem in many]
+    system = inference.system_message(config, which)
+    asked = [prompts.render_prompt(problem.prompt, system) for problem in many]
     answers, _ = inference.answer_alone(
         config, which, tokenizer, asked, config.sampling_temperature
     )

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from helpers import artefacts, models, prompts
 from helpers.config import Config
-from helpers.integrity import check_merged
+from helpers.integrity import check_merged, system_message
 
 # File name -> how matrices are stored, and the number by which a file says so.
 TYPES = {
@@ -49,7 +49,7 @@ def modelfile(config: Config, weights: str = "model.q8_0.gguf") -> str:
     greedy, as everywhere in this course. Ollama cannot take off the blank lines around a
     request, as `prompts.render_prompt` does.
     """
-    system = prompts.without_blank_lines(config.system_message)
+    system = prompts.without_blank_lines(system_message(config, config.merged_dir))
     if '"""' in system:
         raise ValueError('SYSTEM_MESSAGE holds """, which ends a text in a Modelfile: reword it')
     template = prompts.render_prompt("{{ .Prompt }}", "{{ .System }}")

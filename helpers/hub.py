@@ -7,7 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from helpers import artefacts, precision
 from helpers.config import Config
-from helpers.integrity import read_metrics
+from helpers.integrity import curation_of, read_metrics, system_message
 
 # Part of a base model's name -> its licence as the Hub calls it, and in words.
 LICENCES = {
@@ -48,6 +48,7 @@ def own_repository(name: str) -> str:
 def model_card(config: Config) -> str:
     """The README.md of the merged model: recipe, numbers of the run, limits and licences."""
     metrics, base = read_metrics(config), artefacts.public_name(config.model_name)
+    longest = curation_of(config, config.merged_dir).get("max_length", config.max_length)
     known = (both for part, both in LICENCES.items() if part in base.lower())
     tag, licence = next(known, UNKNOWN_LICENCE)
     numbers = [
@@ -66,7 +67,7 @@ tags: [qlora, code, python]
 
 {base}, tuned by QLoRA to answer questions about Python step by step, and merged. The prompt is
 Llama 2's template (`apply_chat_template` writes it) with the
-system message "{config.system_message}"
+system message "{system_message(config, config.merged_dir)}"
 
 ## Recipe
 
@@ -83,7 +84,7 @@ system message "{config.system_message}"
 - It answers in the form of its training data; whether its code is right has to be tested. Run it
   only where it can do no harm: nobody has looked at what it may write.
 - One model of one run with one seed: read small differences as chance.
-- English questions about Python, in the template above, of up to {config.max_length} tokens with
+- English questions about Python, in the template above, of up to {longest} tokens with
   their answers; anything else was not tried.
 
 ## Licences
@@ -132,7 +133,8 @@ def _data_licence(config: Config) -> str:
     """What the rows that were trained on say of their licence, and how it is met."""
     from datasets import load_from_disk
 
-    source = f"`{artefacts.public_name(config.data_source)}`"
+    noted = curation_of(config, config.merged_dir).get("source")
+    source = f"`{noted or artefacts.public_name(config.data_source)}`"
     if not config.dataset_dir.exists():
         return f"{source}, under the licence of its source."
     rows = load_from_disk(str(config.dataset_dir))["train"]

@@ -8,7 +8,7 @@ from threading import Thread
 import torch
 from transformers import TextIteratorStreamer
 
-from helpers import memory, merging, models, prompts
+from helpers import integrity, memory, merging, models, prompts
 from helpers.config import LINKED_LIST_PROMPT, Config
 from helpers.integrity import check_merged
 
@@ -54,6 +54,12 @@ def load(config: Config, which: str):
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         config = merging.with_room(config, size)
     return models.load_model(config, quantized=in_4_bits, source=folder)
+
+
+def system_message(config: Config, which: str) -> str:
+    """The one to ask one of MODELS with: that of its training, unless SYSTEM_MESSAGE is given."""
+    merged = which in ("merged", "requantized")
+    return integrity.system_message(config, config.merged_dir if merged else config.adapter_dir)
 
 
 def answer_alone(
@@ -127,7 +133,7 @@ def stream(model, tokenizer, rendered_prompt: str, config: Config):
 
 def ask(config: Config, which: str, question: str = LINKED_LIST_PROMPT):
     """Yield the answer of one of MODELS to a question, in the training template."""
-    prompt = prompts.render_prompt(question, config.system_message)
+    prompt = prompts.render_prompt(question, system_message(config, which))
     model, tokenizer = load(config, which), models.load_tokenizer(config.model_name)
     yield from stream(model, tokenizer, prompt, config)
 

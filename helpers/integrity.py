@@ -14,10 +14,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from helpers.artefacts import sha256
-from helpers.config import Config
+from helpers.config import SYSTEM_MESSAGE, Config
 
 SEAL = "SHA256SUMS"
 ADAPTER_WEIGHTS, ADAPTER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+CURATION = "curation.json"  # how notebook 02 made the rows; goes on with adapter and merged model
 TRAINING_LOG, TOKENIZER = "training_log.json", "tokenizer.json"
 MERGE_RECORD = "merge.json"
 POINTER = b"version https://git-lfs"
@@ -104,6 +105,49 @@ def check_dataset(config: Config) -> Path:
     return folder
 
 
+def curation_of(config: Config, folder: Path) -> dict:
+    """What notebook 02 noted of the rows behind the dataset, adapter or merged model in `folder`.
+
+    One without a note was made by what comes before it in the run; {} where nothing is noted.
+    """
+    results = [config.merged_dir, config.adapter_dir, config.dataset_dir]
+    notes = [result / CURATION for result in results[results.index(folder) :]]
+    return next((_read(note, _again("02")) for note in notes if note.is_file()), {})
+
+
+def write_curation(note: dict, folder: Path) -> None:
+    """Put what `curation_of` gives beside the result that is made from those rows."""
+    if note:
+        text = json.dumps(note, indent=1, ensure_ascii=False) + "\n"
+        (folder / CURATION).write_text(text, encoding="utf-8")
+
+
+def system_message(config: Config, folder: Path) -> str:
+    """The one to ask the model with: SYSTEM_MESSAGE, or that of the rows behind `folder`.
+
+    Warns, ArtefactWarning, when they are two: the model was trained on the latter.
+    """
+    given, trained = config.system_message, curation_of(config, folder).get("system_message")
+    if None not in (given, trained) and given != trained:
+        warnings.warn(
+            f"SYSTEM_MESSAGE is {given!r}, and the training rows have {trained!r}: leave it out "
+            "to ask as in training, or run notebook 02 again with it",
+            ArtefactWarning,
+            stacklevel=1,  # one place, so that it is shown once
+        )
+    return next(text for text in (given, trained, SYSTEM_MESSAGE) if text is not None)
+
+
+def tokenizer_note(tokenizer) -> dict:
+    """By what two tokenizers are known as the same, in a note of the curation."""
+    rules = json.dumps(tokenizer_rules(tokenizer), sort_keys=True)
+    return {
+        "rules_sha256": hashlib.sha256(rules.encode()).hexdigest(),
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+    }
+
+
 def dataset_fingerprint(config: Config) -> str:
     """SHA-256 over the checksums of the dataset's rows; "" where there is no dataset."""
     lines = _sealed(config.dataset_dir) or _sums(config.dataset_dir)
@@ -132,7 +176,11 @@ def check_adapter(config: Config) -> Path:
 
 
 def seal_merged(folder: Path, config: Config) -> None:
-    """Seal a merged model, with the SHA-256 of the adapter in it, if the run folder has one."""
+    """Seal a merged model, with the SHA-256 of the adapter in it, if the run folder has one.
+
+    With it goes what is noted of the rows that the adapter was trained on.
+    """
+    write_curation(curation_of(config, config.adapter_dir), folder)
     adapter = config.adapter_dir / ADAPTER_WEIGHTS
     if adapter.is_file():
         record = json.dumps({"adapter_sha256": sha256(adapter)})

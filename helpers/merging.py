@@ -25,6 +25,7 @@ from helpers.integrity import (
     check_adapter,
     check_merged,
     seal_merged,
+    system_message,
 )
 
 MERGES = ("16bit", "dequantized", "4bit")
@@ -101,7 +102,7 @@ def save_merged(model, tokenizer, config: Config) -> Path:
 def _finish(folder: Path, tokenizer, config: Config) -> None:
     """Add what belongs to the weights of a merged model: tokenizer, chat template, seal."""
     tokenizer.save_pretrained(folder)
-    template = prompts.chat_template(config.system_message)
+    template = prompts.chat_template(system_message(config, config.adapter_dir))
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     seal_merged(folder, config)
 

@@ -219,3 +219,7 @@ def _clean(what: str, text: str) -> str:
                 f"{what} holds the template's own marker {marker}: remove or reword it"
             )
     return without_blank_lines(text)
+
+
+# What stands in a dataset's note, by which rows in another template are known.
+TEMPLATE = render_prompt("{user}", "{system}") + render_completion("{answer}")

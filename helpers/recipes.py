@@ -18,6 +18,7 @@ from helpers import (
     artefacts,
     evaluation,
     inference,
+    integrity,
     merging,
     models,
     prompts,
@@ -123,7 +124,8 @@ def measure(config: Config) -> dict:
 def _rates(model, tokenizer, config: Config) -> dict[str, float]:
     """The scores of notebook 06 for the answers to `config.evaluation_problems` problems."""
     problems = evaluation.load_problems(config)
-    asked = [prompts.render_prompt(problem.prompt, config.system_message) for problem in problems]
+    system = integrity.system_message(config, config.dataset_dir)
+    asked = [prompts.render_prompt(problem.prompt, system) for problem in problems]
     answers, _ = inference.answer_all(model, tokenizer, asked, config)
     pairs = zip(answers, problems, strict=True)
     scores = [evaluation.score(answer, problem, config) for answer, problem in pairs]

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,7 @@ from helpers import (
     memory,
     models,
     precision,
+    prompts,
 )
 from helpers.config import Config, ConfigError
 from helpers.kernels import fused_kernels, in_place_adapters
@@ -254,9 +256,48 @@ def say_once(text: str) -> None:
 
 
 def load_dataset(config: Config) -> DatasetDict:
-    """The train and validation rows that notebook 02 wrote, with only the columns that train."""
+    """The train and validation rows that notebook 02 wrote, with only the columns that train.
+
+    Raises ArtefactError for rows in another template, and for rows that were made with another
+    tokenizer and fail with that of MODEL_NAME. Warns, ArtefactWarning, when none of these fails,
+    and of another SYSTEM_MESSAGE.
+    """
     dataset = load_from_disk(str(integrity.check_dataset(config)))
-    return dataset.select_columns(["prompt", "completion"])
+    dataset = dataset.select_columns(["prompt", "completion"])
+    integrity.system_message(config, config.dataset_dir)
+    note = integrity.curation_of(config, config.dataset_dir)
+    if note and note["template"] != prompts.TEMPLATE:
+        raise integrity.ArtefactError(
+            f"the rows are in the template {note['template']!r}, and the one here is "
+            f"{prompts.TEMPLATE!r}: run notebook 02 again"
+        )
+    if note:
+        tokenizer = models.load_tokenizer(config.model_name)
+        if not integrity.tokenizer_note(tokenizer).items() <= note["tokenizer"].items():
+            _check_rows(config, dataset, tokenizer, note["tokenizer"]["name"])
+    return dataset
+
+
+def _check_rows(config: Config, dataset: DatasetDict, tokenizer, made_with: str) -> None:
+    """ArtefactError for rows that fail with another tokenizer than they were made with."""
+    rows = [row for split in dataset.values() for row in zip(*split[:].values(), strict=True)]
+    failing = [
+        problems or [f"{length} tokens, MAX_LENGTH is {config.max_length}"]
+        for length, problems in prompts.verify_rows(tokenizer, rows)
+        if problems or length > config.max_length
+    ]
+    other = f"the rows were made with the tokenizer of {made_with}, and with that of MODEL_NAME "
+    other += f"({config.model_name})"
+    if failing:
+        raise integrity.ArtefactError(
+            f"{other} {len(failing)} of {len(rows)} fail, the first for {failing[0][0]}: run "
+            "notebook 02 again with this MODEL_NAME"
+        )
+    warnings.warn(
+        f"{other} all {len(rows)} verify and fit as well",
+        integrity.ArtefactWarning,
+        stacklevel=3,
+    )
 
 
 def build_trainer(
@@ -299,6 +340,7 @@ def build_trainer(
             model.config, memory.Run.from_config(config)
         )
     trainer.dataset_fingerprint = integrity.dataset_fingerprint(config)
+    trainer.curation = integrity.curation_of(config, config.dataset_dir)
     trainer.made_from = (config, tokenizer, dataset)
     checkpoints.load_in_own_type(trainer.model)
     trainer.remove_callback(PrinterCallback)  # LogLines prints the same numbers, readable
@@ -613,6 +655,7 @@ def _write_adapter(trainer: SFTTrainer, tokenizer, config: Config, weights: dict
         (draft / integrity.TRAINING_LOG).write_text(
             json.dumps(log, indent=1, default=float), encoding="utf-8"
         )
+        integrity.write_curation(trainer.curation, draft)
         integrity.seal(draft)
     shutil.rmtree(config.checkpoints_dir, ignore_errors=True)
 

@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from helpers import curation, export, hub, inference, integrity, merging, models, training
+from helpers import (
+    curation,
+    export,
+    hub,
+    inference,
+    integrity,
+    merging,
+    models,
+    prompts,
+    training,
+)
+from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.integrity import ArtefactError, ArtefactWarning
 from tests.faults.finished_run import contents, copy_run, make_run
 
@@ -171,6 +182,138 @@ def test_the_same_dataset_written_anew_is_the_same(config):
     with warnings.catch_warnings():
         warnings.simplefilter("error", ArtefactWarning)
         merging.load_tuned(config)
+
+
+# -- What is noted of the rows: their system message, template and tokenizer.
+
+OWN_MESSAGE = "R\u00e9ponds en vers."
+
+
+@pytest.fixture(scope="module")
+def own(tiny_model_dir, tokenizer, tmp_path_factory):
+    """A run whose rows have another system message, merged and exported without naming it."""
+    run_dir = tmp_path_factory.mktemp("own") / "run"
+    make_run(tiny_model_dir, tokenizer, run_dir, system_message=OWN_MESSAGE)
+    config = Config.from_profile(
+        "smoke", model_name=str(tiny_model_dir), run_dir=run_dir, lora_r=4, data_source="elsewhere"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ArtefactWarning)
+        merging.save_merged(merging.merge(config, "16bit"), tokenizer, config)
+        export.export_gguf(config)
+    return config
+
+
+def test_the_model_is_asked_with_the_system_message_of_its_rows(own, monkeypatch, tokenizer):
+    rendered = prompts.render_prompt("Why?", OWN_MESSAGE)
+    monkeypatch.setattr(inference, "stream", lambda model, tokenizer, prompt, config: [prompt])
+    for which in ("base", "tuned", "merged"):
+        assert [*inference.ask(own, which, "Why?")] == [rendered]
+    template = (own.merged_dir / "chat_template.jinja").read_text("utf-8")
+    assert template == prompts.chat_template(OWN_MESSAGE)
+    assert f'SYSTEM """{OWN_MESSAGE}"""' in (own.gguf_dir / "Modelfile").read_text("utf-8")
+    card = hub.model_card(own)
+    assert f'"{OWN_MESSAGE}"' in card and "`sample`" in card and "elsewhere" not in card
+
+
+@pytest.mark.parametrize("gone", [["dataset"], ["dataset", "adapter"]])
+def test_the_note_goes_on_with_adapter_and_merged_model(own, tmp_path, gone):
+    config = copy_run(own, tmp_path / "run")
+    for name in gone:
+        shutil.rmtree(config.run_dir / name)
+    assert inference.system_message(config, "merged") == OWN_MESSAGE
+    assert OWN_MESSAGE in export.modelfile(config) and OWN_MESSAGE in hub.model_card(config)
+    if "adapter" not in gone:
+        assert inference.system_message(config, "tuned") == OWN_MESSAGE
+
+
+def test_an_adapter_keeps_its_message_when_the_rows_get_another(own, tmp_path):
+    config = copy_run(own, tmp_path / "run")
+    curation.curate(dataclasses.replace(config, data_source="sample"))
+    assert inference.system_message(config, "tuned") == OWN_MESSAGE
+    assert integrity.system_message(config, config.dataset_dir) == SYSTEM_MESSAGE
+
+
+@pytest.mark.parametrize("given", [SYSTEM_MESSAGE, "Be brief."])
+def test_another_message_is_used_where_it_is_named_and_both_are_told(own, given):
+    config = dataclasses.replace(own, system_message=given)
+    words = f"SYSTEM_MESSAGE is '{given}', and the training rows have '{OWN_MESSAGE}': leave it out"
+    for act in (training.load_dataset, export.modelfile, hub.model_card):
+        with pytest.warns(ArtefactWarning, match=words):
+            act(config)
+    with pytest.warns(ArtefactWarning, match=words):
+        assert given in export.modelfile(config)
+
+
+def test_a_run_from_before_has_no_note_and_works(own, tmp_path):
+    config = copy_run(own, tmp_path / "run")
+    for folder in (config.dataset_dir, config.adapter_dir, config.merged_dir):
+        for name in (integrity.CURATION, integrity.SEAL):
+            (folder / name).unlink()
+        integrity.seal(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ArtefactWarning)
+        assert inference.system_message(config, "merged") == SYSTEM_MESSAGE
+        named = dataclasses.replace(config, system_message=OWN_MESSAGE)
+        assert inference.system_message(named, "merged") == OWN_MESSAGE
+        assert len(training.load_dataset(config)["train"]) == 16
+
+
+def test_a_note_that_was_changed_is_found(own, tmp_path):
+    config = copy_run(own, tmp_path / "run")
+    path = config.dataset_dir / integrity.CURATION
+    path.write_text(path.read_text("utf-8").replace("vers", "prose"), encoding="utf-8")
+    refuses(config, load_dataset, "curation.json is damaged or changed .*: run notebook 02 again")
+
+
+def test_rows_in_another_template_are_refused(config, monkeypatch):
+    monkeypatch.setattr(prompts, "TEMPLATE", "{system} {user} {answer}")
+    words = (
+        "the rows are in the template '.INST.*, and the one here is '{system}.*notebook 02 again"
+    )
+    refuses(config, load_dataset, words)
+
+
+def with_tokenizer(config, folder, change):
+    """The Config with a model of another tokenizer; `change` gets its description, as JSON."""
+    shutil.copytree(config.model_name, folder)
+    path = folder / "tokenizer.json"
+    path.write_text(change(path.read_text("utf-8")), encoding="utf-8")
+    return dataclasses.replace(config, model_name=str(folder))
+
+
+def without_merges(text):
+    """Each letter is a token of its own: the same rows are longer."""
+    described = json.loads(text)
+    return json.dumps({**described, "model": {**described["model"], "merges": []}})
+
+
+def without_bos(text):
+    return json.dumps({**json.loads(text), "post_processor": None})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without_bos, "24 of 24 fail, the first for 0 BOS tokens, there must be exactly one"),
+        (without_merges, r"24 of 24 fail, the first for \d+ tokens, MAX_LENGTH is 400"),
+    ],
+)
+def test_rows_that_fail_with_another_tokenizer_are_refused(config, tmp_path, change, words):
+    name = Path(config.model_name).name
+    other = with_tokenizer(config, tmp_path / "another-llama", change)
+    words = f"made with the tokenizer of {name}, .* MODEL_NAME .*another-llama.* {words}: run note"
+    refuses(other, load_dataset, words)
+
+
+def test_rows_that_verify_with_another_tokenizer_are_taken_with_a_sentence(config, tmp_path):
+    other = with_tokenizer(config, tmp_path / "another-llama", exchange_two_tokens)
+    with pytest.warns(ArtefactWarning, match="another-llama.* all 24 verify and fit as well"):
+        assert load_dataset(other) == load_dataset(config)
+    same = with_tokenizer(config, tmp_path / "same", str)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ArtefactWarning)
+        load_dataset(same)
 
 
 # -- The merged model.

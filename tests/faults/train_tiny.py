@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from helpers import models, prompts, training
-from helpers.config import Config
+from helpers.config import SYSTEM_MESSAGE, Config
 
 
 def tiny_config(run_dir: Path, model_dir: Path, **changes) -> Config:
@@ -39,7 +39,7 @@ def write_dataset(config: Config, rows: int = 40, held_out: int = 4) -> None:
     """Sums, asked and answered; the last rows are held out."""
     pairs = [
         {
-            "prompt": prompts.render_prompt(f"What is {n} + {n}?", config.system_message),
+            "prompt": prompts.render_prompt(f"What is {n} + {n}?", SYSTEM_MESSAGE),
             "completion": prompts.render_completion(f"1. Add them.\n2. It is {2 * n}."),
         }
         for n in range(rows)

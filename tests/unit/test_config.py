@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from helpers.config import PROFILES, RECIPES, Config, ConfigError
+from helpers.config import PROFILES, RECIPES, SYSTEM_MESSAGE, Config, ConfigError
 
 # Name and value of every constant of the article's Config class, in its code's own words. Its
 # GROUP_BY_LENGTH = 3 is the one value that differs: transformers read it as True.
@@ -19,9 +19,6 @@ ARTICLE = {
     "NEW_MODEL_PATH_MERGE": "./Llama-2-7b-minipython-instruct-merge",
     "NEW_MODEL_NAME": "Llama-2-7b-minipython-instruct",
     "HF_HUB_MODEL_NAME": "luisroque/Llama-2-7b-minipython-instruct",
-    "SYSTEM_MESSAGE": (
-        "Given a puzzle-like code question, provide a well-reasoned, step-by-step Python solution."
-    ),
     "NUM_EPOCHS": 1,
     "BATCH_SIZE": 2,
     "GRAD_ACC_STEPS": 1,
@@ -55,6 +52,13 @@ ARTICLE |= {"EVAL_STEPS": 50, "MAX_LENGTH": 512, "EARLY_STOPPING_PATIENCE": 4}
 @pytest.mark.parametrize("name", ARTICLE)
 def test_profile_article_has_the_articles_value(name):
     assert getattr(Config.from_profile("article"), name.lower()) == ARTICLE[name]
+
+
+def test_the_articles_system_message_is_the_one_that_is_written_where_none_is_given():
+    assert Config.from_profile("article").system_message is None
+    assert SYSTEM_MESSAGE == (
+        "Given a puzzle-like code question, provide a well-reasoned, step-by-step Python solution."
+    )
 
 
 @pytest.mark.parametrize("profile", PROFILES)

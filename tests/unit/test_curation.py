@@ -20,7 +20,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from helpers import artefacts, curation, prompts, sources
-from helpers.config import Config
+from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.contamination import load_problems, problem_index
 from helpers.curation import LeakFinder, Workers, choose_validation, curate, row_pairs
 from helpers.hub import NotLoggedIn
@@ -140,7 +140,7 @@ def test_rows_are_prompts_without_special_tokens_that_verify(dataset, tokenizer,
     assert curation.verify_dataset(dataset, tokenizer) == []
     row = dataset["train"][0]
     conversation = prompts.parse(row["prompt"] + row["completion"])
-    assert conversation.system == config.system_message
+    assert conversation.system == SYSTEM_MESSAGE
     assert tokenizer.bos_token not in row["prompt"] + row["completion"]
     assert tokenizer.eos_token not in row["prompt"] + row["completion"]
     bad = datasets.DatasetDict(
@@ -417,7 +417,7 @@ def test_a_hub_dataset_in_the_articles_form(tmp_path, monkeypatch):
     report = curate(config)
     row = datasets.load_from_disk(str(config.dataset_dir))["train"][0]
     assert report.kept_pairs == len(OWN_ROWS)
-    assert "Old message" not in row["prompt"] and config.system_message in row["prompt"]
+    assert "Old message" not in row["prompt"] and SYSTEM_MESSAGE in row["prompt"]
     assert row["completion"].strip() == OWN_ROWS[row["question_id"] - 1]["answer"]
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 from helpers import export, integrity, merging, models, prompts
+from helpers.config import SYSTEM_MESSAGE
 
 SYSTEM, QUESTION = "Be brief.\nAnswer in Python.", 'How do I reverse "abc"?'
 TEXT = "def f(x):\n    return  x + 123  # the 7 cats' é ▁\n\t[INST] <<SYS>>"
@@ -241,7 +242,7 @@ def test_ollamas_template_is_that_of_training(tiny_config):
     framed = dataclasses.replace(tiny_config, system_message=f"\n    {system}\n\n")
     assert export.modelfile(framed) == text.replace(system, f"    {system}")
     filled = template.replace("{{ .System }}", system).replace("{{ .Prompt }}", QUESTION)
-    assert filled == prompts.render_prompt(QUESTION, tiny_config.system_message)
+    assert filled == prompts.render_prompt(QUESTION, SYSTEM_MESSAGE)
 
 
 def test_a_system_message_that_ends_the_text_is_refused(tiny_config):

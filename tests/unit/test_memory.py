@@ -138,13 +138,13 @@ import json, sys
 from pathlib import Path
 from datasets import Dataset, DatasetDict
 from helpers import memory, models, prompts, training
-from helpers.config import Config
+from helpers.config import SYSTEM_MESSAGE, Config
 
 config = Config.from_profile("demo", run_dir=Path(sys.argv[1]), max_steps=2)
 baseline = memory.current_memory_bytes()
 tokenizer = models.load_tokenizer(config.model_name)
 model = models.load_model(config)
-prompt = prompts.render_prompt("How do I reverse a list?", config.system_message)
+prompt = prompts.render_prompt("How do I reverse a list?", SYSTEM_MESSAGE)
 row = {"prompt": prompt, "completion": prompts.render_completion("reverse the list, " * 58)}
 length = len(prompts.encode(tokenizer, **row)["input_ids"])
 rows = Dataset.from_list([row] * 16)

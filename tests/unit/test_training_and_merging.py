@@ -26,7 +26,7 @@ from helpers import (
     prompts,
     training,
 )
-from helpers.config import Config, ConfigError
+from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
 from tests.faults.train_tiny import write_dataset
 from tests.notebook_code import definitions_from, notebook_path
 
@@ -325,7 +325,7 @@ def test_a_merged_model_is_saved_beside_the_adapter_and_comes_back_equal(
     merged = merging.merge(config, "16bit")
     folder = merging.save_merged(merged, tokenizer, config)
     template = (folder / "chat_template.jinja").read_text("utf-8")
-    assert template == prompts.chat_template(config.system_message)
+    assert template == prompts.chat_template(SYSTEM_MESSAGE)
     assert folder == config.merged_dir and (config.adapter_dir / "adapter_config.json").exists()
     again = models.load_model(config, quantized=False, source=folder)
     for saved, loaded in zip(
