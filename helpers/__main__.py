@@ -45,9 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", _run, "execute the notebooks that are not finished yet")
     run.add_argument("--only", metavar="NN", help="run this notebook alone, finished or not")
     run.add_argument("--from", dest="first", metavar="NN", help="run from this notebook on")
-    run.add_argument("--run-dir", help="where artefacts go (default: runs/<profile>)")
     run.add_argument("--timeout", type=float, metavar="SECONDS", help="the longest a cell may run")
-    _parameters(run)
 
     verify = commands.add_parser("verify", help="compare a run folder with its manifest")
     verify.add_argument("run_dir", metavar="RUN_DIR")
@@ -57,17 +55,16 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("model", help="base (or llama2), tuned (or new_model)")
     ask.add_argument("question", nargs="?", default=LINKED_LIST_PROMPT)
 
-    train = _command(commands, "train", _train, "notebook 04 alone, also under accelerate launch")
-    _parameters(train)
+    _command(commands, "train", _train, "notebook 04 alone, also under accelerate launch")
 
     compare = _command(commands, "compare-recipes", _compare_recipes, "train by each recipe")
     compare.add_argument("--max-steps", type=int, help="steps of each training (else epochs)")
     compare.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     compare.add_argument("--output", type=Path, help="default: benchmarks/results/recipes.json")
-    _parameters(compare)
 
     _command(commands, "record", _record, "put a run's outputs into the committed notebooks")
-    _command(commands, "fetch-model", _fetch_model, "fetch the embedded model, once")
+    fetch = commands.add_parser("fetch-model", help="fetch the embedded model, once")
+    fetch.set_defaults(command=_fetch_model)
     _command(commands, "export-gguf", _export_gguf, "write the merged model for llama.cpp, Ollama")
     _command(commands, "push-dataset", _push_dataset, "upload the dataset to the Hub")
     _command(commands, "push-model", _push_model, "upload the merged model to the Hub")
@@ -75,27 +72,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands, name: str, function, help_text: str) -> argparse.ArgumentParser:
+    """A command that needs settings: `_parameters` has what it was given of them."""
     command = commands.add_parser(name, help=help_text)
     command.add_argument("--profile", default="demo", help=", ".join(PROFILES))
+    command.add_argument("--run-dir", help="where artefacts lie (default: runs/<profile>)")
+    pair = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
+    command.add_argument("-p", **pair, help="a notebook's parameter, such as MAX_STEPS 10")
     command.set_defaults(command=function)
     return command
 
 
-def _parameters(command: argparse.ArgumentParser) -> None:
-    pair = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
-    command.add_argument("-p", **pair, help="a notebook's parameter, such as MAX_STEPS 10")
+def _parameters(options) -> dict:
+    """What a command was given, by the names that a notebook's parameters have."""
+    place = {"RUN_DIR": options.run_dir} if options.run_dir else {}
+    return {"PROFILE": options.profile, **place, **{name: _value(text) for name, text in options.p}}
 
 
-def _given(options) -> dict:
-    return {name: _value(text) for name, text in options.p}
+def _config(options) -> Config:
+    return Config.from_parameters(_parameters(options))
 
 
 def _run(options) -> None:
     from helpers import pipeline, report
 
-    parameters = _given(options)
+    parameters = _parameters(options)
     config = pipeline.run(
-        options.profile, options.run_dir, options.only, options.first, parameters, options.timeout
+        options.profile, None, options.only, options.first, parameters, options.timeout
     )
     for lesson, label, value in report.headline_rows(config):
         print(f"{lesson}  {label:<44} {value:>10}")
@@ -120,9 +122,7 @@ def _ask(options) -> None:
     from helpers import inference
     from helpers.untrusted import visible
 
-    for piece in inference.ask(
-        Config.from_profile(options.profile), options.model, options.question
-    ):
+    for piece in inference.ask(_config(options), options.model, options.question):
         print(visible(piece), end="", flush=True)
     print()
 
@@ -130,7 +130,7 @@ def _ask(options) -> None:
 def _train(options) -> None:
     from helpers import training
 
-    config = Config.from_notebook({"PROFILE": options.profile, **_given(options)})
+    config = _config(options)
     metrics = training.train(config)
     print(f"validation loss {metrics['eval_loss_after']:.3f}, adapter in {config.adapter_dir}")
 
@@ -139,7 +139,7 @@ def _compare_recipes(options) -> None:
     from helpers import recipes
 
     steps = {} if options.max_steps is None else {"MAX_STEPS": options.max_steps}
-    parameters = {"PROFILE": options.profile, **steps, **_given(options)}
+    parameters = {**steps, **_parameters(options)}
     output = options.output or recipes.RESULTS
     for run in recipes.compare(parameters, options.seeds, output):
         print(f"{run['recipe']:12} seed {run['seed']}  loss {run['answer_loss_after']:.3f}")
@@ -149,7 +149,7 @@ def _compare_recipes(options) -> None:
 def _record(options) -> None:
     from helpers import pipeline
 
-    pipeline.record(Config.from_profile(options.profile))
+    pipeline.record(_config(options))
 
 
 def _fetch_model(options) -> None:
@@ -161,20 +161,20 @@ def _fetch_model(options) -> None:
 def _export_gguf(options) -> None:
     from helpers import export
 
-    for path in sorted(export.export_gguf(Config.from_profile(options.profile)).iterdir()):
+    for path in sorted(export.export_gguf(_config(options)).iterdir()):
         print(path)
 
 
 def _push_dataset(options) -> None:
     from helpers import curation
 
-    curation.push_dataset(Config.from_profile(options.profile))
+    curation.push_dataset(_config(options))
 
 
 def _push_model(options) -> None:
     from helpers import merging
 
-    merging.push_model(Config.from_profile(options.profile))
+    merging.push_model(_config(options))
 
 
 if __name__ == "__main__":

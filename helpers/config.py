@@ -309,6 +309,24 @@ class Config:
         }
         return _build(problems, lambda: cls.from_profile(profile, **changes))
 
+    @classmethod
+    def from_parameters(cls, parameters: dict) -> "Config":
+        """`from_notebook` for the parameters of a command, of which none is only a variable.
+
+        ConfigError for a name in small letters, and for anything that looks like a token.
+        """
+        for name, value in parameters.items():
+            secret = re.search(r"(?i)(token|password|secret|key)s?$", name)
+            # MAX_NEW_TOKENS is a setting.
+            if (secret and not _is_field(name)) or re.match(r"hf_\w{16}", str(value)):
+                raise ConfigError(
+                    f"parameter {name} looks like a token, and parameters are written into "
+                    "notebooks and reports: leave it out and run `hf auth login`"
+                )
+            if not re.fullmatch(r"[A-Z][A-Z0-9_]+", name):
+                raise ConfigError(f"parameter {name} is not in capitals: write {name.upper()}")
+        return cls.from_notebook(parameters)
+
     # -- Where each artefact of the run lies.
     dataset_dir = property(lambda self: self.run_dir / "dataset")
     checkpoints_dir = property(lambda self: self.run_dir / "checkpoints")

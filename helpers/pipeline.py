@@ -8,7 +8,6 @@ half-way. A run goes on from the first other.
 import hashlib
 import json
 import logging
-import re
 import signal
 from pathlib import Path
 
@@ -64,8 +63,7 @@ def run(profile, run_dir=None, only=None, first=None, parameters=None, timeout=N
     ConfigError, DiskFull or InUse before anything starts, RunStopped when a notebook does not end.
     """
     parameters = {"PROFILE": profile, "RUN_DIR": run_dir, **(parameters or {})}
-    _refuse_names(parameters)
-    config = Config.from_notebook(parameters)
+    config = Config.from_parameters(parameters)
     given = {name: value for name, value in parameters.items() if value is not None}
     chosen = notebooks(only)
     forced = [path for path in notebooks() if only or (first and path >= notebooks(first)[0])]
@@ -78,20 +76,6 @@ def run(profile, run_dir=None, only=None, first=None, parameters=None, timeout=N
             raise
         _sum_up(config, given)
     return config
-
-
-def _refuse_names(parameters: dict) -> None:
-    """Raise ConfigError for a name in small letters, and for anything that looks like a token."""
-    for name, value in parameters.items():
-        secret = re.search(r"(?i)(token|password|secret|key)s?$", name)
-        known = name.lower() in Config.__dataclass_fields__  # MAX_NEW_TOKENS is one
-        if (secret and not known) or re.match(r"hf_\w{16}", str(value)):
-            raise ConfigError(
-                f"parameter {name} looks like a token, and parameters are written into notebooks "
-                "and reports: leave it out and run `hf auth login`"
-            )
-        if not re.fullmatch(r"[A-Z][A-Z0-9_]+", name):
-            raise ConfigError(f"parameter {name} is not in capitals: write {name.upper()}")
 
 
 def _run_in_order(config: Config, chosen, forced, parameters: dict, timeout: float) -> None:

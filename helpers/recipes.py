@@ -64,7 +64,7 @@ def compare(parameters: dict, seeds: Sequence[int], output: Path = RESULTS) -> l
 def _config(parameters: dict, recipe: str, seed: int) -> Config:
     """Of one training. No early stop: all take the same steps, and the best checkpoint counts."""
     patience = {"EARLY_STOPPING_PATIENCE": 10**7}
-    return Config.from_notebook({**patience, **parameters, "RECIPE": recipe, "SEED": seed})
+    return Config.from_parameters({**patience, **parameters, "RECIPE": recipe, "SEED": seed})
 
 
 def _found(output: Path, parameters: dict) -> dict:

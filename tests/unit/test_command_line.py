@@ -1,0 +1,84 @@
+"""`python -m helpers`: every command that needs settings takes the same, and refuses the same."""
+
+import argparse
+
+import pytest
+
+from helpers import curation, export, inference, merging, pipeline, recipes, training
+from helpers.__main__ import _parser, main
+from helpers.config import Config
+
+# Command -> the function that it calls with a Config, and what it needs besides.
+COMMANDS = {
+    "ask": (inference, "ask", ["tuned"]),
+    "train": (training, "train", []),
+    "record": (pipeline, "record", []),
+    "export-gguf": (export, "export_gguf", []),
+    "push-dataset": (curation, "push_dataset", []),
+    "push-model": (merging, "push_model", []),
+}
+WITHOUT_SETTINGS = {"verify", "fetch-model"}
+
+
+@pytest.fixture
+def called(monkeypatch, tmp_path):
+    """Each command does no more than to keep its Config."""
+    configs = []
+
+    def keep(config, *arguments):
+        configs.append(config)
+        return tmp_path if config is not None else None
+
+    for module, name, _ in COMMANDS.values():
+        monkeypatch.setattr(module, name, keep)
+    monkeypatch.setattr(inference, "ask", lambda config, *_: configs.append(config) or [])
+    monkeypatch.setattr(
+        training, "train", lambda config: configs.append(config) or {"eval_loss_after": 1.0}
+    )
+    return configs
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_takes_parameters_and_a_run_folder(called, tmp_path, command):
+    given = ["-p", "SYSTEM_MESSAGE", "Be brief.", "-p", "MAX_NEW_TOKENS", "7"]
+    folder = ["--profile", "smoke", "--run-dir", str(tmp_path / "mine")]
+    assert main([command, *COMMANDS[command][2], *folder, *given]) == 0
+    (config,) = called
+    assert (config.profile, config.run_dir) == ("smoke", tmp_path / "mine")
+    assert (config.system_message, config.max_new_tokens) == ("Be brief.", 7)
+
+
+def test_the_recipes_take_a_run_folder_too(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(recipes, "compare", lambda parameters, *_: seen.append(parameters) or [])
+    command = ["compare-recipes", "--profile", "smoke", "--max-steps", "3"]
+    assert main(command) == 0
+    assert main([*command, "--run-dir", str(tmp_path), "-p", "LORA_R", "4"]) == 0
+    assert seen[0] == {"PROFILE": "smoke", "MAX_STEPS": 3}
+    assert seen[1] == {**seen[0], "RUN_DIR": str(tmp_path), "LORA_R": 4}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("SYSTEM_MESAGE", "x", "did you mean SYSTEM_MESSAGE"),
+        ("colour", "red", "parameter colour is not in capitals: write COLOUR"),
+        ("HF_TOKEN", "hf_abc", "parameter HF_TOKEN looks like a token"),
+    ],
+)
+def test_a_name_that_is_none_stops_each_command(called, capsys, command, name, value, message):
+    assert main([command, *COMMANDS[command][2], "-p", name, value]) == 1
+    assert message in capsys.readouterr().err and called == []
+
+
+def test_no_command_that_makes_a_config_lacks_the_two():
+    (commands,) = [a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    for name, command in commands.choices.items():
+        options = {option for action in command._actions for option in action.option_strings}
+        assert ({"-p", "--run-dir", "--profile"} <= options) is (name not in WITHOUT_SETTINGS), name
+
+
+def test_the_profile_is_the_same_with_and_without_the_command_line(called, tmp_path):
+    assert main(["export-gguf", "--profile", "article"]) == 0
+    assert called == [Config.from_profile("article")]
