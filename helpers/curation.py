@@ -385,7 +385,7 @@ def characters(posts: pa.ChunkedArray) -> pa.Array:
     lengths = pc.binary_length(posts).to_numpy().copy()
     as_text = pc.CastOptions(pa.string(), allow_invalid_utf8=True)
     plain = pc.string_is_ascii(pc.cast(posts, options=as_text))
-    other = pc.or_(pc.invert(plain), pc.match_substring(posts, "\r"))
+    other = pc.or_(pc.invert(plain), pc.match_substring_regex(posts, "\r"))
     lengths[other.to_numpy()] = [len(decode(post)) for post in posts.filter(other).to_pylist()]
     return pa.array(lengths)
 
