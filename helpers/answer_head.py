@@ -49,9 +49,21 @@ class AnswerLogProbs(torch.autograd.Function):
         return gradient[:, None].to(derivative.dtype) * derivative, None, None
 
 
+def has_plain_head(model) -> bool:
+    """Whether logits are hidden states times a matrix, and nothing more is done to them."""
+    changes = (
+        "final_logit_softcapping",
+        "logit_scale",
+        "logits_scaling",
+    )  # Gemma 2, Cohere, Granite
+    done = [getattr(model.config, name, None) for name in changes]
+    return model.get_output_embeddings().bias is None and set(done) <= {None, 1.0}
+
+
 def score_answers_alone(model) -> None:
     """Give a causal language model's fused head, which trl's loss calls, this way to compute.
 
+    A head that does more than a matrix product stays trl's.
     `model(..., labels=, fused_lm_head=True)` then returns log_probs, entropy, is_top1 and
     label_mask, each [rows, length - 1] and zero where the label is ignored, as trl's own head does.
     Other calls are left alone.
@@ -59,6 +71,8 @@ def score_answers_alone(model) -> None:
     # Imported here: helpers.memory reads the size of a tile from this module, and trl is slow.
     from trl.trainer.utils import FusedCausalLMOutput
 
+    if not has_plain_head(model):
+        return
     forward = model.forward
 
     @functools.wraps(forward)

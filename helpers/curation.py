@@ -375,19 +375,9 @@ def _picture(config, is_html, questions, answers, tags):
 
 
 def _length(config, is_html, questions, answers, tags):
-    question, answer = characters(questions["Body"]), characters(answers["Body"])
+    question, answer = pc.binary_length(questions["Body"]), pc.binary_length(answers["Body"])
     too_long = pc.greater(pc.max_element_wise(question, answer), config.max_post_characters)
     return pc.or_(too_long, pc.less(answer, config.min_answer_characters))
-
-
-def characters(posts: pa.ChunkedArray) -> pa.Array:
-    """How many characters `decode` finds in each post: its bytes, where all of it is ASCII."""
-    lengths = pc.binary_length(posts).to_numpy().copy()
-    as_text = pc.CastOptions(pa.string(), allow_invalid_utf8=True)
-    plain = pc.string_is_ascii(pc.cast(posts, options=as_text))
-    other = pc.or_(pc.invert(plain), pc.match_substring_regex(posts, "\r"))
-    lengths[other.to_numpy()] = [len(decode(post)) for post in posts.filter(other).to_pylist()]
-    return pa.array(lengths)
 
 
 def _no_code(config, is_html, questions, answers, tags):

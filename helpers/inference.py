@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Thread
 
+import jinja2
 import torch
 from transformers import TextIteratorStreamer
 
@@ -84,8 +85,14 @@ def chat_prompt(tokenizer, user: str, system: str) -> str | None:
         if token.special:
             user = user.replace(token.content, f"{token.content[0]} {token.content[1:]}")
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text.removeprefix(tokenizer.bos_token or "")  # the tokenizer writes it again
+    options = {"tokenize": False, "add_generation_prompt": True}
+    try:
+        text = tokenizer.apply_chat_template(messages, **options)
+    except jinja2.TemplateError:  # Gemma 2 knows no system message: there it opens the request
+        messages = [{"role": "user", "content": f"{system}\n\n{user}"}]
+        text = tokenizer.apply_chat_template(messages, **options)
+    # What the tokenizer will write again.
+    return text.removeprefix(tokenizer.bos_token if prompts.begins_with_bos(tokenizer) else "")
 
 
 @torch.no_grad()

@@ -49,7 +49,12 @@ def in_place_adapters(model):
 
 
 def adapters_in_place(model) -> dict:
-    return {layer: partial(lora_forward, layer) for layer in modules_of(model, Linear4bit)}
+    """Of the layers without a bias, which the product below does not add; others stay as they are.
+
+    Qwen 2 has them.
+    """
+    adapted = [m for m in modules_of(model, Linear4bit) if m.base_layer.bias is None]
+    return {layer: partial(lora_forward, layer) for layer in adapted}
 
 
 def modules_of(model, kind: type) -> list:
@@ -163,7 +168,8 @@ def joint_lora_forward(layers: list, make, *sources: torch.Tensor, is_needed: bo
     An output of each. The backward pass keeps x or makes it again, as the current pass says.
     """
     x = make(*sources)
-    if not all(isinstance(layer, Linear4bit) for layer in layers):  # some were not targets
+    # Some were not targets, or have a bias.
+    if not all(isinstance(layer, Linear4bit) and layer.base_layer.bias is None for layer in layers):
         return tuple(layer(x) for layer in layers)
     (name,) = layers[0].active_adapters
     # peft alone makes them float32; under trl they have x's type, and nothing is copied.

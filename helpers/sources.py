@@ -80,14 +80,14 @@ class Partitions:
 
 
 class Quarantine:
-    """Lines of a file that are no rows: listed in another with number and reason, and counted."""
+    """Lines of a source that are no rows: written to a file with number and reason, and counted."""
 
     def __init__(self, source: str, path: Path):
         self.source, self.path, self.count, self.first = source, path, 0, ""
 
     def add(self, number: int, reason: str, content: bytes | dict) -> None:
         text = content.decode("utf-8", "replace") if isinstance(content, bytes) else str(content)
-        line = {"file": self.source, "line": number, "reason": reason, "content": text[:200]}
+        line = {"line": number, "reason": reason, "content": text[:200]}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.first = self.first or f"{self.source}, line {number}, {reason}"
@@ -229,19 +229,14 @@ def _check_header(path: Path, wanted) -> None:
         )
 
 
-def _batches(
-    path: Path, table: str, reader: Reader, skip: Callable[[pa.csv.InvalidRow], str]
-) -> Iterator[pa.RecordBatch]:
-    """The wanted columns of a CSV, block by block. Text is left as bytes.
-
-    `skip` is told of each row with another number of fields than the header and answers "skip".
-    """
+def _batches(path: Path, table: str, reader: Reader) -> Iterator[pa.RecordBatch]:
+    """The wanted columns of a CSV, block by block. Text is left as bytes."""
     schema = SCHEMAS[table]
     try:
         stream = pa.csv.open_csv(
             pa.PythonFile(reader, mode="r"),
             read_options=pa.csv.ReadOptions(block_size=BLOCK_BYTES),
-            parse_options=pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
+            parse_options=pa.csv.ParseOptions(newlines_in_values=True),
             convert_options=pa.csv.ConvertOptions(
                 column_types=dict(zip(schema.names, schema.types, strict=True)),
                 include_columns=schema.names,
@@ -288,39 +283,21 @@ def _first_bad_line(path: Path) -> str:
 
     Reads the file again, slowly; called only when it is known to be damaged.
     """
-    rows = _csv_rows(path, "latin-1")
-    _, header, _ = next(rows)
-    numeric = [i for i, name in enumerate(header) if name in ("Id", "ParentId", "Score")]
-    for line, row, error in rows:
-        whole = len(row) == len(header)  # others are put aside, and harm nothing
-        if error or whole and not all(re.fullmatch(r"\s*-?\d+\s*", row[i]) for i in numeric):
-            return f", line {line},"
-    return ""
-
-
-def _csv_rows(path: Path, encoding: str) -> Iterator[tuple[int, list[str], str]]:
-    """(the line on which it begins, its fields, "") of each row of a CSV that is not blank.
-
-    A quotation mark out of place ends the reading: the last item then holds what is wrong.
-    """
     csv.field_size_limit(BLOCK_BYTES)
-    with path.open(encoding=encoding, newline="") as file:
-        rows, line = csv.reader(file, strict=True), 1
+    with path.open(encoding="latin-1", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        header, start = next(rows), 1
+        numeric = [i for i, name in enumerate(header) if name in ("Id", "ParentId", "Score")]
         try:
             for row in rows:
-                if row:
-                    yield line, row, ""
-                line = rows.line_num + 1
-        except csv.Error as error:
-            yield line, [], str(error)
-
-
-def _uneven(fields: int, wanted: int) -> str:
-    """Why a row of a CSV that has not the header's number of fields is none, "" if it has."""
-    if fields == wanted:
-        return ""
-    ask = ": is a text with a comma in quotation marks?" if fields > wanted else ""
-    return f"has {fields} fields and not {wanted}{ask}"
+                if len(row) != len(header):
+                    return f", line {start + 1}, has {len(row)} fields and not {len(header)}, and"
+                if not all(re.fullmatch(r"\s*-?\d+\s*", row[i]) for i in numeric):
+                    return f", line {start + 1},"
+                start = rows.line_num
+        except csv.Error:
+            return f", line {start + 1},"
+    return ""
 
 
 class _Writers:
@@ -373,20 +350,12 @@ def _partition_posts(source: Path, folder: Path, seed: int, progress) -> Partiti
     count = min(MAX_PARTITIONS, -(-total // PARTITION_BYTES))
     advance = partial(progress, total=total) if progress else None
 
-    def read(table: str) -> tuple[int, int]:
+    def read(table: str) -> int:
         return _partition_table(paths[table], table, _Writers(folder, count, seed), advance)
 
     # One thread a file: Arrow reads and copies without the interpreter's lock.
     with ThreadPoolExecutor(len(paths)) as threads:
-        found = dict(zip(paths, threads.map(read, paths), strict=True))
-    rows = {table: good for table, (good, _) in found.items()}
-    for table, (good, uneven) in found.items():
-        if uneven:
-            _put_uneven_rows_aside(
-                paths[table], Quarantine(f"{table}.csv", folder / QUARANTINE), good
-            )
-        elif good == 0:
-            raise DataError(f"{table}.csv has a header and no row: get the file again")
+        rows = dict(zip(paths, threads.map(read, paths), strict=True))
     return Partitions(
         folder,
         count,
@@ -396,36 +365,23 @@ def _partition_posts(source: Path, folder: Path, seed: int, progress) -> Partiti
         licence=SAMPLE_LICENCE if source == SAMPLE_DIR else "CC BY-SA 3.0",
         # The sample's posts are on no site: an address would only look like one.
         url="" if source == SAMPLE_DIR else "https://stackoverflow.com/a/{answer_id}",
-        quarantined=sum(uneven for _, uneven in found.values()),
     )
 
 
-def _put_uneven_rows_aside(path: Path, quarantine: Quarantine, good: int) -> None:
-    """List them by reading the file again, slowly: Arrow does not say on which lines they are."""
-    rows = _csv_rows(path, "latin-1")
-    _, header, _ = next(rows)
-    for line, row, error in rows:
-        if reason := error or _uneven(len(row), len(header)):
-            quarantine.add(line, reason, ",".join(row).encode())
-    quarantine.check(good)
-
-
-def _partition_table(path: Path, table: str, writers: _Writers, progress) -> tuple[int, int]:
-    """Spread one CSV over the partitions; the number of rows, and of those of another width."""
-    ids, uneven, reader = [], [], Reader(path, progress)
-
-    def skip(row: pa.csv.InvalidRow) -> str:
-        uneven.append(row.actual_columns)
-        return "skip"
-
-    for batch in _batches(path, table, reader, skip):
+def _partition_table(path: Path, table: str, writers: _Writers, progress) -> int:
+    """Spread one CSV over the partitions; its number of rows."""
+    ids, reader = [], Reader(path, progress)
+    for batch in _batches(path, table, reader):
         ids.append(batch.column("Id").to_numpy().copy())
         writers.write(table, batch)
     writers.finish(table)
     reader.close()
-    if ids and table != "Tags":
+    rows = sum(map(len, ids))
+    if rows == 0:
+        raise DataError(f"{path.name} has a header and no row: get the file again")
+    if table != "Tags":
         _check_unique(path, np.concatenate(ids))
-    return sum(map(len, ids)), len(uneven)
+    return rows
 
 
 def _check_unique(path: Path, ids: np.ndarray) -> None:
@@ -487,7 +443,7 @@ def _records(path: Path, quarantine: Quarantine) -> Iterator[tuple[int, dict]]:
             f"{path.name} ends in {path.suffix or 'nothing'!r}: give a .jsonl, .csv or .parquet "
             f"file"
         )
-    return readers[path.suffix](path, quarantine)
+    return readers[path.suffix](path)
 
 
 def _pairs_of_hub(name: str, quarantine: Quarantine) -> Iterator[tuple[str, str]]:
@@ -595,21 +551,20 @@ def _parse(line: bytes) -> tuple[dict | None, str]:
     return record, "is an empty object" if record == {} else ""
 
 
-def _csv_records(path: Path, quarantine: Quarantine) -> Iterator[tuple[int, dict]]:
-    header: list[str] = []
-    for line, row, error in _csv_rows(path, "utf-8-sig"):
-        header = header or row
-        if error:  # what is a row is not known from there on
+def _csv_records(path: Path) -> Iterator[tuple[int, dict]]:
+    csv.field_size_limit(BLOCK_BYTES)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        try:
+            for row in rows:
+                yield rows.line_num, row
+        except csv.Error as error:
             raise DataError(
-                f"{path.name}, line {line}, cannot be read ({error}): repair or remove it"
-            )
-        if reason := _uneven(len(row), len(header)):
-            quarantine.add(line, reason, ",".join(row).encode())
-        elif row is not header:
-            yield line, dict(zip(header, row, strict=True))
+                f"{path.name}, line {rows.line_num}, cannot be read ({error}): repair or remove it"
+            ) from error
 
 
-def _parquet_records(path: Path, quarantine: Quarantine) -> Iterator[tuple[int, dict]]:
+def _parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
     from pyarrow import parquet
 
     try:

@@ -168,15 +168,21 @@ def planned(config: Config, folder: Path | None = None) -> Config:
     The rows of a step stay the same; how many go at a time, which layers keep or offload their
     activations and the optimizer are `memory.plan`'s. A Config that is off the fast path or names
     KEPT_LAYERS stays as it is. A run that has checkpoints in `folder` goes on as it began, or, in
-    less memory, with the same rows at a time and the same optimizer. Raises ConfigError when
-    nothing fits: only the model's shape was loaded by then.
+    less memory, with the same rows at a time and the same optimizer. A model that is no Llama
+    leaves the fast path. Raises ConfigError when nothing fits: only the model's shape was loaded by
+    then.
     """
     begun = checkpoints.recorded_plan(folder) if folder else {}
     same = {name: value for name, value in begun.items() if name in checkpoints.NAMED_BY}
     config = dataclasses.replace(config, **same)
-    if config.kept_layers is not None or not uses_fast_path(config):
+    if not uses_fast_path(config):
         return config
     shape = models.load_shape(config.model_name)
+    if shape.model_type != "llama":
+        say_once(f"trained without the fast path, which knows no {shape.model_type!r} model")
+        return dataclasses.replace(config, fast_path=False)
+    if config.kept_layers is not None:
+        return config
     room, host_room = rooms(config, shape)
     as_begun = dataclasses.replace(config, **begun)
     if begun and memory.fits(shape, memory.Run.from_config(as_begun), room, host_room):

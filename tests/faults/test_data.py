@@ -2,10 +2,8 @@
 
 import itertools
 import json
-import shutil
 
 import datasets
-import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -25,7 +23,8 @@ def curated(path, tmp_path, **changes):
         "demo",
         data_source=str(path),
         run_dir=tmp_path / "run",
-        **{"near_duplicate_similarity": 0.9, **changes},
+        near_duplicate_similarity=0.9,
+        **changes,
     )
     report = curate(config)
     dataset = datasets.load_from_disk(str(config.dataset_dir))
@@ -116,106 +115,13 @@ def test_a_csv_row_that_cannot_be_read_names_its_line(tmp_path, cell):
     path.write_text(f"prompt,answer\n{good}{cell}\n", encoding="utf-8")
     if len(cell) > 1000:
         with pytest.raises(
-            DataError, match=f"own.csv, line {len(OWN_ROWS) + 2}, .*field larger than"
+            DataError, match=f"own.csv, line {len(OWN_ROWS) + 1}, .*field larger than"
         ):
             curated(path, tmp_path)
         return
     with pytest.warns(UserWarning, match="2 lines are no rows"):
         _, kept, _ = curated(path, tmp_path)
     assert_nothing_good_is_lost(kept)
-
-
-def test_an_unquoted_comma_cuts_no_answer(tmp_path):
-    """Each row with another number of fields than the header is put aside by its line."""
-    good = [f'"{row["prompt"]}","{row["answer"]}"\n' for row in OWN_ROWS]
-    good[0] = good[0].replace(" a ", "\na ", 1)  # so that rows and lines are counted differently
-    bad = ["How so?,In one word, no.\n", "How so?\n", '"How, so?",In, "two", words\n']
-    rows = [*good[:3], bad[0], "\n", *good[3:5], bad[1], *good[5:], bad[2]]
-    path = tmp_path / "own.csv"
-    path.write_text("prompt,answer\n" + "".join(rows), encoding="utf-8")
-    with pytest.warns(UserWarning, match=r"3 lines are no rows: see .*quarantine\.jsonl"):
-        report, kept, config = curated(path, tmp_path)
-    assert len(kept) == len(OWN_ROWS) and report.quarantined == 3
-    assert_nothing_good_is_lost(kept[1:], OWN_ROWS[1:])
-    found = quarantined(config)
-    assert [(entry["line"], entry["reason"]) for entry in found] == [
-        (6, "has 3 fields and not 2: is a text with a comma in quotation marks?"),
-        (10, "has 1 fields and not 2"),
-        (len(good) + 6, "has 4 fields and not 2: is a text with a comma in quotation marks?"),
-    ]
-    assert found[0]["file"] == "own.csv" and found[0]["content"] == bad[0].strip()
-
-
-def quarantined(config):
-    text = (config.dataset_dir / sources.QUARANTINE).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def test_a_csv_of_mostly_uneven_rows_is_refused(tmp_path):
-    path = tmp_path / "own.csv"
-    path.write_text("prompt,answer\n" + "How so?,Like this, I think.\n" * 20, encoding="utf-8")
-    with pytest.raises(DataError, match=r"own.csv, line 2, has 3 fields .*; 20 of 20 lines cannot"):
-        curated(path, tmp_path)
-
-
-@pytest.mark.parametrize("row", ['How so?,"Like this', 'How so?,"Like "this", I think."'])
-def test_a_quotation_mark_out_of_place_swallows_no_rows(tmp_path, row):
-    path = tmp_path / "own.csv"
-    good = "".join(f'"{row["prompt"]}","{row["answer"]}"\n' for row in OWN_ROWS)
-    path.write_text(f"prompt,answer\n{row}\n{good}", encoding="utf-8")
-    with pytest.raises(DataError, match=r"own.csv, line 2, cannot be read .*: repair or remove it"):
-        curated(path, tmp_path)
-
-
-def test_uneven_rows_of_kaggles_files_are_put_aside_too(tmp_path):
-    folder = tmp_path / "csv"
-    shutil.copytree(sources.SAMPLE_DIR, folder)
-    before = sources.open_source(str(folder), make(tmp_path / "before"), 0)
-    for name, row in (("Questions", b"1,2,3\n"), ("Answers", b'1,2,3,4,5,6,"x",8,9\n')):
-        path = folder / f"{name}.csv"
-        path.write_bytes(path.read_bytes() + row)
-    config = Config.from_profile("demo", data_source=str(folder), run_dir=tmp_path / "run")
-    with pytest.warns(UserWarning, match="2 lines are no rows"):
-        report = curate(config)
-    assert (report.raw_questions, report.raw_answers) == (before.questions, before.answers)
-    for entry, name, fields in zip(
-        quarantined(config), ("Questions", "Answers"), ("3 fields", "9 fields"), strict=True
-    ):
-        assert entry["file"] == f"{name}.csv" and fields in entry["reason"]
-        assert entry["line"] == (folder / f"{name}.csv").read_bytes().count(b"\n")
-
-
-def make(folder):
-    folder.mkdir()
-    return folder
-
-
-# -- Lengths are counted in characters.
-
-
-@pytest.mark.parametrize("script", ["门窗桶灯墙椅", "éèêëìí"])
-def test_limits_count_characters_and_not_bytes(tmp_path, script):
-    rows = [
-        {"prompt": f"{word}？{number}", "answer": "".join(word * 10 + chr(0x4E00 + 7 * number))}
-        for number, word in enumerate(a + b for a in script for b in script)
-    ]
-    path = tmp_path / "own.jsonl"
-    path.write_bytes(lines(rows))
-    limits = {"min_answer_characters": 21, "near_duplicate_similarity": 1.0}
-    report, kept, _ = curated(path, tmp_path, **limits)
-    assert_nothing_good_is_lost(kept, rows)
-    with pytest.raises(DataError, match=f"no row survives of {len(rows)}.*length {len(rows)}"):
-        curated(path, tmp_path, **limits | {"min_answer_characters": 22})
-
-
-def test_characters_are_those_of_the_decoded_text():
-    texts = ["plain", "caf\u00e9", "\U0001f600 x", "", "a\r\nb\rc", "\u95e8" * 21]
-    stored = [text.encode() for text in texts] + ["caf\u00e9".encode("latin-1")]
-    column = pa.chunked_array(
-        [pa.array(stored[:3], pa.binary()), pa.array(stored[3:], pa.binary())]
-    )
-    expected = [len(curation.decode(text)) for text in stored]
-    assert curation.characters(column).to_pylist() == expected == [5, 4, 3, 0, 5, 21, 4]
 
 
 # -- Files that another system wrote.

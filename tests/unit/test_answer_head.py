@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from helpers import answer_head
@@ -92,3 +92,16 @@ def test_other_calls_are_left_alone(plain, batch):
     ours = with_ours(plain).eval()
     assert torch.equal(ours(**batch).logits, plain.eval()(**batch).logits)
     assert ours(**batch).loss == plain(**batch).loss
+
+
+def test_a_head_that_bends_its_logits_stays_trls(batch):
+    """Gemma 2 caps them: without that the loss would be another one, and nobody would be told."""
+    torch.manual_seed(0)
+    shape = Gemma2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=0.1,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(shape).eval()
+    found = with_ours(model)(**batch, fused_lm_head=True)
+    loss = -found.log_probs.sum() / found.label_mask.sum()
+    torch.testing.assert_close(loss, model(**batch).loss)

@@ -566,14 +566,7 @@ def fails(folder, words, tmp_path):
             "Questions.csv, line 3, holds 'high' where a whole number",
         ),
         (QUESTIONS + ROW + b",1,2012,3,t,b\n", "Questions.csv has a row whose Id is empty or NA"),
-        (
-            QUESTIONS + ROW + b"8,1,2012,3\n" * 2,
-            "Questions.csv, line 3, has 4 fields and not 6; 2 of 3 lines",
-        ),
-        (
-            QUESTIONS + b"8,1,2012,3,A title, of a kind,body\n",
-            "Questions.csv, line 2, has 7 fields and not 6: is a text .*; 1 of 1 lines",
-        ),
+        (QUESTIONS + ROW + b"8,1,2012,3\n", "Questions.csv, line 3, has 4 fields and not 6"),
         (
             QUESTIONS + ROW + b'8,1,2012,3,t,"' + b"x" * 50_000_000 + b'"\n' + ROW,
             "Questions.csv, line 3, holds a row of more than 1 MB, .* repair or remove it",
@@ -581,7 +574,7 @@ def fails(folder, words, tmp_path):
     ],
     ids=(
         "empty header missing_column semicolon tab truncated nul utf16 utf16_no_mark duplicate_id "
-        "id_text score_text id_empty short_rows unquoted_comma huge_body"
+        "id_text score_text id_empty short_row huge_body"
     ).split(),
 )
 def test_bad_questions(folder, tmp_path, data, words):

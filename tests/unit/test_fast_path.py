@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import TrainerState
+from transformers import Qwen2Config, TrainerState
 
 from helpers import checkpoints, fast_path, integrity, kernels, memory, models, training
 from helpers.config import PROBLEMS_FILE, Config, ConfigError
@@ -234,6 +234,14 @@ def test_a_card_that_is_too_small_is_refused_before_the_weights(tmp_path, monkey
         planned(tmp_path, monkeypatch, 5.9, max_length=2048)
     with pytest.raises(ConfigError, match="in 3.0 GiB .* smaller model or a larger card"):
         planned(tmp_path, monkeypatch, 3)
+
+
+def test_a_model_that_is_no_llama_leaves_the_fast_path(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fast_path, "is_supported", lambda: True)
+    Qwen2Config().save_pretrained(tmp_path)
+    config = Config.from_profile("llama2_7b", model_name=str(tmp_path), run_dir=tmp_path / "run")
+    assert not training.uses_fast_path(training.planned(config))
+    assert "without the fast path, which knows no 'qwen2' model" in capsys.readouterr().out
 
 
 def test_what_is_given_is_not_planned(tmp_path, monkeypatch):

@@ -201,3 +201,24 @@ def test_answers_are_greedy(model, tokenizer, config):
     first = inference.answer_all(model, tokenizer, ["hello"], config)[0]
     torch.manual_seed(2)
     assert inference.answer_all(model, tokenizer, ["hello"], config)[0] == first
+
+
+def test_a_chat_template_that_knows_no_system_message_has_it_before_the_request(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}"
+        "<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+    )
+    assert inference.chat_prompt(other, "Sort a list.", "Be brief.") == (
+        "<user>Be brief.\n\nSort a list."
+    )
+
+
+def test_a_bos_that_the_tokenizer_does_not_write_stays_in_the_chat(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_bos_token = False
+    begun = inference.chat_prompt(other, "Sort a list.", "Be brief.")
+    ids = prompts.encode_prompt(other, begun)
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids == prompts.encode_prompt(tokenizer, begun.removeprefix(tokenizer.bos_token))

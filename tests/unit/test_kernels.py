@@ -16,6 +16,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from helpers import fast_path, kernels, models, training
 from helpers.config import ALL_LINEAR_TARGETS, ATTENTION_TARGETS, Config
 from tests.conftest import fill_adapters, relative_error
+from tests.walking import save_random_model
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +136,21 @@ def test_the_loss_in_chunks_and_its_gradient_are_cross_entropys(monkeypatch, tra
     if trains:
         gradients = [torch.autograd.grad(3 * loss, hidden)[0] for loss in (ours, theirs)]
         assert relative_error(*gradients) < 1e-5
+
+
+def test_a_bias_of_the_base_layer_is_not_lost(tokenizer, tmp_path):
+    """Qwen 2 has one on queries, keys and values; the product in place does not add it."""
+    save_random_model("Qwen2Config", tokenizer, tmp_path)
+    config = Config.from_profile("demo", model_name=str(tmp_path), run_dir=tmp_path / "run")
+    base = models.load_model(config)
+    for name, parameter in base.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model = get_peft_model(base, training.lora_config(config))
+    fill_adapters(model)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        theirs = model(input_ids=ids).logits
+        with kernels.in_place_adapters(model):
+            ours = model(input_ids=ids).logits
+    assert relative_error(ours, theirs) < 1e-2

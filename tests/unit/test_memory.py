@@ -14,8 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from helpers import memory, widgets
+from helpers import memory, models, widgets
 from helpers.config import ALL_LINEAR_TARGETS, ATTENTION_TARGETS, PROJECT_DIR, Config
+from tests.walking import save_random_model
 
 LLAMA = memory.llama2_config("7B")
 
@@ -80,12 +81,22 @@ def tiny_4bit_model(folder, config):
 def test_footprint_is_exact(tmp_path, tied):
     config = tiny_config(tie_word_embeddings=tied)
     model = tiny_4bit_model(tmp_path, config)
-    assert memory.footprint_bytes(config) == model.get_memory_footprint()
+    predicted = memory.footprint_bytes(config, model.config.quantization_config, torch.bfloat16)
+    assert predicted == model.get_memory_footprint()
     table = memory.layer_table(model)
     rotary = sum(buffer.nbytes for buffer in model.buffers())
     assert sum(row["bytes"] for row in table) + rotary == model.get_memory_footprint()
     counted = memory.linear_parameters(config) + memory.other_parameters(config)
     assert sum(row["parameters"] for row in table) == counted
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Qwen3", "Mistral", "Gemma3Text"])
+def test_footprint_of_other_architectures_is_exact(tokenizer, tmp_path, name):
+    save_random_model(f"{name}Config", tokenizer, tmp_path, head_dim=32)
+    config = Config.from_profile("demo", model_name=str(tmp_path), run_dir=tmp_path / "run")
+    model, options = models.load_model(config), models.quantization_config(config)
+    predicted = memory.footprint_bytes(model.config, options, model.dtype)
+    assert predicted == model.get_memory_footprint()
 
 
 def kept_bytes(model, batch) -> int:

@@ -11,7 +11,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 from helpers import models, precision
-from helpers.config import Config
+from helpers.config import Config, ConfigError
+from tests.walking import EOS, bare_tokenizer, first_tokens
 
 
 def test_embedded_model_is_there_and_a_second_fetch_does_nothing(monkeypatch):
@@ -24,6 +25,37 @@ def test_tokenizer_adds_bos_and_pads_with_a_token_of_its_own(tokenizer):
     ids = tokenizer("hello")["input_ids"]
     assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in ids
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, tokenizer.bos_token_id)
+
+
+@pytest.mark.parametrize(
+    ("names", "special", "padding"),
+    [
+        ({}, 17, "<|endoftext|>"),  # none is named: any other special token
+        ({"pad_token": EOS, "unk_token": EOS}, 17, "<|endoftext|>"),
+        ({"unk_token": "<repo_name>"}, 17, "<repo_name>"),
+        ({"pad_token": "<reponame>"}, 17, "<reponame>"),
+    ],
+)
+def test_padding_is_never_eos(tokenizer, tmp_path, names, special, padding):
+    first_tokens(tokenizer, 300, tmp_path)
+    bare_tokenizer(tmp_path, special, **names)
+    assert models.load_tokenizer(str(tmp_path)).pad_token == padding
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ({}, "only special token is '<.im_end.>'.*set `pad_token`"),
+        ({"eos_token": None}, "names no token that ends an answer: add `eos_token`"),
+    ],
+)
+def test_a_tokenizer_with_which_nothing_can_be_trained_is_refused(
+    tokenizer, tmp_path, names, words
+):
+    first_tokens(tokenizer, 300, tmp_path)
+    bare_tokenizer(tmp_path, 1, **names)
+    with pytest.raises(ConfigError, match=words):
+        models.load_tokenizer(str(tmp_path))
 
 
 def fake_pip(content: bytes, returncode=0, stderr=""):

@@ -1,0 +1,138 @@
+"""Walks notebooks in this process: every code cell runs and shows what it shows, without a kernel.
+
+A hundred kernels would spend ten seconds each on imports alone.
+"""
+
+import contextlib
+import io
+import json
+
+import nbformat
+import pandas as pd
+import torch
+import transformers
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.pylabtools import select_figure_formats
+from traitlets.config import Config as Traits
+
+from helpers.sources import SAMPLE_DIR
+from tests.notebook_code import notebook_path
+
+# Sizes that make a walk short. None of them chooses a way through the code.
+SHORT = {
+    "EVALUATION_PROBLEMS": 2,
+    "MERGED_PROBLEMS": 1,
+    "MAX_NEW_TOKENS": 8,
+    "COMPARISON_ROWS": 1,
+    "SANDBOX": "limits-only",  # generated code is run where nothing can be isolated, too
+}
+
+
+EOS = "<|im_end|>"  # of the embedded model
+
+
+class CellFailed(AssertionError):
+    """A cell raised. The message names the notebook, the cell and the error."""
+
+
+def walk(number: str, **parameters) -> dict:
+    """Run a notebook's code cells in order, in a namespace of their own, which is returned.
+
+    Raises CellFailed at the first cell that raises.
+    """
+    path = notebook_path(number)
+    shell = _shell()
+    shell.reset()
+    for place, cell in enumerate(nbformat.read(path, as_version=4).cells):
+        if cell.cell_type == "code":
+            _run(shell, f"{path.stem}, cell {place}", cell.source)
+        if "parameters" in cell.metadata.get("tags", []):  # as papermill injects them
+            given = [f"{name} = {value!r}" for name, value in {**SHORT, **parameters}.items()]
+            _run(shell, f"{path.stem}, injected parameters", "\n".join(given))
+    names = dict(shell.user_ns)
+    shell.reset()
+    return names
+
+
+def _shell() -> InteractiveShell:
+    """IPython that draws a figure when it is shown, as in a kernel, and writes no history."""
+    shell = InteractiveShell.instance(config=Traits(HistoryManager={"enabled": False}))
+    select_figure_formats(shell, {"png"})
+    return shell
+
+
+def _run(shell: InteractiveShell, name: str, source: str) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = shell.run_cell(source)
+    if error := result.error_before_exec or result.error_in_exec:
+        line = source.strip().splitlines()[0]
+        raise CellFailed(f"{name} ({line}): {type(error).__name__}: {error}") from error
+
+
+def write_corpus(folder, questions: int = 30) -> None:
+    """Short questions of the sample and their answers, as Kaggle's three files.
+
+    The shortest ones of all were made to be removed.
+    """
+    tables = {
+        name: pd.read_csv(SAMPLE_DIR / f"{name}.csv", encoding="ISO-8859-1", keep_default_na=False)
+        for name in ("Questions", "Answers", "Tags")
+    }
+    best = tables["Answers"].sort_values("Score", ascending=False).drop_duplicates("ParentId")
+    pairs = tables["Questions"].merge(best, left_on="Id", right_on="ParentId")
+    pairs = pairs[(pairs.Score_y > 0) & pairs.Body_y.str.contains("<pre")]
+    length = pairs.Body_x.str.len() + pairs.Body_y.str.len()
+    chosen = pairs.ParentId[length[length > 500].sort_values().index[:questions]]
+    for name, key in (("Questions", "Id"), ("Answers", "ParentId"), ("Tags", "Id")):
+        rows = tables[name][tables[name][key].isin(chosen)]
+        rows.to_csv(folder / f"{name}.csv", index=False, encoding="ISO-8859-1")
+
+
+def first_tokens(tokenizer, count: int, folder):
+    """A tokenizer of the first `count` tokens: fewer logits, and a GGUF that is soon read back."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    described = json.loads(file.read_text(encoding="utf-8"))
+    model = described["model"]
+    kept = {name: place for name, place in model["vocab"].items() if place < count}
+    merges = [pair for pair in model["merges"] if "".join(pair) in kept]
+    described["model"] |= {"vocab": kept, "merges": merges}
+    file.write_text(json.dumps(described), encoding="utf-8")
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def save_random_model(config_class: str, tokenizer, folder, **shape) -> None:
+    """A random model of two layers, 64 wide, in a folder beside its tokenizer, in bfloat16."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+    }
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    make = getattr(transformers, config_class)
+    described = make(vocab_size=len(tokenizer), **{**sizes, **ends, **shape})
+    model = transformers.AutoModelForCausalLM.from_config(described, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def bare_tokenizer(folder, special: int = 17, **names):
+    """The tokenizer in a folder without BOS, padding and chat template, and with EOS for `unk`.
+
+    It keeps so many special tokens, of which EOS is always one; `names` says what else they are.
+    """
+    file = folder / "tokenizer.json"
+    described = json.loads(file.read_text(encoding="utf-8"))
+    tokens = described["added_tokens"]
+    tokens.sort(key=lambda token: token["content"] != EOS)
+    described |= {"added_tokens": tokens[:special], "post_processor": None}
+    file.write_text(json.dumps(described), encoding="utf-8")
+    (folder / "chat_template.jinja").unlink()
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "unk_token": EOS}
+    settings |= names
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return transformers.AutoTokenizer.from_pretrained(folder)
