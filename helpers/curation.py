@@ -12,6 +12,7 @@ import html
 import os
 import re
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable
@@ -815,28 +816,36 @@ def push_dataset(config: Config) -> list[str]:
     as `new_dataset_name_complete`. Raises NotLoggedIn without a token, before anything is sent.
     """
     import datasets
-    import huggingface_hub
 
     from helpers import hub
 
     path = check_dataset(config)
     dataset = datasets.load_from_disk(str(path))
-    sizes = {config.new_dataset_name: min(len(dataset["train"]), SMALL_SET_ROWS)}
-    if len(dataset["train"]) > SMALL_SET_ROWS:
-        sizes[config.new_dataset_name_complete] = len(dataset["train"])
+    train, validation = dataset["train"], dataset["validation"]
+    card = (path / "README.md").read_text("utf-8")
+    sizes = {config.new_dataset_name: min(len(train), SMALL_SET_ROWS)}
+    if len(train) > SMALL_SET_ROWS:
+        sizes[config.new_dataset_name_complete] = len(train)
     repositories = {hub.own_repository(name): rows for name, rows in sizes.items()}
+    artefacts.need_space(config.run_dir, dataset["train"].data.nbytes, "uploading the dataset")
     for repository, rows in repositories.items():
-        part = datasets.DatasetDict(
-            train=dataset["train"].select(range(rows)), validation=dataset["validation"]
-        )
-        part.push_to_hub(repository)
-        huggingface_hub.HfApi().upload_file(
-            path_or_fileobj=str(path / "README.md"),
-            path_in_repo="README.md",
-            repo_id=repository,
-            repo_type="dataset",
-        )
+        splits = {"train": train.select(range(rows)), "validation": validation}
+        with tempfile.TemporaryDirectory(prefix=".upload-", dir=config.run_dir) as folder:
+            for name, split in splits.items():
+                split.to_parquet(Path(folder) / "data" / f"{name}-00000-of-00001.parquet")
+            own_card = _card_of_part(card, rows, len(train), len(validation))
+            (Path(folder) / "README.md").write_text(own_card, encoding="utf-8")
+            hub.upload_dataset(repository, folder)
     return list(repositories)
+
+
+def _card_of_part(card: str, rows: int, every: int, held: int) -> str:
+    """The card with the numbers of one repository; what its owner wrote into it stays."""
+    size = f"size_categories: [{_size_category(rows + held)}]"
+    part = f" (the first of {every:,})" if rows < every else ""
+    counts = f"{rows:,} rows to train{part} and {held:,} to validate"
+    card = re.sub(r"(?m)^size_categories: .*$", size, card, count=1)
+    return re.sub(r"(?m)^[\d,]+ rows to train and [\d,]+ to validate", counts, card, count=1)
 
 
 # -- Plumbing.

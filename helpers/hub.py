@@ -45,6 +45,19 @@ def own_repository(name: str) -> str:
     return f"{user}/{name.split('/')[-1]}"
 
 
+def upload_dataset(repository: str, folder: str) -> None:
+    """Upload a folder with rows in `data/` and their card, in one commit: both or neither."""
+    api = huggingface_hub.HfApi()
+    api.create_repo(repository, repo_type="dataset", exist_ok=True)
+    api.upload_folder(
+        repo_id=repository,
+        repo_type="dataset",
+        folder_path=folder,
+        delete_patterns="data/*",  # of an earlier upload
+        commit_message="Rows and their card",
+    )
+
+
 def model_card(config: Config) -> str:
     """The README.md of the merged model: recipe, numbers of the run, limits and licences."""
     metrics, base = read_metrics(config), artefacts.public_name(config.model_name)

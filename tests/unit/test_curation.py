@@ -11,8 +11,10 @@ import random
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -728,42 +730,77 @@ def test_text_that_would_break_the_template_is_removed(folder, tmp_path, tokeniz
 # -- Uploading.
 
 
-def test_without_a_token_nothing_is_uploaded(config, report, monkeypatch):
-    import huggingface_hub
+class FakeHub:
+    """Keeps what each call to the Hub would have sent; the user is logged in as `reader`."""
 
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    monkeypatch.setattr(
-        datasets.DatasetDict, "push_to_hub", lambda *a, **k: pytest.fail("uploaded")
-    )
-    with pytest.raises(NotLoggedIn, match="nothing was uploaded: run `hf auth login`"):
-        curation.push_dataset(config)
+    def __init__(self):
+        self.commits, self.repositories = {}, []
+
+    def create_repo(self, name, repo_type, exist_ok):
+        self.repositories.append((name, repo_type))
+
+    def upload_folder(self, repo_id, repo_type, folder_path, delete_patterns, commit_message):
+        splits = {"train": "data/train-*.parquet", "validation": "data/validation-*.parquet"}
+        rows = {
+            split: len(pa.parquet.read_table(next(Path(folder_path).glob(pattern))))
+            for split, pattern in splits.items()
+        }
+        self.commits[repo_id] = rows, (Path(folder_path) / "README.md").read_text("utf-8")
 
 
-def test_push_uses_the_users_own_name_and_the_card(config, report, monkeypatch):
-    import huggingface_hub
-
-    sent = []
+@pytest.fixture
+def fake_hub(monkeypatch):
+    fake = FakeHub()
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "t")
     monkeypatch.setattr(huggingface_hub, "whoami", lambda: {"name": "reader"})
-    monkeypatch.setattr(
-        datasets.DatasetDict,
-        "push_to_hub",
-        lambda self, name: sent.append((name, len(self["train"]))),
-    )
-    monkeypatch.setattr(
-        huggingface_hub.HfApi,
-        "upload_file",
-        lambda self, **k: sent.append((k["path_in_repo"], k["repo_id"])),
-    )
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
+    return fake
+
+
+def test_without_a_token_nothing_is_uploaded(config, report, fake_hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(NotLoggedIn, match="nothing was uploaded: run `hf auth login`"):
+        curation.push_dataset(config)
+    assert not fake_hub.repositories and not fake_hub.commits
+
+
+def test_each_repository_has_its_own_rows_and_a_card_that_tells_them(
+    config, report, fake_hub, monkeypatch
+):
     monkeypatch.setattr(curation, "SMALL_SET_ROWS", 100)
+    monkeypatch.setattr(curation, "_size_category", lambda rows: f"n={rows}")
+    before = {path.name for path in config.run_dir.iterdir()}
     small, full = "reader/instruct-python-llama2-20k", "reader/instruct-python-500k"
     assert curation.push_dataset(config) == [small, full]
-    assert sent == [
-        (small, 100),
-        ("README.md", small),
-        (full, report.train_rows),
-        ("README.md", full),
-    ]
+    assert fake_hub.repositories == [(small, "dataset"), (full, "dataset")]
+    every, held = report.train_rows, report.validation_rows
+    told = {small: f"100 rows to train (the first of {every})", full: f"{every} rows to train"}
+    for name, train in ((small, 100), (full, every)):
+        rows, card = fake_hub.commits[name]
+        assert rows == {"train": train, "validation": held}
+        assert f"\n{told[name]} and {held} to validate, made from\n640 questions" in card
+        assert f"\nsize_categories: [n={train + held}]\n" in card
+        assert f'"{SYSTEM_MESSAGE}"' in card
+    assert {path.name for path in config.run_dir.iterdir()} == before
+
+
+def test_a_push_that_is_interrupted_leaves_no_rows_without_a_card(
+    config, report, fake_hub, monkeypatch
+):
+    """Both go up in one commit, and whatever ends it leaves nothing behind here."""
+
+    def fail(**options):
+        raise ConnectionError("the network is gone")
+
+    for name in ("upload_folder", "upload_file"):
+        monkeypatch.setattr(fake_hub, name, fail, raising=False)
+    monkeypatch.setattr(
+        datasets.DatasetDict, "push_to_hub", lambda self, name: fake_hub.commits.update({name: ""})
+    )
+    before = {path.name for path in config.run_dir.iterdir()}
+    with pytest.raises(ConnectionError):
+        curation.push_dataset(config)
+    assert not fake_hub.commits and {path.name for path in config.run_dir.iterdir()} == before
 
 
 def test_push_before_notebook_02(tmp_path):
