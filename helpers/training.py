@@ -39,6 +39,7 @@ from helpers import (
 )
 from helpers.config import Config, ConfigError
 from helpers.kernels import fused_kernels, in_place_adapters
+from helpers.prompts import IGNORED_LABEL
 
 EXPLOSION = 3.0  # nats above the first loss, twenty times less likely words: it will not return
 
@@ -370,15 +371,18 @@ def fixed_collator(config: Config, tokenizer, packed) -> fast_path.FixedCollator
 
 
 def examples_of(batch: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(ids, labels) of each example in a batch, whether padded on the right or laid end to end."""
+    """The ids of each example in a batch that are shown to the model, and those that are graded.
+
+    The examples are padded on the right, or with PACKING laid end to end.
+    """
     ids, labels = batch["input_ids"], batch["labels"]
     if "position_ids" not in batch:
-        lengths = batch["attention_mask"].sum(dim=1)
-        return [(ids[row, :n], labels[row, :n]) for row, n in enumerate(lengths)]
-    used = batch.get("used_tokens", ids.shape[1])  # on the fast path a filling follows
-    starts = (batch["position_ids"][0, :used] == 0).nonzero().flatten().tolist()
-    places = [slice(*ends) for ends in itertools.pairwise([*starts, used])]
-    return [(ids[0, place], labels[0, place]) for place in places]
+        places = [(row, slice(n)) for row, n in enumerate(batch["attention_mask"].sum(dim=1))]
+    else:
+        used = batch.get("used_tokens", ids.shape[1])  # on the fast path a filling follows
+        starts = (batch["position_ids"][0, :used] == 0).nonzero().flatten().tolist()
+        places = [(0, slice(*ends)) for ends in itertools.pairwise([*starts, used])]
+    return [(ids[at], labels[at][labels[at] != IGNORED_LABEL]) for at in places]
 
 
 class OutOfMemory(RuntimeError):
