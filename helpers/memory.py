@@ -785,7 +785,7 @@ def _advice(model_config, smallest: Run, room: int) -> str:
     while length >= 64:
         shorter = dataclasses.replace(smallest, length=length)
         if _fits(model_config, shorter, room):
-            return f"cut rows to {length} tokens: activations and logits shrink with the length"
+            return f"set MAX_LENGTH = {length}, which leaves out rows that are longer"
         length //= 2
     small = dataclasses.replace(smallest, rank=8, targets=ATTENTION_TARGETS, length=64)
     if _fits(model_config, small, room):

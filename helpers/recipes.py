@@ -99,7 +99,8 @@ def _measured_alone(parameters: dict) -> dict:
 
 def measure(config: Config) -> dict:
     """Train once. Losses are nats per token of the validation answers, the question not counted."""
-    tokenizer, dataset = models.load_tokenizer(config.model_name), training.load_dataset(config)
+    tokenizer = models.load_tokenizer(config.model_name)
+    dataset = training.load_dataset(config, tokenizer)
     model = models.load_model(config)
     before = merging.text_loss(model, tokenizer, dataset["validation"])
     trainer = training.build_trainer(config, model, tokenizer, dataset)

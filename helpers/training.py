@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import time
 import warnings
 from pathlib import Path
@@ -41,6 +42,8 @@ from helpers.config import Config, ConfigError
 from helpers.kernels import fused_kernels, in_place_adapters
 from helpers.prompts import IGNORED_LABEL
 
+SPLITS = {"train": "training rows", "validation": "validation rows"}
+SMALLEST_SHARE = 0.1  # of the training rows must fit MAX_LENGTH: fewer are not what was meant
 EXPLOSION = 3.0  # nats above the first loss, twenty times less likely words: it will not return
 
 # transformers 5.15, which Colab has, knows it by its old name.
@@ -262,9 +265,10 @@ def say_once(text: str) -> None:
         print(text, flush=True)
 
 
-def load_dataset(config: Config) -> DatasetDict:
+def load_dataset(config: Config, tokenizer=None) -> DatasetDict:
     """The train and validation rows that notebook 02 wrote, with only the columns that train.
 
+    With the tokenizer of a training: those rows that fit, see `rows_that_fit`.
     Raises ArtefactError for rows in another template, and for rows that were made with another
     tokenizer and fail with that of MODEL_NAME. Warns, ArtefactWarning, when none of these fails,
     and of another SYSTEM_MESSAGE.
@@ -279,10 +283,10 @@ def load_dataset(config: Config) -> DatasetDict:
             f"{prompts.TEMPLATE!r}: run notebook 02 again"
         )
     if note:
-        tokenizer = models.load_tokenizer(config.model_name)
-        if not integrity.tokenizer_note(tokenizer).items() <= note["tokenizer"].items():
-            _check_rows(config, dataset, tokenizer, note["tokenizer"]["name"])
-    return dataset
+        own = models.load_tokenizer(config.model_name)
+        if not integrity.tokenizer_note(own).items() <= note["tokenizer"].items():
+            _check_rows(config, dataset, own, note["tokenizer"]["name"])
+    return dataset if tokenizer is None else rows_that_fit(config, tokenizer, dataset)
 
 
 def _check_rows(config: Config, dataset: DatasetDict, tokenizer, made_with: str) -> None:
@@ -307,14 +311,61 @@ def _check_rows(config: Config, dataset: DatasetDict, tokenizer, made_with: str)
     )
 
 
+def rows_that_fit(config: Config, tokenizer, dataset: DatasetDict) -> DatasetDict:
+    """The rows of up to `max_length` tokens, BOS and EOS included; how many are not is printed.
+
+    trl would cut a longer one, and a row without its end teaches a model not to stop. Raises
+    ConfigError when less than a tenth of the training rows fits, or no validation row.
+    """
+    lengths = row_lengths(tokenizer, dataset)
+    longest = max(itertools.chain(*lengths.values()))
+    if longest <= config.max_length:
+        return dataset
+    fitting = {
+        name: [place for place, length in enumerate(found) if length <= config.max_length]
+        for name, found in lengths.items()
+    }
+    longer = f"{count_longer(lengths, config.max_length)} are longer"
+    few = len(fitting["train"]) < SMALLEST_SHARE * len(lengths["train"])
+    if few or not fitting["validation"]:
+        raise ConfigError(
+            f"MAX_LENGTH is {config.max_length}, and {longer}: raise it (the longest has {longest} "
+            "tokens), or have shorter rows written by notebook 02"
+        )
+    say_once(f"MAX_LENGTH = {config.max_length}: {longer} and left out")
+    return DatasetDict({name: rows.select(fitting[name]) for name, rows in dataset.items()})
+
+
+def row_lengths(tokenizer, dataset: DatasetDict) -> dict[str, list[int]]:
+    """The tokens of each row by split, as trl counts them before it cuts any."""
+    lengths = {}
+    for name, rows in dataset.items():
+        if "input_ids" in rows.column_names:
+            lengths[name] = [len(ids) for ids in rows["input_ids"]]
+            continue
+        pairs = zip(rows["prompt"], rows["completion"], strict=True)
+        lengths[name] = [length for length, _ in prompts.verify_rows(tokenizer, pairs)]
+    return lengths
+
+
+def count_longer(lengths: dict[str, list[int]], max_length: int) -> str:
+    """How many rows of these lengths are longer than that, in words."""
+    return " and ".join(
+        f"{sum(length > max_length for length in lengths[name])} of {len(lengths[name])} {words}"
+        for name, words in SPLITS.items()
+    )
+
+
 def build_trainer(
     config: Config, model, tokenizer, dataset: DatasetDict, folder: Path | None = None
 ) -> SFTTrainer:
     """An SFTTrainer that wraps the 4-bit model in a fresh adapter and logs every step.
 
     `folder` is that of its checkpoints, for a Config that was planned already; else the Config
-    names it. Raises ValueError for a model that carries an adapter already.
+    names it. Only rows that fit `max_length` train. Raises ValueError for a model that carries an
+    adapter already, and what `rows_that_fit` and `planned` raise.
     """
+    fitting = rows_that_fit(config, tokenizer, dataset)
     folder = folder or checkpoints.folder_of(config, tokenizer)
     prepare_tracker(config, folder.name)
     config = planned(config, folder)
@@ -322,8 +373,8 @@ def build_trainer(
     trainer = (fast_path.FastTrainer if fast else SFTTrainer)(
         model=models.without_adapter(model),
         args=sft_config(config, folder),
-        train_dataset=dataset["train"],
-        eval_dataset=dataset["validation"],
+        train_dataset=fitting["train"],
+        eval_dataset=fitting["validation"],
         processing_class=tokenizer,
         peft_config=lora_config(config),
         callbacks=[
@@ -386,7 +437,14 @@ def examples_of(batch: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 class OutOfMemory(RuntimeError):
-    """The GPU is too small for a step. The message names the next thing to change."""
+    """The GPU is too small for a step. The message names the next thing to change.
+
+    `changes` are the fields and values of the next rung, none when there is no rung left.
+    """
+
+    def __init__(self, message: str, changes: dict):
+        super().__init__(message)
+        self.changes = changes
 
 
 @contextlib.contextmanager
@@ -395,19 +453,31 @@ def out_of_memory_advice(trainer: SFTTrainer):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        config, model_config = trainer.made_from[0], trainer.model.config
-        changes = next_rung(config)
-        saved = memory_saved(config, changes, model_config) / memory.GIB
+        config, tokenizer, dataset = trainer.made_from
+        changes = next_rung(config, tokenizer, dataset)
+        if not changes:
+            raise OutOfMemory(
+                "the GPU's memory is full, and no shorter MAX_LENGTH keeps half of the rows: lower "
+                "LORA_R, or choose a smaller model or a larger card",
+                changes,
+            ) from error
+        lost = ""
+        if "max_length" in changes:
+            longer = count_longer(row_lengths(tokenizer, dataset), changes["max_length"])
+            lost = f"leaves out {longer} and "
+        saved = memory_saved(config, changes, trainer.model.config) / memory.GIB
         raise OutOfMemory(
-            f"the GPU's memory is full: set {in_words(changes)}, which saves about "
-            f"{saved:.1f} GiB; training goes on from the last checkpoint of the new settings"
+            f"the GPU's memory is full: set {in_words(changes)}, which {lost}saves about "
+            f"{saved:.1f} GiB; training goes on from the last checkpoint of the new settings",
+            changes,
         ) from error
 
 
-def next_rung(config: Config) -> dict:
+def next_rung(config: Config, tokenizer, dataset: DatasetDict) -> dict:
     """What to change first when a step does not fit: what costs least speed. Fields and values.
 
     Fewer rows go at a time and more batches make a step, so that the step's rows stay the same.
+    Last the length, which costs rows: see `shorter_rows`.
     """
     batch = config.per_device_train_batch_size
     step_rows = batch * config.grad_acc_steps
@@ -424,7 +494,17 @@ def next_rung(config: Config) -> dict:
                 1, config.per_device_eval_batch_size * smaller // batch
             ),
         }
-    return {"max_length": config.max_length // 2}
+    return shorter_rows(config, row_lengths(tokenizer, dataset))
+
+
+def shorter_rows(config: Config, lengths: dict[str, list[int]]) -> dict:
+    """Half the length of the longest row, or more where half of the rows of a split need more.
+
+    Nothing when that is no shorter, so that a ladder never loses most rows.
+    """
+    longest = min(config.max_length, max(itertools.chain(*lengths.values())))
+    half = max(longest // 2, *map(statistics.median_low, lengths.values()))
+    return {"max_length": half} if half < longest else {}
 
 
 def in_words(changes: dict) -> str:
@@ -441,12 +521,11 @@ def memory_saved(config: Config, changes: dict, model_config) -> int:
     return before - after
 
 
-def one_rung_down(trainer: SFTTrainer) -> SFTTrainer:
+def one_rung_down(trainer: SFTTrainer, changes: dict) -> SFTTrainer:
     """A trainer of the next rung's settings, on the same model with its adapter taken off.
 
     Where they change no step it goes on from the checkpoints of the former, else it has its own.
     """
-    changes = next_rung(trainer.made_from[0])
     print(f"starting again with {in_words(changes)}", flush=True)
     same_steps = not changes.keys() & {*checkpoints.NAMED_BY}
     return made_anew(trainer, changes, Path(trainer.args.output_dir) if same_steps else None)
@@ -497,11 +576,12 @@ def fine_tune(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
         try:
             return train_once(trainer)
         except OutOfMemory as full:
-            if not trainer.made_from[0].fit_to_memory:
+            if not (trainer.made_from[0].fit_to_memory and full.changes):
                 raise
             print(full, flush=True)
+            changes = full.changes
         # Out here the error is gone, and with it the tensors of the step that it interrupted.
-        trainer = one_rung_down(trainer)
+        trainer = one_rung_down(trainer, changes)
 
 
 @memory_decorator
@@ -696,7 +776,8 @@ def train(config: Config) -> dict:
     models.need_device(config, config.model_name)
     # The first process comes first: it may have a model to fetch, or a dataset to tokenize.
     with sft_config(config).main_process_first():
-        tokenizer, dataset = models.load_tokenizer(config.model_name), load_dataset(config)
+        tokenizer = models.load_tokenizer(config.model_name)
+        dataset = load_dataset(config, tokenizer)
     before = memory.current_memory_bytes()
     folder = checkpoints.folder_of(config, tokenizer)
     # Here and not only in build_trainer: before the weights are loaded.

@@ -230,7 +230,9 @@ def test_a_plan_without_a_checkpoint_binds_nothing(tmp_path, monkeypatch):
 
 
 def test_a_card_that_is_too_small_is_refused_before_the_weights(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="in 5.9 GiB with rows of 2048 tokens: cut rows to 1024"):
+    with pytest.raises(
+        ConfigError, match="in 5.9 GiB with rows of 2048 tokens: set MAX_LENGTH = 1024"
+    ):
         planned(tmp_path, monkeypatch, 5.9, max_length=2048)
     with pytest.raises(ConfigError, match="in 3.0 GiB .* smaller model or a larger card"):
         planned(tmp_path, monkeypatch, 3)

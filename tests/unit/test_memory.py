@@ -276,7 +276,7 @@ def test_of_two_plans_with_one_batch_the_one_that_recomputes_less_is_faster():
     [
         ({"quantization": "16bit"}, 8, "in 4 bits first"),
         ({}, 3, "smaller model or a larger card"),
-        ({"length": 65536}, 8, "cut rows to"),
+        ({"length": 65536}, 8, "set MAX_LENGTH = "),
         ({"rank": 2048}, 8, "train fewer parameters"),
     ],
 )

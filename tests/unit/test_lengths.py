@@ -1,0 +1,163 @@
+"""Rows that are longer than MAX_LENGTH: left out, counted and said, and none that trains is cut."""
+
+import dataclasses
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+
+from helpers import models, prompts, training
+from helpers.config import SYSTEM_MESSAGE, ConfigError
+from tests.faults.train_tiny import tiny_config
+
+ROWS, HELD_OUT = 16, 4
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model_dir):
+    """On rows of some 60 to 150 tokens each, as long as their number says, and four held out."""
+    config = tiny_config(tmp_path, tiny_model_dir, max_steps=2, per_device_train_batch_size=2)
+    splits = {
+        "train": [row(number) for number in range(ROWS)],
+        "validation": [row(number) for number in range(0, ROWS, ROWS // HELD_OUT)],
+    }
+    dataset = DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
+    dataset.save_to_disk(config.dataset_dir)
+    return config
+
+
+def row(number: int) -> dict:
+    return {
+        "prompt": prompts.render_prompt(f"Count to {number}.", SYSTEM_MESSAGE),
+        "completion": prompts.render_completion("1. Add one.\n" * (number + 1)),
+    }
+
+
+def length(number: int, tokenizer) -> int:
+    return len(prompts.encode(tokenizer, **row(number))["input_ids"])
+
+
+def labels_of(loader) -> list[list[int]]:
+    """The labels of every row that a loader gives, packed or not."""
+    return [labels.tolist() for batch in loader for _, labels in training.examples_of(batch)]
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("completion_only", [True, False], ids=["answers", "whole rows"])
+def test_every_row_that_trains_keeps_its_end(config, tokenizer, capsys, packing, completion_only):
+    changes = {"packing": packing, "completion_only_loss": completion_only}
+    config = dataclasses.replace(config, max_length=length(9, tokenizer), **changes)
+    dataset, model = training.load_dataset(config), models.load_model(config)
+    trainer = training.build_trainer(config, model, tokenizer, dataset)
+    said = capsys.readouterr().out
+    assert (
+        f"MAX_LENGTH = {config.max_length}: 6 of 16 training rows and 1 of 4 validation rows are "
+        "longer and left out\n" in said
+    )
+    for loader, rows in (
+        (trainer.get_train_dataloader(), range(10)),
+        (trainer.get_eval_dataloader(), range(0, 10, 4)),
+    ):
+        found = labels_of(loader)
+        assert all(labels[-1] == tokenizer.eos_token_id for labels in found)
+        whole = [prompts.encode(tokenizer, **row(number)) for number in rows]
+        graded = [each["labels"] if completion_only else each["input_ids"] for each in whole]
+        # What no loss counts may differ at the start: packing leaves out each row's first token.
+        assert sorted(labels[1:] for labels in found) == sorted(labels[1:] for labels in graded)
+
+
+def test_rows_that_fit_are_all_taken_and_nothing_is_said(config, tokenizer, capsys):
+    fits = dataclasses.replace(config, max_length=length(ROWS - 1, tokenizer))
+    dataset = training.load_dataset(fits, tokenizer)
+    assert dataset.num_rows == {"train": ROWS, "validation": HELD_OUT}
+    assert capsys.readouterr().out == ""
+    shorter = dataclasses.replace(fits, max_length=fits.max_length - 1)
+    dataset = training.load_dataset(shorter, tokenizer)
+    assert dataset.num_rows == {"train": ROWS - 1, "validation": HELD_OUT}
+    assert "1 of 16 training rows and 0 of 4 validation rows" in capsys.readouterr().out
+
+
+def test_rows_that_are_tokens_already_are_counted_too(config, tokenizer):
+    tokens = [[5] * count for count in (20, 40, 60)]
+    rows = Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+    short = dataclasses.replace(config, max_length=40)
+    kept = training.rows_that_fit(short, tokenizer, {"train": rows, "validation": rows})
+    assert [len(ids) for ids in kept["train"]["input_ids"]] == [20, 40]
+
+
+@pytest.mark.parametrize(
+    ("longest", "lost"), [(None, "16 of 16"), (0, "15 of 16")], ids=["none", "too few"]
+)
+def test_a_length_that_leaves_too_little_is_refused_before_the_weights(
+    config, tokenizer, monkeypatch, longest, lost
+):
+    monkeypatch.setattr(models, "load_model", None)
+    max_length = 20 if longest is None else length(longest, tokenizer)
+    short = dataclasses.replace(config, max_length=max_length)
+    said = f"MAX_LENGTH is {max_length}, and {lost} training rows and . of 4 validation rows"
+    said += rf" are longer: raise it \(the longest has {length(ROWS - 1, tokenizer)} tokens"
+    with pytest.raises(ConfigError, match=said):
+        training.train(short)
+
+
+def test_validation_needs_a_row(config, tokenizer):
+    dataset = training.load_dataset(config)
+    dataset["validation"] = dataset["validation"].select([HELD_OUT - 1])
+    short = dataclasses.replace(config, max_length=length(9, tokenizer))
+    with pytest.raises(ConfigError, match="6 of 16 training rows and 1 of 1 validation rows are"):
+        training.rows_that_fit(short, tokenizer, dataset)
+
+
+# -- The rung of FIT_TO_MEMORY that lowers the length
+
+
+def full(*arguments, **options):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def small_trainer(config, tokenizer, **changes):
+    """One that has no rung left but the length."""
+    smallest = {"activation_checkpointing": True, "per_device_train_batch_size": 1, **changes}
+    config = dataclasses.replace(config, **smallest)
+    return training.build_trainer(
+        config, models.load_model(config), tokenizer, training.load_dataset(config)
+    )
+
+
+def test_the_rung_that_lowers_the_length_says_what_it_loses(config, tokenizer, monkeypatch):
+    trainer, median = small_trainer(config, tokenizer), length(7, tokenizer)
+    monkeypatch.setattr(trainer, "train", full)
+    with pytest.raises(
+        training.OutOfMemory,
+        match=f"set MAX_LENGTH = {median}, which leaves out 8 of 16 training rows and 2 of 4 "
+        "validation rows and saves about .* GiB",
+    ):
+        training.fine_tune(trainer)
+
+
+def test_where_a_shorter_length_loses_little_it_is_halved(config, tokenizer, monkeypatch):
+    long_row = row(60)
+    dataset = training.load_dataset(config)
+    dataset["train"] = Dataset.from_list([*dataset["train"].to_list(), long_row])
+    longest = len(prompts.encode(tokenizer, **long_row)["input_ids"])
+    wide = dataclasses.replace(config, max_length=512, per_device_train_batch_size=1)
+    rung = {"max_length": longest // 2}
+    assert training.next_rung(wide, tokenizer, dataset) == {"activation_checkpointing": True}
+    wide = dataclasses.replace(wide, activation_checkpointing=True)
+    assert training.next_rung(wide, tokenizer, dataset) == rung
+    assert rung["max_length"] > length(ROWS - 1, tokenizer)
+
+
+def test_a_ladder_ends_before_most_rows_are_lost(config, tokenizer, monkeypatch, capsys):
+    trainer = small_trainer(config, tokenizer, fit_to_memory=True)
+    monkeypatch.setattr(training.SFTTrainer, "training_step", full)
+    with pytest.raises(
+        training.OutOfMemory, match="no shorter MAX_LENGTH keeps half of the rows: lower LORA_R"
+    ):
+        training.fine_tune(trainer)
+    said = capsys.readouterr().out
+    median = length(7, tokenizer)
+    assert (
+        said.count("starting again") == 1 and f"starting again with MAX_LENGTH = {median}" in said
+    )
+    assert f"MAX_LENGTH = {median}: 8 of 16 training rows and 2 of 4" in said
