@@ -92,7 +92,7 @@ def one(size: str, cap: float, length: int, way: str) -> dict:
             per_device_train_batch_size=TOKENS_PER_STEP[size] // length, grad_acc_steps=1,
             max_steps=STEPS, log_steps=10,
         )  # fmt: skip
-        shape, room = memory.llama2_config(size), memory.torch_bytes()
+        shape, room = memory.llama2_config(size), memory.torch_bytes(config.device)
         if way != "planned":
             plan = memory.plan(shape, memory.Run.from_config(config), room, reserve_bytes=0)
             found |= {"plan": plan.advice, "fits": plan.fits}

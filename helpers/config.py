@@ -340,7 +340,9 @@ class Config:
     def device(self) -> str:
         """Where the whole model lies: "cpu" or "cuda:N"."""
         target = self.device_map[""]
-        return f"cuda:{target}" if isinstance(target, int) else str(target)
+        if target == "cuda":
+            target = 0
+        return f"cuda:{target}" if isinstance(target, int) else target
 
     def require(self, path: Path, notebook: str) -> Path:
         """The path, or FileNotFoundError that names the notebook which makes it."""

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from helpers import precision
 from helpers.kernels import ChunkedLoss, Pass
 from helpers.offloading import offload_layers
 from helpers.prompts import IGNORED_LABEL
@@ -29,9 +30,9 @@ CHECKPOINT_OPTIONS = {
 }
 
 
-def is_supported() -> bool:
+def is_supported(device: str = "cuda:0") -> bool:
     """Whether there is a GPU with bfloat16 and flash attention (Ampere or later)."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return precision.has_bfloat16(device)
 
 
 @dataclass

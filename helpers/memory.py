@@ -659,10 +659,10 @@ def measured_steps(path: Path = MEASURED_STEPS) -> dict[str, tuple[Run, int]]:
 # -- A plan for a card
 
 
-def torch_bytes() -> int:
-    """What torch may take of the GPU in use: all but CUDA's own, or the share of this process."""
-    whole = torch.cuda.get_device_properties(None).total_memory
-    share = round(whole * torch.cuda.get_per_process_memory_fraction())
+def torch_bytes(device: str) -> int:
+    """What torch may take of a GPU: all but CUDA's own, or the share of this process."""
+    whole = torch.cuda.get_device_properties(device).total_memory
+    share = round(whole * torch.cuda.get_per_process_memory_fraction(device))
     return min(share, whole - CONTEXT_BYTES)
 
 
@@ -796,20 +796,20 @@ def _advice(model_config, smallest: Run, room: int) -> str:
 # -- Measuring
 
 
-def current_memory_bytes() -> int:
-    """What torch has allocated on the GPU, if anything, else the process's resident memory."""
-    if _on_gpu():
-        return torch.cuda.memory_allocated()
+def current_memory_bytes(device: str | torch.device) -> int:
+    """What torch has allocated on a GPU; for "cpu" the process's resident memory."""
+    if _is_gpu(device):
+        return torch.cuda.memory_allocated(device)
     return psutil.Process().memory_info().rss
 
 
-def peak_memory_bytes() -> int:
+def peak_memory_bytes(device: str | torch.device) -> int:
     """The most that `current_memory_bytes` has been since `reset_peak_memory`.
 
     Where the system cannot reset its mark (see there), since the process began.
     """
-    if _on_gpu():
-        return torch.cuda.max_memory_allocated()
+    if _is_gpu(device):
+        return torch.cuda.max_memory_allocated(device)
     if PROCESS_STATUS.exists():
         # "VmHWM:   123456 kB": the high-water mark of resident memory, proc(5)
         (peak,) = [
@@ -819,13 +819,13 @@ def peak_memory_bytes() -> int:
     return _peak_of_process()
 
 
-def reset_peak_memory() -> bool:
+def reset_peak_memory(device: str | torch.device) -> bool:
     """Start a new peak from here. True when it could be done: on a GPU, and on Linux for a process.
 
     Writing 5 to /proc/self/clear_refs resets VmHWM (proc(5)); some containers forbid it.
     """
-    if _on_gpu():
-        torch.cuda.reset_peak_memory_stats()
+    if _is_gpu(device):
+        torch.cuda.reset_peak_memory_stats(device)
         return True
     try:
         CLEAR_REFS.write_text("5", encoding="utf-8")
@@ -840,8 +840,8 @@ def free_memory() -> None:
     torch.cuda.empty_cache()  # does nothing without a GPU
 
 
-def _on_gpu() -> bool:
-    return torch.cuda.is_available() and torch.cuda.memory_allocated() > 0
+def _is_gpu(device: str | torch.device) -> bool:
+    return torch.device(device).type == "cuda"
 
 
 def _peak_of_process() -> int:

@@ -64,7 +64,7 @@ def merge(config: Config, into: str):
 
 def with_room(config: Config, needed: int) -> Config:
     """The Config, moved to the CPU when its GPU has less than `needed` bytes free."""
-    if config.device == "cpu" or torch.cuda.mem_get_info()[0] >= needed:
+    if config.device == "cpu" or torch.cuda.mem_get_info(config.device)[0] >= needed:
         return config
     return dataclasses.replace(config, device_map={"": "cpu"})
 

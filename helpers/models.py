@@ -209,13 +209,26 @@ def quantization_config(config: Config) -> BitsAndBytesConfig:
     )
 
 
-def need_device(config: Config, name: str) -> None:
-    """Raise ModelUnavailable when a model is to lie on a GPU and there is none."""
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
+def use_device(config: Config, name: str) -> None:
+    """Make the GPU of a Config the current one, if it has one: kernels are started on that.
+
+    Raises ModelUnavailable when it is not there.
+    """
+    if config.device == "cpu":
+        return
+    puts = f"profile {config.profile!r} puts {name} on {config.device}, and torch sees"
+    if not torch.cuda.is_available():
         raise ModelUnavailable(
-            f"profile {config.profile!r} puts {name} on {config.device}, and torch sees no GPU "
-            "here: run it on a machine with one, or choose PROFILE = 'demo', which needs none"
+            f"{puts} no GPU here: run it on a machine with one, or choose PROFILE = 'demo', which "
+            "needs none"
         )
+    count = torch.cuda.device_count()
+    if torch.device(config.device).index >= count:
+        raise ModelUnavailable(
+            f"{puts} {count} here, numbered from 0: set DEVICE_MAP = {{'': {count - 1}}} or a "
+            "smaller number"
+        )
+    torch.cuda.set_device(config.device)
 
 
 def load_model(config: Config, quantized: bool = True, source: str | Path | None = None):
@@ -226,8 +239,8 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
     had or a device that is not there, DiskFull, and ArtefactError for a damaged one.
     """
     name = str(source or config.model_name)
-    need_device(config, name)
-    dtype, device_map, options = precision.compute_dtype(config), config.device_map, {}
+    use_device(config, name)
+    dtype, device_map, options = precision.compute_dtype(config), {"": config.device}, {}
     if quantized and config.use_4bit:
         settings = options["quantization_config"] = quantization_config(config)
         if is_sharded():  # FSDP moves numbers of one type, so the packed bytes must pass for such

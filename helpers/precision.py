@@ -21,8 +21,12 @@ def compute_dtype(config: Config) -> torch.dtype:
         return getattr(torch, config.bnb_4bit_compute_dtype)
     if config.device == "cpu":
         return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
-    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float16
+    return torch.bfloat16 if has_bfloat16(config.device) else torch.float16
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether there is a GPU that computes in bfloat16, from Ampere on: a T4 only emulates it."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def storage_dtype(config: Config) -> torch.dtype:

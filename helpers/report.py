@@ -72,7 +72,8 @@ def environment() -> dict[str, str]:
     """Date, hardware and versions, for a reader who wants to know where numbers come from."""
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    kinds = dict.fromkeys(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+    gpu = ", ".join(kinds) or "no GPU"
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB of memory"
     return {
         "date": datetime.date.today().isoformat(),

@@ -67,16 +67,17 @@ def time_decorator(function):
 
 
 def memory_decorator(function):
-    """Add `peak_memory_bytes` to the metrics of a function that returns (result, metrics).
+    """Add `peak_memory_bytes` to the metrics of a function of a trainer: (result, metrics).
 
     On a GPU that is what torch had allocated at most, on a CPU the resident memory of the process.
     """
 
     @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        memory.reset_peak_memory()
-        result, metrics = function(*args, **kwargs)
-        return result, {**metrics, "peak_memory_bytes": memory.peak_memory_bytes()}
+    def wrapper(trainer):
+        device = trainer.model.device
+        memory.reset_peak_memory(device)
+        result, metrics = function(trainer)
+        return result, {**metrics, "peak_memory_bytes": memory.peak_memory_bytes(device)}
 
     return wrapper
 
@@ -95,7 +96,7 @@ def lora_config(config: Config) -> LoraConfig:
 
 def uses_fast_path(config: Config) -> bool:
     """Whether a Config asks for the fast path and this machine has what it needs."""
-    return config.fast_path and fast_path.is_supported()
+    return config.fast_path and fast_path.is_supported(config.device)
 
 
 def sft_config(config: Config, folder: Path | None = None) -> SFTConfig:
@@ -147,6 +148,10 @@ def sft_config(config: Config, folder: Path | None = None) -> SFTConfig:
         report_to=config.report_to,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # the model is on one, however many there are
+    if arguments.device.type == "cuda":  # transformers takes the first one, whichever that is
+        arguments._setup_devices = torch.device(config.device)
+        arguments.distributed_state.device = arguments.device
+        torch.cuda.set_device(arguments.device)
     return arguments
 
 
@@ -215,7 +220,7 @@ def rooms(config: Config, shape) -> tuple[int, int]:
 
     Of what is free on the host that is half, a share for each process.
     """
-    room = checkpoints.least_of_all(memory.torch_bytes(), config.device)
+    room = checkpoints.least_of_all(memory.torch_bytes(config.device), config.device)
     if "LOCAL_RANK" in os.environ:  # DDP keeps gradients a second time
         room -= memory.estimate(shape, memory.Run.from_config(config)).gradients
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -247,7 +252,7 @@ def refuse_without_room(config: Config) -> None:
 
     A GiB is kept free for the allocator's gaps, as `memory.plan` does off the fast path.
     """
-    step, room = step_of(config), memory.torch_bytes() - memory.GIB
+    step, room = step_of(config), memory.torch_bytes(config.device) - memory.GIB
     needed = memory.estimate(models.load_shape(config.model_name), step).total
     says = f"each of {step.shards} GPUs needs {needed / memory.GIB:.1f} GiB"
     says += f" of {room / memory.GIB:.1f}"
@@ -657,14 +662,14 @@ class StepLog(TrainerCallback, ExportableState):
                 "step": state.global_step,
                 "seconds": time.perf_counter() - self.begun[-1],
                 "tokens": state.num_input_tokens_seen - self.seen,
-                "memory_bytes": memory.current_memory_bytes(),
-                "peak_memory_bytes": memory.peak_memory_bytes(),
+                "memory_bytes": memory.current_memory_bytes(args.device),
+                "peak_memory_bytes": memory.peak_memory_bytes(args.device),
             }
         )
         self.seen = state.num_input_tokens_seen
         waits = control.should_log or control.should_evaluate or control.should_save
         if args.device.type == "cuda" and waits:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(args.device)
             seconds = (time.perf_counter() - self.begun[0]) / len(self.begun)
             for step in self.steps[-len(self.begun) :]:
                 step["seconds"] = seconds
@@ -773,12 +778,12 @@ def train(config: Config) -> dict:
     In every process of DDP, of which the first one writes. Returns the metrics.
     """
     config = for_this_process(config)
-    models.need_device(config, config.model_name)
+    models.use_device(config, config.model_name)
     # The first process comes first: it may have a model to fetch, or a dataset to tokenize.
     with sft_config(config).main_process_first():
         tokenizer = models.load_tokenizer(config.model_name)
         dataset = load_dataset(config, tokenizer)
-    before = memory.current_memory_bytes()
+    before = memory.current_memory_bytes(config.device)
     folder = checkpoints.folder_of(config, tokenizer)
     # Here and not only in build_trainer: before the weights are loaded.
     config = planned(config, folder)

@@ -113,7 +113,7 @@ def test_a_checkpoint_has_its_folder_before_anything_is_written(tmp_path):
 
 def test_shards_without_room_are_refused_before_the_weights_load(tmp_path, monkeypatch, capsys):
     memory.llama2_config("70B").save_pretrained(tmp_path)
-    monkeypatch.setattr(memory, "torch_bytes", lambda: 24 * memory.GIB)
+    monkeypatch.setattr(memory, "torch_bytes", lambda device: 24 * memory.GIB)
     for name, value in {**fsdp_environment(), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     settings = {"model_name": str(tmp_path), "per_device_train_batch_size": 2}

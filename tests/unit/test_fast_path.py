@@ -139,8 +139,8 @@ def planned(tmp_path, monkeypatch, gib, host_gib=0, folder=None, **changes):
     """`training.planned` of a Llama 2 7B with `gib` of a GPU; loading a weight is an error."""
     free = Mock(available=host_gib * memory.GIB)
     monkeypatch.setattr(training.psutil, "virtual_memory", lambda: free)
-    monkeypatch.setattr(fast_path, "is_supported", lambda: True)
-    monkeypatch.setattr(memory, "torch_bytes", lambda: round(gib * memory.GIB))
+    monkeypatch.setattr(fast_path, "is_supported", lambda device: True)
+    monkeypatch.setattr(memory, "torch_bytes", lambda device: round(gib * memory.GIB))
     monkeypatch.setattr(models, "load_model", None)
     memory.llama2_config("7B").save_pretrained(tmp_path)
     settings = {"model_name": str(tmp_path), "run_dir": tmp_path / "run", **changes}
@@ -216,7 +216,7 @@ def test_a_run_that_does_not_fit_any_more_is_kept_and_told(tmp_path, monkeypatch
 
 def test_a_run_goes_on_with_its_rows_where_there_is_no_fast_path(tmp_path, monkeypatch):
     small = planned(tmp_path, monkeypatch, 10)
-    monkeypatch.setattr(fast_path, "is_supported", lambda: False)
+    monkeypatch.setattr(fast_path, "is_supported", lambda device: False)
     asked = Config.from_profile("llama2_7b", model_name=str(tmp_path), run_dir=tmp_path)
     assert (asked.per_device_train_batch_size, small.per_device_train_batch_size) == (8, 4)
     found = training.planned(asked, begun(tmp_path, small))
@@ -239,7 +239,7 @@ def test_a_card_that_is_too_small_is_refused_before_the_weights(tmp_path, monkey
 
 
 def test_a_model_that_is_no_llama_leaves_the_fast_path(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fast_path, "is_supported", lambda: True)
+    monkeypatch.setattr(fast_path, "is_supported", lambda device: True)
     Qwen2Config().save_pretrained(tmp_path)
     config = Config.from_profile("llama2_7b", model_name=str(tmp_path), run_dir=tmp_path / "run")
     assert not training.uses_fast_path(training.planned(config))

@@ -97,7 +97,7 @@ def test_a_merged_model_that_the_gpu_has_no_room_for_answers_on_the_cpu(
     tiny_config.merged_dir.parent.mkdir(parents=True)
     tiny_config.merged_dir.symlink_to(tiny_model_dir)
     on_gpu = dataclasses.replace(tiny_config, device_map={"": 0})
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 10**9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
     assert inference.load(on_gpu, "merged").device.type == "cpu"
 
 

@@ -152,7 +152,7 @@ from helpers import memory, models, prompts, training
 from helpers.config import SYSTEM_MESSAGE, Config
 
 config = Config.from_profile("demo", run_dir=Path(sys.argv[1]), max_steps=2)
-baseline = memory.current_memory_bytes()
+baseline = memory.current_memory_bytes("cpu")
 tokenizer = models.load_tokenizer(config.model_name)
 model = models.load_model(config)
 prompt = prompts.render_prompt("How do I reverse a list?", SYSTEM_MESSAGE)
@@ -162,12 +162,13 @@ rows = Dataset.from_list([row] * 16)
 trainer = training.build_trainer(
     config, model, tokenizer, DatasetDict(train=rows, validation=rows.select(range(2)))
 )
-memory.reset_peak_memory()
+memory.reset_peak_memory("cpu")
 with training.kernels(trainer):
     trainer.train()
 run = memory.Run.from_config(config, length)
 predicted = memory.estimate(model.config, run, baseline)
-print(json.dumps({"length": length, "peak": memory.peak_memory_bytes(), "total": predicted.total}))
+found = {"peak": memory.peak_memory_bytes("cpu"), "total": predicted.total}
+print(json.dumps({"length": length, **found}))
 """
 
 
@@ -405,8 +406,8 @@ def test_torch_has_what_cuda_leaves_or_the_share_it_is_given(monkeypatch):
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24 * memory.GIB)
     )
     for fraction, gib in ((1.0, 23.5), (0.5, 12.0)):
-        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda f=fraction: f)
-        assert memory.torch_bytes() == gib * memory.GIB
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _, f=fraction: f)
+        assert memory.torch_bytes("cuda:0") == gib * memory.GIB
 
 
 def test_a_run_takes_its_settings_from_a_config():
@@ -429,15 +430,15 @@ def test_an_unknown_optimizer_is_named():
 
 def test_peak_rises_with_an_allocation_and_can_be_reset():
     size = 300_000_000
-    resettable = memory.reset_peak_memory()
-    before = memory.current_memory_bytes()
+    resettable = memory.reset_peak_memory("cpu")
+    before = memory.current_memory_bytes("cpu")
     block = torch.ones(size, dtype=torch.uint8)
-    assert memory.current_memory_bytes() - before > 0.9 * size
+    assert memory.current_memory_bytes("cpu") - before > 0.9 * size
     del block
-    assert memory.peak_memory_bytes() - before > 0.9 * size
+    assert memory.peak_memory_bytes("cpu") - before > 0.9 * size
     if resettable:  # from what is there now, should the C library have kept the block
-        memory.reset_peak_memory()
-        assert memory.peak_memory_bytes() - memory.current_memory_bytes() < 0.5 * size
+        memory.reset_peak_memory("cpu")
+        assert memory.peak_memory_bytes("cpu") - memory.current_memory_bytes("cpu") < 0.5 * size
 
 
 def test_the_view_follows_its_menus():

@@ -22,12 +22,9 @@ def test_auto_follows_the_hardware(
     monkeypatch, device, has_it, computed, fp16, bf16, adapter, stored
 ):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_it)
-    # A T4 says yes unless it is asked to leave emulation out.
-    monkeypatch.setattr(
-        torch.cuda,
-        "is_bf16_supported",
-        lambda including_emulation=True: has_it or including_emulation,
-    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    capability = (8, 0) if has_it else (7, 5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config = Config.from_profile("demo", device_map=device)
     assert precision.compute_dtype(config) == getattr(torch, computed)
     assert precision.autocast(config) == {"fp16": fp16, "bf16": bf16}

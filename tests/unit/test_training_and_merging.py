@@ -69,7 +69,7 @@ def test_a_gpus_steps_take_the_time_from_wait_to_wait(monkeypatch):
     """It works on while the process is between two steps, and where that waits varies."""
     clock = iter([0.0, 0.1, 2.0, 2.1, 3.9])  # begin, end, begin, end, and the GPU is done
     monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     log, arguments = training.StepLog(), SimpleNamespace(device=torch.device("cuda"))
     log.on_train_begin(arguments, TrainerState(num_input_tokens_seen=100), None)
     for step, waits in ((1, False), (2, True)):
@@ -355,9 +355,9 @@ def test_merging_by_parts_needs_a_16_bit_target(trained, config, tokenizer):
 def test_a_model_that_does_not_fit_the_gpu_is_merged_on_the_cpu(trained, config, monkeypatch):
     on_gpu = dataclasses.replace(config, device_map={"": 0})
     needed = merging.bytes_needed(on_gpu, "16bit")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed - 1, needed))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed - 1, needed))
     assert merging.merge(on_gpu, "16bit").device.type == "cpu"
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed, needed))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed, needed))
     with pytest.raises(models.ModelUnavailable, match="torch sees no GPU"):
         merging.merge(on_gpu, "16bit")
 
