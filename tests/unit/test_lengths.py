@@ -37,9 +37,9 @@ def length(number: int, tokenizer) -> int:
     return len(prompts.encode(tokenizer, **row(number))["input_ids"])
 
 
-def labels_of(loader) -> list[list[int]]:
-    """The labels of every row that a loader gives, packed or not."""
-    return [labels.tolist() for batch in loader for _, labels in training.examples_of(batch)]
+def graded_by(loader) -> list[list[int]]:
+    """The tokens on which the loss falls, of every row that a loader gives."""
+    return [graded.tolist() for batch in loader for _, graded in training.examples_of(batch)]
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
@@ -58,12 +58,14 @@ def test_every_row_that_trains_keeps_its_end(config, tokenizer, capsys, packing,
         (trainer.get_train_dataloader(), range(10)),
         (trainer.get_eval_dataloader(), range(0, 10, 4)),
     ):
-        found = labels_of(loader)
-        assert all(labels[-1] == tokenizer.eos_token_id for labels in found)
+        found = graded_by(loader)
+        assert all(tokens[-1] == tokenizer.eos_token_id for tokens in found)
         whole = [prompts.encode(tokenizer, **row(number)) for number in rows]
-        graded = [each["labels"] if completion_only else each["input_ids"] for each in whole]
-        # What no loss counts may differ at the start: packing leaves out each row's first token.
-        assert sorted(labels[1:] for labels in found) == sorted(labels[1:] for labels in graded)
+        if completion_only:
+            graded = [[n for n in each["labels"] if n != prompts.IGNORED_LABEL] for each in whole]
+        else:  # packed, no row's first token is the next one of the row before
+            graded = [each["input_ids"][1:] if packing else each["input_ids"] for each in whole]
+        assert sorted(found) == sorted(graded)
 
 
 def test_rows_that_fit_are_all_taken_and_nothing_is_said(config, tokenizer, capsys):
