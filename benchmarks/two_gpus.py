@@ -163,7 +163,9 @@ def losses_of_merge(model: Path, run_dir: Path, settings: dict) -> dict[str, flo
         found = {"base": loss(tuned)}
     found["tuned"] = loss(tuned)
     del tuned
-    return {**found, "merged": loss(merging.merge(config, "dequantized"))}
+    base = merging.load_base(config, "dequantized")
+    merged = merging.as_saved(merging.load_tuned(config, base).merge_and_unload(), config)
+    return {**found, "merged": loss(merged)}
 
 
 def measure(folder: Path, name: str) -> dict:

@@ -1,21 +1,23 @@
 """The merged model as GGUF, for llama.cpp and Ollama, with the Modelfile that Ollama reads.
 
 Written by the gguf package, which knows the format but no Hugging Face model: what a Llama needs
-stands here. Other architectures are refused, and so is a merge whose weights are 4-bit.
+stands here. Other architectures are refused by name, and so is a merge whose weights are 4-bit.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
 import gguf
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import TokenType
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from helpers import artefacts, models, prompts
+from helpers import artefacts, memory, models, prompts
 from helpers.config import Config
 from helpers.integrity import check_merged, system_message
 
@@ -26,19 +28,60 @@ TYPES = {
 }
 # How a tokenizer cuts text before it merges, as llama.cpp calls it.
 PRE_TOKENIZERS = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}
+# Tokenizer, settings and headers, once for each of the three forms of a model: 20 MB at most.
+SMALL_FILES_BYTES = 20_000_000
+CONVERTER = "use llama.cpp's own converter, `python convert_hf_to_gguf.py` and the merged folder"
+
+
+class NoGGUF(ValueError):
+    """A model that this writer cannot write. The message says why, and what can."""
+
+
+def disk_needed(config: Config) -> dict[str, int]:
+    """Bytes of what notebook 05 writes, file by file, from the shape of the model alone."""
+    shape = models.load_shape(config.model_name)
+    with torch.device("meta"):
+        sizes = [list(p.shape) for p in AutoModelForCausalLM.from_config(shape).parameters()]
+    if config.merge_into == "4bit":
+        merged = memory.weight_bytes(shape, memory.Run.from_config(config))
+    else:
+        merged = 2 * sum(map(prod, sizes))
+    files = {"merged/": merged}
+    if config.merge_into != "4bit" and not why_not(shape):
+        for name in config.gguf_types:
+            kind, _ = TYPES[name]
+            files[f"gguf/model.{name}.gguf"] = sum(_stored_bytes(size, kind) for size in sizes)
+    return {name: size + SMALL_FILES_BYTES for name, size in files.items()}
+
+
+def need_disk(config: Config) -> str:
+    """`disk_needed`, a line for each file, and what is free. DiskFull where that is too little.
+
+    An earlier merge makes room when it is replaced.
+    """
+    files = disk_needed(config)
+    earlier = sum(file.stat().st_size for file in config.merged_dir.glob("*"))
+    needed = max(files["merged/"], sum(files.values()) - earlier)
+    artefacts.need_space(config.run_dir, needed, "notebook 05")
+    free = shutil.disk_usage(config.run_dir).free
+    files |= {"in all": sum(files.values()), "free on the disk": free}
+    return "\n".join(f"{size / 1e9:8.2f} GB {name}" for name, size in files.items())
 
 
 def export_gguf(config: Config) -> Path:
     """Write run_dir/gguf, whole or not at all: the merged model in every type, and a Modelfile.
 
-    Returns the folder. Raises FileNotFoundError without a merged model, ArtefactError for one
-    that is damaged or stale, ValueError for a model that cannot be written.
+    The types are those of GGUF_TYPES. Returns the folder. Raises FileNotFoundError without a merged
+    model, ArtefactError for one that is damaged or stale, NoGGUF for one that cannot be written,
+    DiskFull.
     """
     source = check_merged(config)
+    paths = {name: f"model.{name}.gguf" for name in config.gguf_types}
+    device = config.device if torch.cuda.is_available() else "cpu"
     with artefacts.whole_folder(config.gguf_dir) as draft:
-        for name in TYPES:
-            write_gguf(source, draft / f"model.{name}.gguf", name)
-        (draft / "Modelfile").write_text(modelfile(config), encoding="utf-8")
+        write_gguf(source, {name: draft / file for name, file in paths.items()}, device)
+        text = modelfile(config, paths.get("q8_0", paths[config.gguf_types[0]]))
+        (draft / "Modelfile").write_text(text, encoding="utf-8")
     return config.gguf_dir
 
 
@@ -59,43 +102,54 @@ def modelfile(config: Config, weights: str = "model.q8_0.gguf") -> str:
     )
 
 
-def write_gguf(source: Path, path: Path, type_name: str) -> None:
-    """Write a Llama model in a folder of safetensors as one GGUF file of a type of TYPES.
+def write_gguf(source: Path, paths: dict[str, Path], device: str = "cpu") -> None:
+    """Write a Llama model in a folder of safetensors as one GGUF file for each type of TYPES.
 
-    Tensors are read, converted and written one at a time, so memory holds one of them.
+    Tensors are read once and one at a time, and converted on the device. Raises NoGGUF.
     """
-    kind, file_type = TYPES[type_name]
     shape = AutoConfig.from_pretrained(source)
-    _check(shape)
+    if reason := why_not(shape):
+        raise NoGGUF(reason)
+    writers = {name: _begin(source, path, name, shape) for name, path in paths.items()}
+    for name, tensor in _tensors(source, shape):
+        rows = _in_ggml_order(name, tensor[:].to(device).float(), shape)
+        for type_name, writer in writers.items():
+            kind = _stored_as(list(rows.shape), TYPES[type_name][0])
+            writer.write_tensor_data(in_blocks(rows, kind).cpu().numpy())
+    for writer in writers.values():
+        writer.close()
+
+
+def _begin(source: Path, path: Path, type_name: str, shape) -> gguf.GGUFWriter:
+    """A file with all but the numbers of its tensors, open for those."""
+    kind, file_type = TYPES[type_name]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
     _add_shape(writer, shape, file_type)
     _add_tokenizer(writer, source, shape.vocab_size)
     for name, tensor in _tensors(source, shape):
-        size, stored = tensor.get_shape(), _stored_as(tensor.get_shape(), kind)
-        bytes_needed = prod(gguf.quant_shape_to_byte_shape(size, stored))
+        size = tensor.get_shape()
+        stored, bytes_needed = _stored_as(size, kind), _stored_bytes(size, kind)
         writer.add_tensor_info(name, size, np.dtype(np.float32), bytes_needed, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, tensor in _tensors(source, shape):
-        array = _in_ggml_order(name, tensor[:].float().numpy(), shape)
-        writer.write_tensor_data(gguf.quantize(array, _stored_as(array.shape, kind)))
-    writer.close()
+    return writer
 
 
-def _check(shape) -> None:
-    """ValueError for what this writer does not know, before anything is written."""
+def why_not(shape) -> str:
+    """Why a model of this shape cannot be written, and what can write it; "" if it can."""
     rope_type = (shape.rope_parameters or {}).get("rope_type", "default")
     if shape.model_type != "llama" or rope_type != "default":
-        raise ValueError(
-            f"only Llama models with plain rotary positions are written as GGUF; this one is "
-            f"{shape.model_type!r} with positions {rope_type!r}: use llama.cpp's own converter"
+        return (
+            f"only Llama models with plain rotary positions are written as GGUF here; this one is "
+            f"{shape.model_type!r} with positions {rope_type!r}: {CONVERTER}"
         )
     if getattr(shape, "quantization_config", None):
-        raise ValueError(
-            "the merged model is stored in 4 bits, which GGUF does not know: merge once more with "
-            'MERGE_INTO = "dequantized"'
+        return (
+            "the merged model is stored in the 4 bits of bitsandbytes, which GGUF does not know: "
+            'merge once more with MERGE_INTO = "dequantized"'
         )
+    return ""
 
 
 def _add_shape(writer: gguf.GGUFWriter, shape, file_type: int) -> None:
@@ -114,14 +168,14 @@ def _add_shape(writer: gguf.GGUFWriter, shape, file_type: int) -> None:
 
 
 def _tensors(source: Path, shape) -> Iterator[tuple]:
-    """(name in GGUF, lazily read tensor) of all files; ValueError for one with no name there."""
+    """(name in GGUF, lazily read tensor) of all files; NoGGUF for one with no name there."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.num_hidden_layers)
     for name, tensor in models.stored_tensors(source):
         if name == "lm_head.weight" and shape.tie_word_embeddings:
             continue  # a reader takes the embedding where there is no output matrix
         stem, _, suffix = name.rpartition(".")
         if names.get_name(stem) is None:
-            raise ValueError(f"{source} holds {name}, which no Llama in GGUF has")
+            raise NoGGUF(f"{source} holds {name}, which no Llama in GGUF has: {CONVERTER}")
         yield f"{names.get_name(stem)}.{suffix}", tensor
 
 
@@ -133,16 +187,75 @@ def _stored_as(size, kind: Kind) -> Kind:
     return kind if size[-1] % block == 0 else Kind.F16
 
 
-def _in_ggml_order(name: str, array: np.ndarray, shape) -> np.ndarray:
+def _stored_bytes(size, kind: Kind) -> int:
+    """Bytes of a tensor of a size in a file whose matrices are of a kind."""
+    return prod(gguf.quant_shape_to_byte_shape(size, _stored_as(size, kind)))
+
+
+def in_blocks(rows: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """float32 rows as a file holds them; those of q8_0 as bytes, bit for bit `gguf.quantize`.
+
+    Here and not there because a GPU does it in no time, and numpy takes minutes for 7B.
+    """
+    if kind != Kind.Q8_0:
+        return rows if kind == Kind.F32 else rows.half()
+    blocks = rows.reshape(-1, 32)
+    largest = blocks.abs().amax(dim=1, keepdim=True)
+    # By a tensor, for on a GPU torch multiplies by the rounded inverse of a plain number.
+    scale = largest / torch.full_like(largest, 127)
+    inverse = torch.where(scale == 0, 0, scale.reciprocal())
+    scaled = blocks * inverse
+    # Halves go away from zero, as in C; torch.round takes them to the even neighbour.
+    down = scaled.abs().floor()
+    whole = scaled.sign() * (down + (2 * (scaled.abs() - down)).floor())
+    packed = torch.cat([scale.half().view(torch.uint8), whole.to(torch.int8).view(torch.uint8)], 1)
+    return packed.reshape(*rows.shape[:-1], -1)
+
+
+def read_back(path: Path, source: Path) -> tuple[int, int, float]:
+    """Compare a GGUF file, unpacked by gguf's own reader, with the model that it was written from.
+
+    Reads all tensors outside the layers and those of the first, middle and last layer. Returns how
+    many that are, how many the file has, and the largest difference in steps, the distance of two
+    neighbouring values there: half a step, and for q8_0 a little more, as its scale is rounded too.
+    """
+    shape = AutoConfig.from_pretrained(source)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    last = shape.num_hidden_layers - 1
+    chosen = tuple(f"blk.{layer}." for layer in (0, last // 2, last))
+    largest, checked = 0.0, 0
+    for name, tensor in _tensors(source, shape):
+        if name.startswith("blk.") and not name.startswith(chosen):
+            continue
+        wanted = _in_ggml_order(name, tensor[:].float(), shape)
+        stored = found[name]
+        again = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))
+        steps = (again.reshape(wanted.shape) - wanted).abs() / _step(wanted, stored.tensor_type)
+        largest, checked = max(largest, steps.max().item()), checked + 1
+    return checked, len(found), largest
+
+
+def _step(rows: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """The distance of neighbouring values of a kind, for each number of the rows."""
+    if kind == Kind.Q8_0:
+        largest = rows.reshape(-1, 32).abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+        return (largest / 127).expand(-1, 32).reshape(rows.shape)
+    numbers = torch.finfo(torch.float32 if kind == Kind.F32 else torch.float16)
+    # Below the smallest normal number the distance stays what it is there.
+    _, exponent = torch.frexp(rows.abs().clamp(min=numbers.smallest_normal))
+    return numbers.eps * torch.exp2(exponent - 1.0)
+
+
+def _in_ggml_order(name: str, rows: torch.Tensor, shape) -> torch.Tensor:
     """Query and key rows as ggml rotates them, everything else as it is."""
     if ".attn_q." in name:
-        return to_neighbours(array, shape.num_attention_heads)
+        return to_neighbours(rows, shape.num_attention_heads)
     if ".attn_k." in name:
-        return to_neighbours(array, shape.num_key_value_heads)
-    return array
+        return to_neighbours(rows, shape.num_key_value_heads)
+    return rows
 
 
-def to_neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
+def to_neighbours(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Put the two rows that a rotary position turns together next to each other, head by head.
 
     transformers keeps a pair half a head apart, row i and row i + width / 2; ggml keeps it at 2 i
@@ -203,11 +316,11 @@ def scores(tokens: list[str], merges: list) -> list[float]:
 
 
 def pre_tokenizer(described: dict) -> str:
-    """llama.cpp's name for the first cut that tokenizer.json describes; ValueError if unknown."""
+    """llama.cpp's name for the first cut that tokenizer.json describes; NoGGUF if unknown."""
     parts = tuple(part["type"] for part in described.get("pretokenizers", [described]))
     if parts not in PRE_TOKENIZERS:
-        raise ValueError(
+        raise NoGGUF(
             f"the tokenizer cuts text by {' and '.join(parts)}, whose name in llama.cpp is not "
-            "known here: add it to PRE_TOKENIZERS in helpers/export.py"
+            f"known here: {CONVERTER}"
         )
     return PRE_TOKENIZERS[parts]

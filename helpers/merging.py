@@ -7,21 +7,29 @@
 The adapter was trained on the 4-bit base, so only the last two start from the weights it knows.
 """
 
+import contextlib
 import dataclasses
-import json
+import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
 import torch
+from accelerate.big_modeling import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import align_module_device
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from peft import LoraConfig, PeftModel
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
 
 from helpers import artefacts, hub, memory, models, precision, prompts
-from helpers.config import ALL_LINEAR_TARGETS, PROJECT_DIR, Config
+from helpers.config import PROJECT_DIR, Config
 from helpers.integrity import (
     ADAPTER_WEIGHTS,
+    ArtefactError,
     check_adapter,
     check_merged,
     seal_merged,
@@ -30,6 +38,40 @@ from helpers.integrity import (
 
 MERGES = ("16bit", "dequantized", "4bit")
 GENERAL_TEXT = PROJECT_DIR / "data" / "general.txt"
+# What merging and some hundred tokens of answers take beside the weights.
+WORK_BYTES = 500_000_000
+
+
+class Adapter:
+    """A LoRA adapter as its own folder says it: its matrices, and how much of them is added.
+
+    Nothing here comes from the Config, whose LORA_R and LORA_ALPHA are those of the next training.
+    Raises ArtefactError for an adapter that adds anything but `scale * B A` to a layer.
+    """
+
+    def __init__(self, folder: Path):
+        self.settings = LoraConfig.from_pretrained(folder)
+        self.pairs: dict[str, dict[str, torch.Tensor]] = {}  # layer -> {"A": ..., "B": ...}
+        for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
+            found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+            if not found:
+                raise ArtefactError(
+                    f"the adapter in {folder} holds {name}, which is no A or B of a layer: its "
+                    "update cannot be worked out by hand, train one with plain LoRA"
+                )
+            self.pairs.setdefault(found[1], {})[found[2]] = tensor
+
+    def scale(self, layer: str) -> float:
+        """alpha / rank of a layer, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
+        said = self.settings
+        rank = said.rank_pattern.get(get_pattern_key(said.rank_pattern, layer), said.r)
+        alpha = said.alpha_pattern.get(get_pattern_key(said.alpha_pattern, layer), said.lora_alpha)
+        return alpha / (math.sqrt(rank) if said.use_rslora else rank)
+
+    def update(self, layer: str, device: str = "cpu") -> torch.Tensor:
+        """scale * B A of a layer, (outputs, inputs), in float32."""
+        A, B = (self.pairs[layer][part].to(device).float() for part in "AB")
+        return (B @ A) * self.scale(layer)
 
 
 def load_tuned(config: Config, base=None) -> PeftModel:
@@ -43,116 +85,103 @@ def load_tuned(config: Config, base=None) -> PeftModel:
     return PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).eval()
 
 
-def merge(config: Config, into: str):
-    """The merged model as a plain transformers model. `into` is one of MERGES, else ValueError.
+def load_base(config: Config, into: str):
+    """The plain model that an adapter is merged into. `into` is one of MERGES, else ValueError.
 
-    A model that the GPU cannot hold in 16 bits is merged on the CPU, and stays there.
+    One that the GPU cannot hold in 16 bits lies on the CPU. For "dequantized" each matrix of the
+    16-bit model goes through 4 bits: bit for bit what `dequantize()` makes of a 4-bit model, which
+    holds both forms at once and so needs a third more room.
     """
     if into not in MERGES:
         raise ValueError(f"cannot merge into {into!r}: choose one of {', '.join(MERGES)}")
-    if into != "4bit":
-        config = with_room(config, bytes_needed(config, into))
-    base = models.load_model(config, quantized=into != "16bit")
+    base = models.load_model(place_of(config, into), quantized=into == "4bit")
     if into == "dequantized":
-        base = base.dequantize()
-    merged = load_tuned(config, base).merge_and_unload().eval()
-    # Rounded to what is saved, in the format that the machine computes in.
-    precision.cast(merged.parameters(), precision.storage_dtype(config))
-    precision.cast(merged.parameters(), precision.compute_dtype(config))
-    return merged
+        for matrix in packed_matrices(base):
+            matrix.data = through_4_bits(matrix.data.to(config.device), config).to(matrix.device)
+    return base
+
+
+def packed_matrices(model) -> Iterator[torch.nn.Parameter]:
+    """The weights of a 16-bit model that a 4-bit load packs: all linear layers but the head."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            yield module.weight
+
+
+def as_saved(model, config: Config):
+    """A merged model with its weights rounded to what is saved, in eval mode and ready to answer.
+
+    One that lies on the CPU for want of room computes on the GPU all the same, which gets each
+    layer's weights when it is their turn.
+    """
+    precision.cast(model.parameters(), precision.storage_dtype(config))
+    precision.cast(model.parameters(), precision.compute_dtype(config))
+    if model.device.type != torch.device(config.device).type:
+        cpu_offload(model, torch.device(config.device))
+    return model.eval()
+
+
+def place_of(config: Config, into: str) -> Config:
+    """The Config of where a merge is made: on the CPU if 16 bits do not fit the GPU."""
+    if into == "4bit":
+        return config
+    memory.free_memory()  # else what torch keeps for its next use counts as taken
+    return with_room(config, bytes_needed(config) + WORK_BYTES)
 
 
 def with_room(config: Config, needed: int) -> Config:
-    """The Config, moved to the CPU when its GPU has less than `needed` bytes free."""
-    if config.device == "cpu" or torch.cuda.mem_get_info(config.device)[0] >= needed:
+    """The Config, moved to the CPU when its GPU has less than `needed` bytes free for torch."""
+    if config.device == "cpu":
+        return config
+    left = memory.torch_bytes(config.device) - torch.cuda.memory_reserved(config.device)
+    if min(left, torch.cuda.mem_get_info(config.device)[0]) >= needed:
         return config
     return dataclasses.replace(config, device_map={"": "cpu"})
 
 
-def bytes_needed(config: Config, into: str) -> int:
-    """What a merge into 16 bits holds: all weights unpacked, the adapter, the 4-bit base if used.
+def bytes_needed(config: Config) -> int:
+    """What a merge into 16 bits holds: all weights unpacked, and the adapter.
 
     On a CPU it may be less, for pages of a mapped file that nobody reads are not in memory.
     """
     shape = models.load_shape(config.model_name)
-    run = memory.Run.from_config(config)
-    whole = memory.weight_bytes(shape, dataclasses.replace(run, quantization="16bit"))
-    packed = memory.weight_bytes(shape, run) if into == "dequantized" else 0
+    run = dataclasses.replace(memory.Run.from_config(config), quantization="16bit")
     adapter = config.require(config.adapter_dir, "04") / ADAPTER_WEIGHTS
-    return whole + packed + adapter.stat().st_size
+    return memory.weight_bytes(shape, run) + adapter.stat().st_size
 
 
-def save_merged(model, tokenizer, config: Config) -> Path:
-    """Write a merged 16-bit model to run_dir/merged as safetensors, whole or not at all.
+@contextlib.contextmanager
+def saving(model, config: Config) -> Iterator[Path]:
+    """A draft of run_dir/merged to save a merged model and its tokenizer to, in a with-statement.
 
-    Never over the adapter, as the article does: the adapter is what a later merge starts from. The
-    chat template that goes with it is the one of training, not the base model's own. Raises
-    DiskFull and InUse.
+    At its end come the chat template of training and the seal, and the draft takes its name, whole
+    or not at all. Never over the adapter, as in the article: the adapter is what a later merge
+    starts from. Raises DiskFull and InUse.
     """
     stored = precision.storage_dtype(config)
-    size = sum(p.numel() * min(p.element_size(), stored.itemsize) for p in model.parameters())
+    remove_hook_from_submodules(model)  # of `as_saved`: the weights are back in the model
+    precision.cast(model.parameters(), stored)
+    size = sum(parameter.nbytes for parameter in model.parameters())
     with artefacts.whole_folder(config.merged_dir, size) as draft:
-        precision.cast(model.parameters(), stored)
-        model.save_pretrained(draft)
-        precision.cast(model.parameters(), precision.compute_dtype(config))
-        _finish(draft, tokenizer, config)
-    return config.merged_dir
+        yield draft
+        template = prompts.chat_template(system_message(config, config.adapter_dir))
+        (draft / "chat_template.jinja").write_text(template, encoding="utf-8")
+        seal_merged(draft, config)
+    as_saved(model, config)
 
 
-def _finish(folder: Path, tokenizer, config: Config) -> None:
-    """Add what belongs to the weights of a merged model: tokenizer, chat template, seal."""
-    tokenizer.save_pretrained(folder)
-    template = prompts.chat_template(system_message(config, config.adapter_dir))
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    seal_merged(folder, config)
+def load_merged(config: Config):
+    """The model in run_dir/merged as `as_saved` had it: where it fits, in the bits it has."""
+    into = config.merge_into
+    place, packed = place_of(config, into), into == "4bit"
+    return as_saved(models.load_model(place, quantized=packed, source=config.merged_dir), config)
 
 
-def merge_by_parts(config: Config, into: str, tokenizer, part_bytes: int = 10**9) -> Path:
-    """`merge` and `save_merged` without the model: one matrix at a time, in files of `part_bytes`.
-
-    For a model that fits neither the GPU nor the memory in 16 bits. On a CPU the weights are bit
-    for bit those of `merge`. Raises ValueError for `into` = "4bit", which needs no room to begin
-    with.
-    """
-    if into not in ("16bit", "dequantized"):
-        raise ValueError(f"cannot merge into {into!r} by parts: choose 16bit or dequantized")
-    adapter = load_file(check_adapter(config) / ADAPTER_WEIGHTS)
-    base = models.local_folder(config.model_name)
-    with artefacts.whole_folder(config.merged_dir) as draft:
-        part, places = {}, {}
-        for name, tensor in models.stored_tensors(base):
-            part[name] = _merged_weight(name, tensor[:], adapter, config, into)
-            if sum(weight.nbytes for weight in part.values()) >= part_bytes:
-                places |= _save_part(part, draft, len(set(places.values())))
-                part = {}
-        places |= _save_part(part, draft, len(set(places.values())))
-        index = {"metadata": {}, "weight_map": places}
-        (draft / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-        shape = AutoConfig.from_pretrained(base)
-        shape.dtype = precision.storage_dtype(config)
-        shape.save_pretrained(draft)
-        _finish(draft, tokenizer, config)
-    return config.merged_dir
-
-
-def _save_part(part: dict[str, torch.Tensor], folder: Path, number: int) -> dict[str, str]:
-    """Write the tensors as one file; returns where each of them lies."""
-    file = f"model-{number + 1:05}.safetensors"
-    save_file(part, folder / file, metadata={"format": "pt"})
-    return dict.fromkeys(part, file)
-
-
-def _merged_weight(name: str, W: torch.Tensor, adapter: dict, config: Config, into: str):
-    """One tensor of the base, through 4 bits if wanted, plus its update if it has one."""
-    layer = name.removesuffix(".weight")
-    stored = precision.storage_dtype(config)
-    W = W.to(precision.compute_dtype(config))
-    if into == "dequantized" and layer.endswith(ALL_LINEAR_TARGETS):
-        W = through_4_bits(W, config)
-    if not layer.endswith(config.target_modules):
-        return W.to(stored)
-    update = update_of(layer, adapter, config).to(W.dtype)  # rounded, then added, as in peft
-    return (W + update).to(stored)
+def weight_of(model, layer: str) -> torch.Tensor:
+    """A layer's matrix in float32 on the CPU, unpacked if it is packed, from wherever it lies."""
+    module = model.get_submodule(layer)
+    with align_module_device(module):
+        return dequantize_module_weight(module).detach().float().cpu()
 
 
 def through_4_bits(W: torch.Tensor, config: Config) -> torch.Tensor:
@@ -160,12 +189,6 @@ def through_4_bits(W: torch.Tensor, config: Config) -> torch.Tensor:
     kind, double = config.bnb_4bit_compute_quant_type, config.use_nested_quant
     packed, state = quantize_4bit(W, quant_type=kind, compress_statistics=double)
     return dequantize_4bit(packed, state)
-
-
-def update_of(layer: str, adapter: dict, config: Config) -> torch.Tensor:
-    """(alpha / rank) B A of a layer in float32, from the tensors of the adapter's file."""
-    A, B = (adapter[f"base_model.model.{layer}.lora_{part}.weight"].float() for part in "AB")
-    return (B @ A) * (config.lora_alpha / config.lora_r)
 
 
 def general_rows() -> list[dict]:
@@ -181,7 +204,9 @@ def answer_logits(model, tokenizer, rows) -> list[torch.Tensor]:
     for row in rows:
         encoded = prompts.encode(tokenizer, row["prompt"], row["completion"])
         labels = torch.tensor(encoded["labels"])
-        ids = torch.tensor([encoded["input_ids"]], device=model.device)
+        # A model whose weights travel to the GPU takes its input there by itself.
+        device = "cpu" if model.device.type == "meta" else model.device
+        ids = torch.tensor([encoded["input_ids"]], device=device)
         # Position t predicts the token at t + 1.
         predicts_answer = labels[1:] != prompts.IGNORED_LABEL
         logits.append(model(input_ids=ids).logits[0, :-1].cpu()[predicts_answer].float())

@@ -65,11 +65,11 @@ def tiny_config(tiny_model_dir, tmp_path):
     return Config.from_profile("smoke", model_name=str(tiny_model_dir), run_dir=tmp_path / "run")
 
 
-def fill_adapters(model) -> None:
+def fill_adapters(model, std: float = 0.02) -> None:
     """Give each B numbers: zero as it starts, it would hide half of the arithmetic."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
+            torch.nn.init.normal_(parameter, std=std)
 
 
 def relative_error(ours, theirs) -> float:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import nbformat
 
+from helpers import merging
+
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
 
@@ -28,3 +30,18 @@ def definitions_from(number: str) -> dict:
     namespace = {}
     exec(compile(tree, f"notebook {number}", "exec"), namespace)
     return namespace
+
+
+def merge(config, into: str):
+    """Notebook 05's own merge, of the adapter in the run folder."""
+    lesson = definitions_from("05")
+    lesson |= {"config": config, "adapter": config.adapter_dir}  # which its functions look up there
+    return lesson["merge"](into)
+
+
+def save_merged(model, tokenizer, config) -> Path:
+    """A merged model saved as notebook 05 saves it; the folder."""
+    with merging.saving(model, config) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return config.merged_dir

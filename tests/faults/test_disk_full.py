@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from helpers import artefacts, merging, models, pipeline
+from helpers import artefacts, export, models, pipeline
 from helpers.config import Config
 from helpers.curation import curate
 from tests.faults.staging import (
@@ -20,6 +20,7 @@ from tests.faults.staging import (
     with_file_limit,
     write_notebook,
 )
+from tests.notebook_code import save_merged
 
 MB = 1_000_000
 
@@ -113,7 +114,7 @@ def test_a_disk_that_fills_while_curating_keeps_the_earlier_dataset(tmp_path, da
 
 def save_job(config):
     model = models.load_model(config, quantized=False)
-    merging.save_merged(model, models.load_tokenizer(config.model_name), config)
+    save_merged(model, models.load_tokenizer(config.model_name), config)
 
 
 @pytest.fixture
@@ -129,6 +130,13 @@ def test_saving_the_merge_says_need_and_room_beforehand(tiny_config, merged, nea
     ):
         save_job(tiny_config)
     assert folder_hashes(tiny_config.merged_dir) == merged
+
+
+def test_notebook_05_says_need_and_room_before_it_begins(tiny_config, nearly_full):
+    with pytest.raises(
+        artefacts.DiskFull, match=r"notebook 05 needs \d+\.\d MB .*, 0.4 MB are free"
+    ):
+        export.need_disk(tiny_config)
 
 
 @pytest.mark.slow

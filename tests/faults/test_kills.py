@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from helpers import merging, models, pipeline, training
+from helpers import models, pipeline, training
 from helpers.config import Config
 from helpers.curation import curate
 from tests.faults.staging import (
@@ -29,6 +29,7 @@ from tests.faults.staging import (
     write_notebook,
 )
 from tests.faults.train_tiny import build, tiny_config
+from tests.notebook_code import merge, save_merged
 
 
 def kill_everywhere(tmp_path, template, watched, job, *arguments, check):
@@ -137,8 +138,8 @@ def test_training(tmp_path, tiny_model_dir):
 
 def merge_job(folder, model):
     config = Config.from_profile("smoke", model_name=str(model), run_dir=folder)
-    merged = merging.merge(config, "16bit")
-    merging.save_merged(merged, models.load_tokenizer(str(model)), config)
+    merged = merge(config, "16bit")
+    save_merged(merged, models.load_tokenizer(str(model)), config)
 
 
 @pytest.fixture

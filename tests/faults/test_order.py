@@ -166,7 +166,7 @@ def test_no_adapter_is_loaded_onto_another(tiny_config, tiny_model_dir):
     [
         ("02", "curate(", "dataset"),
         ("04", "training.fine_tune(", "adapter"),
-        ("05", "merging.save_merged(", "merged"),
+        ("05", "merging.saving(", "merged"),
     ],
 )
 def test_from_the_start_after_a_stop_half_way_gives_the_same(
@@ -182,7 +182,7 @@ def test_from_the_start_after_a_stop_half_way_gives_the_same(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "middle"), [("04", "training.save_adapter("), ("05", "merging.save_merged(")]
+    ("number", "middle"), [("04", "training.save_adapter("), ("05", "merging.saving(")]
 )
 def test_on_from_the_middle_in_a_fresh_kernel_stops_and_loses_nothing(
     execute, straight, run_dir, number, middle

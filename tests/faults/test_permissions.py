@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers import artefacts, export, merging, models, training
+from helpers import artefacts, export, models, training
 from tests.faults.finished_run import make_run
 from tests.faults.staging import record_cell, run_notebooks, start, write_notebook
+from tests.notebook_code import merge, save_merged
 
 UMASKS = pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
 
@@ -30,7 +31,7 @@ def every_artefact(umask, model_dir, run_dir):
     os.umask(umask)
     tokenizer = models.load_tokenizer(str(model_dir))
     config = make_run(model_dir, tokenizer, run_dir)
-    merging.save_merged(merging.merge(config, "16bit"), tokenizer, config)
+    save_merged(merge(config, "16bit"), tokenizer, config)
     export.export_gguf(config)
     dataset = training.load_dataset(config)
     trainer = training.build_trainer(config, models.load_model(config), tokenizer, dataset)

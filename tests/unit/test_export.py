@@ -8,24 +8,26 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
-from helpers import export, integrity, merging, models, prompts
-from helpers.config import SYSTEM_MESSAGE
+from helpers import artefacts, export, integrity, memory, models, prompts
+from helpers.config import SYSTEM_MESSAGE, Config
+from tests import notebook_code
 
 SYSTEM, QUESTION = "Be brief.\nAnswer in Python.", 'How do I reverse "abc"?'
 TEXT = "def f(x):\n    return  x + 123  # the 7 cats' é ▁\n\t[INST] <<SYS>>"
 
 
-def save_llama(folder, tokenizer, **shape):
+def save_llama(folder, tokenizer, layers=2, **shape):
     """A random Llama whose rotary base, epsilon and head counts are not the usual ones."""
     torch.manual_seed(1)
     config = LlamaConfig(
         **{"vocab_size": len(tokenizer), "num_key_value_heads": 2, **shape},
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=777,
         initializer_range=0.3,
@@ -60,7 +62,7 @@ def short_tokenizer(tokenizer, tmp_path_factory):
 def save_merged(config, tokenizer):
     """Put a random merged model into the run folder; the Config and the model."""
     model = save_llama(config.run_dir / "random", tokenizer)
-    merging.save_merged(model, tokenizer, config)
+    notebook_code.save_merged(model, tokenizer, config)
     return config, model
 
 
@@ -125,11 +127,92 @@ def test_the_output_matrix_is_left_out_when_it_is_the_embedding(tiny_config, sho
     stored = load_file(folder / "model.safetensors")
     stored["lm_head.weight"] = model.lm_head.weight.detach()  # some files hold a tied one too
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    export.write_gguf(folder, tiny_config.run_dir / "model.gguf", "f16")
+    export.write_gguf(folder, {"f16": tiny_config.run_dir / "model.gguf"})
     _, tensors = fields_and_tensors(tiny_config.run_dir / "model.gguf")
     assert ("output.weight" in tensors) != tied
     again = models.load_gguf(tiny_config.run_dir / "model.gguf", torch.float32)
     assert (logits(again).argmax(-1) == logits(model).argmax(-1)).float().mean() > 0.97
+
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_blocks_are_those_of_gguf_bit_for_bit(device):
+    rows = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    rows[0], rows[1], rows[2] = 0, 1e-42, 1e30  # nothing, next to nothing, beyond 16 bits
+    rows[3, :32] = torch.arange(32) - 15.5  # halves once the scale is 1
+    rows[3, 0] = 127
+    rows[4] *= 1e-6
+    for kind in (Kind.F32, Kind.F16, Kind.Q8_0):
+        ours = export.in_blocks(rows.to(device), kind).cpu().numpy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            theirs = gguf.quantize(rows.numpy(), kind)
+        assert ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes(), kind
+
+
+def test_a_file_is_read_back_within_its_rounding_and_a_wrong_number_is_seen(merged):
+    config, _ = merged
+    folder = export.export_gguf(config)
+    for name, bound in (("f16", 0.5), ("q8_0", 0.57)):
+        path = folder / f"model.{name}.gguf"
+        checked, count, steps = export.read_back(path, config.merged_dir)
+        assert checked == count and 0 < steps <= bound
+        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path, "r+").tensors}
+        rows = tensors["blk.1.ffn_up.weight"].data
+        rows[3, 5] = rows[3, 5] ^ 4 if name == "q8_0" else 0
+        assert export.read_back(path, config.merged_dir)[2] > 1
+
+
+def test_all_of_three_layers_are_read_back(tiny_config, short_tokenizer):
+    save_llama(tiny_config.run_dir, short_tokenizer, layers=8)
+    path = tiny_config.run_dir / "model.gguf"
+    export.write_gguf(tiny_config.run_dir, {"q8_0": path})
+    checked, count, _ = export.read_back(path, tiny_config.run_dir)
+    assert (checked, count) == (3 * 9 + 3, 8 * 9 + 3)  # embedding, last norm and head besides
+
+
+def test_the_disk_that_is_needed_is_what_is_written(merged):
+    config, _ = merged
+    config = dataclasses.replace(config, model_name=str(config.merged_dir))
+    needed, said = export.disk_needed(config), export.need_disk(config).splitlines()
+    assert [line.split("GB ")[1] for line in said] == [*needed, "in all", "free on the disk"]
+    export.export_gguf(config)
+    assert list(needed) == ["merged/", "gguf/model.f16.gguf", "gguf/model.q8_0.gguf"]
+    for name, size in needed.items():
+        path = config.run_dir / name
+        files = path.glob("*") if path.is_dir() else [path]
+        written = sum(file.stat().st_size for file in files)
+        assert written <= size < written + export.SMALL_FILES_BYTES, name
+
+
+def test_the_disk_of_llama_2_is_known_without_its_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "load_shape", lambda name: memory.llama2_config("7B"))
+    config = Config.from_profile("llama2_7b", run_dir=tmp_path)
+    sizes = [round(size / 1e9, 1) for size in export.disk_needed(config).values()]
+    assert sizes == [13.5, 7.2]
+    both = dataclasses.replace(config, gguf_types=("f16", "q8_0"))
+    assert round(sum(export.disk_needed(both).values()) / 1e9, 1) == 34.2
+    packed = export.disk_needed(dataclasses.replace(config, merge_into="4bit"))
+    assert list(packed) == ["merged/"] and packed["merged/"] < 4e9
+
+
+def test_an_earlier_merge_makes_room_for_a_new_one(merged, monkeypatch):
+    config, _ = merged
+    config = dataclasses.replace(config, model_name=str(config.merged_dir))
+    asked = []
+    monkeypatch.setattr(artefacts, "need_space", lambda folder, needed, what: asked.append(needed))
+    files = export.disk_needed(config)
+    export.need_disk(config)
+    earlier = sum(file.stat().st_size for file in config.merged_dir.iterdir())
+    assert asked == [sum(files.values()) - earlier]
+
+
+def test_only_the_types_that_are_asked_for_are_written(merged):
+    config, _ = merged
+    folder = export.export_gguf(dataclasses.replace(config, gguf_types=("f16",)))
+    assert {path.name for path in folder.iterdir()} == {"model.f16.gguf", "Modelfile"}
+    assert (folder / "Modelfile").read_text("utf-8").startswith("FROM ./model.f16.gguf\n")
 
 
 def test_a_row_that_blocks_do_not_fill_stays_in_16_bits():
@@ -175,7 +258,7 @@ def pieces(request):
 
 def test_scores_keep_the_order_of_the_merges(pieces, tmp_path):
     save_llama(tmp_path / "random", pieces, vocab_size=len(pieces) + 3)
-    export.write_gguf(tmp_path / "random", tmp_path / "model.gguf", "f16")
+    export.write_gguf(tmp_path / "random", {"f16": tmp_path / "model.gguf"})
     again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     for text in ("lower low", "owlow", "lowlowé"):
         assert again(text)["input_ids"] == pieces(text)["input_ids"]
@@ -189,7 +272,7 @@ def test_scores_keep_the_order_of_the_merges(pieces, tmp_path):
 
 def test_an_unknown_tokenizer_is_named():
     described = {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel"}]}
-    with pytest.raises(ValueError, match="Split and ByteLevel, whose name in llama.cpp"):
+    with pytest.raises(export.NoGGUF, match="Split and ByteLevel, whose name in llama.cpp"):
         export.pre_tokenizer(described)
     described["pretokenizers"][0]["type"] = "Digits"
     assert export.pre_tokenizer(described) == "smollm"
@@ -200,7 +283,7 @@ def test_an_unknown_tokenizer_is_named():
     [
         ({"model_type": "qwen2"}, "this one is 'qwen2'"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "positions 'linear'"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "stored in 4 bits"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "stored in the 4 bits"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is(merged, change, message):
@@ -210,7 +293,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is(merged, change, me
     (config.merged_dir / "config.json").write_text(
         json.dumps({**described, **change}), encoding="utf-8"
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(export.NoGGUF, match=message):
         export.export_gguf(config)
     assert not config.gguf_dir.exists()
 

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from helpers import hub, merging, models, precision
 from helpers.curation import curate
+from tests.notebook_code import save_merged
 
 SCORES = {"problems": 32, "problems_merged": 16, "stop_rate_base": 5 / 32, "stop_rate_merged": 0.25}
 
@@ -18,7 +19,7 @@ SCORES = {"problems": 32, "problems_merged": 16, "stop_rate_base": 5 / 32, "stop
 @pytest.fixture
 def merged(tiny_config, tokenizer):
     base = models.load_model(tiny_config, quantized=False)
-    merging.save_merged(base, tokenizer, tiny_config)
+    save_merged(base, tokenizer, tiny_config)
     tiny_config.record("04", {"eval_loss_before": 2.5, "eval_loss_after": 1.5})
     return tiny_config
 

@@ -13,12 +13,14 @@ import nbformat
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tokenizers import normalizers
 from transformers import TrainerControl, TrainerState
 
 from helpers import (
     checkpoints,
     fast_path,
+    integrity,
     memory,
     merging,
     models,
@@ -27,8 +29,9 @@ from helpers import (
     training,
 )
 from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
+from tests.conftest import fill_adapters, relative_error
 from tests.faults.train_tiny import write_dataset
-from tests.notebook_code import definitions_from, notebook_path
+from tests.notebook_code import definitions_from, merge, notebook_path, save_merged
 
 
 @pytest.fixture
@@ -167,7 +170,7 @@ NOT_NAMED_BY = {
     *("validation_share", "near_duplicate_similarity", "min_answer_characters"),
     *("max_post_characters", "benchmarks", "activation_checkpointing", "kept_layers"),
     *("activation_offloading", "log_steps", "report_to", "fit_to_memory", "merge_into"),
-    *("comparison_rows", "article_prompt", "max_new_tokens", "generation_batch_size"),
+    *("gguf_types", "comparison_rows", "article_prompt", "max_new_tokens", "generation_batch_size"),
     *("evaluation_problems", "merged_problems", "samples_per_problem", "pass_at_k"),
     *("sampling_temperature", "humaneval_problems", "sandbox", "new_dataset_name"),
     *("new_dataset_name_complete", "new_model_name", "hf_hub_model_name", "output_dir"),
@@ -296,7 +299,7 @@ def test_merges_differ_from_the_trained_model_as_little_as_they_should(trained, 
     reference = merging.answer_logits(merging.load_tuned(config), tokenizer, rows)
     distance = {
         into: merging.kl_divergence(
-            reference, merging.answer_logits(merging.merge(config, into), tokenizer, rows)
+            reference, merging.answer_logits(merge(config, into), tokenizer, rows)
         )
         for into in merging.MERGES
     }
@@ -304,26 +307,89 @@ def test_merges_differ_from_the_trained_model_as_little_as_they_should(trained, 
     assert distance["dequantized"] < distance["16bit"]
 
 
-def test_merging_by_hand_is_pefts_merge(trained, config):
-    from safetensors.torch import load_file
+def with_adapter(config, std=0.02, **settings):
+    """A random adapter with other settings than the Config's; the base's weights by layer."""
+    settings = {"r": 8, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"], **settings}
+    base = models.load_model(config, quantized=False)
+    weights = {name: p.detach().clone().float() for name, p in base.named_parameters()}
+    tuned = get_peft_model(base, LoraConfig(**settings))
+    fill_adapters(tuned, std)
+    tuned.save_pretrained(config.adapter_dir)
+    return weights
 
+
+@pytest.mark.filterwarnings("ignore::helpers.integrity.ArtefactWarning")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 40}},
+        {"layers_to_transform": [1], "target_modules": ["v_proj"]},
+    ],
+)
+def test_an_update_is_what_the_adapter_says_and_not_the_config(tiny_config, settings):
+    before = with_adapter(tiny_config, **settings)
+    assert tiny_config.lora_alpha == 16 and tiny_config.lora_r == 64
+    adapter, merged = merging.Adapter(tiny_config.adapter_dir), merge(tiny_config, "16bit")
+    for name, weight in merged.named_parameters():
+        layer, change = name.removesuffix(".weight"), weight - before[name]
+        if layer in adapter.pairs:
+            # The rest is what 16 bits round: a three-hundredth of the weight, not of the update.
+            assert relative_error(change, adapter.update(layer)) < 0.3, name
+        else:
+            assert not change.any(), name
+    assert adapter.pairs.keys() == {f"model.{kind}" for kind in _adapted(tiny_config, settings)}
+
+
+def _adapted(config, settings):
+    layers = settings.get("layers_to_transform", [0, 1])
+    targets = settings.get("target_modules", ["q_proj", "down_proj"])
+    places = {"q_proj": "self_attn", "v_proj": "self_attn", "down_proj": "mlp"}
+    return {f"layers.{layer}.{places[name]}.{name}" for layer in layers for name in targets}
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+    ],
+)
+def test_an_adapter_that_adds_something_else_is_refused_by_name(tiny_config, settings, name):
+    with_adapter(tiny_config, **settings)
+    with pytest.raises(integrity.ArtefactError, match=f"holds .*{name}.*, which is no A or B"):
+        merging.Adapter(tiny_config.adapter_dir)
+
+
+@pytest.mark.filterwarnings("ignore::helpers.integrity.ArtefactWarning")
+@pytest.mark.parametrize("std", [0.02, 0.002])  # 0.002: as small, next to the weights, as in `demo`
+def test_merging_by_hand_is_pefts_merge_and_an_unmerged_matrix_is_not(tiny_config, std):
+    with_adapter(tiny_config, std, lora_alpha=8)
+    trained, lesson = merging.Adapter(tiny_config.adapter_dir), definitions_from("05")
     layer = "model.layers.0.self_attn.q_proj"
-    weights = load_file(config.adapter_dir / "adapter_model.safetensors")
-    A = weights[f"base_model.model.{layer}.lora_A.weight"]
-    B = weights[f"base_model.model.{layer}.lora_B.weight"]
-    W = models.load_model(config, quantized=False).get_submodule(layer).weight.detach()
-    by_hand = definitions_from("05")["merge_by_hand"](W, A, B, config.lora_alpha, config.lora_r)
-    by_peft = merging.merge(config, "16bit").get_submodule(layer).weight
-    assert not torch.equal(by_peft, W), "the update must be there to be compared"
-    torch.testing.assert_close(by_hand, by_peft.float(), rtol=8e-3, atol=1e-3)
+    lesson |= trained.pairs[layer] | {"scale": trained.scale(layer)}
+    lesson["numbers"] = torch.finfo(torch.bfloat16)
+    lesson["update"] = trained.update(layer)
+    in_4_bits = merging.weight_of(models.load_model(tiny_config), layer)
+    W = merging.weight_of(models.load_model(tiny_config, quantized=False), layer)
+    for into, start in (("16bit", W), ("dequantized", in_4_bits)):
+        merged = merging.weight_of(merge(tiny_config, into), layer)
+        as_by_hand, missing = lesson["compare"](merged, start).values()
+        assert as_by_hand == 1 and missing < 0.9
+        as_by_hand, missing = lesson["compare"](start, start).values()
+        assert as_by_hand < 0.9 and missing == pytest.approx(1)
+    packed_anew = merging.weight_of(merge(tiny_config, "4bit"), layer)
+    assert lesson["compare"](packed_anew, in_4_bits)["entries as by hand"] < 0.9
 
 
 def test_a_merged_model_is_saved_beside_the_adapter_and_comes_back_equal(
     trained, config, tokenizer
 ):
     rows = training.load_dataset(config)["validation"]
-    merged = merging.merge(config, "16bit")
-    folder = merging.save_merged(merged, tokenizer, config)
+    merged = merge(config, "16bit")
+    folder = save_merged(merged, tokenizer, config)
     template = (folder / "chat_template.jinja").read_text("utf-8")
     assert template == prompts.chat_template(SYSTEM_MESSAGE)
     assert folder == config.merged_dir and (config.adapter_dir / "adapter_config.json").exists()
@@ -336,37 +402,55 @@ def test_a_merged_model_is_saved_beside_the_adapter_and_comes_back_equal(
         assert torch.equal(saved, loaded)
 
 
-@pytest.mark.parametrize("into", ["16bit", "dequantized"])
-def test_merging_by_parts_gives_the_same_model(trained, config, tokenizer, into):
-    in_memory = merging.merge(config, into).state_dict()
-    folder = merging.merge_by_parts(config, into, tokenizer, part_bytes=100_000)
-    assert len(list(folder.glob("*.safetensors"))) > 2
-    by_parts = models.load_model(config, quantized=False, source=folder).state_dict()
-    assert by_parts.keys() == in_memory.keys()
-    for name, weight in in_memory.items():
-        assert torch.equal(by_parts[name], weight), name
-
-
-def test_merging_by_parts_needs_a_16_bit_target(trained, config, tokenizer):
-    with pytest.raises(ValueError, match="'4bit' by parts: choose 16bit or dequantized"):
-        merging.merge_by_parts(config, "4bit", tokenizer)
+@pytest.mark.parametrize("double", [True, False])
+def test_the_dequantized_base_is_the_4_bit_model_unpacked(config, double):
+    with_adapter(config)
+    config = dataclasses.replace(config, use_nested_quant=double)
+    ours, theirs = merging.load_base(config, "dequantized"), models.load_model(config).dequantize()
+    theirs = theirs.state_dict()
+    assert ours.state_dict().keys() == theirs.keys()
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, theirs[name].to(weight.dtype)), name
 
 
 def test_a_model_that_does_not_fit_the_gpu_is_merged_on_the_cpu(trained, config, monkeypatch):
     on_gpu = dataclasses.replace(config, device_map={"": 0})
-    needed = merging.bytes_needed(on_gpu, "16bit")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed - 1, needed))
-    assert merging.merge(on_gpu, "16bit").device.type == "cpu"
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed, needed))
+    needed = merging.bytes_needed(on_gpu) + merging.WORK_BYTES
+    free = dict(driver=needed, torch=needed + 10, taken=10)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["driver"], 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: free["taken"])
+    monkeypatch.setattr(memory, "torch_bytes", lambda device: free["torch"])
+    for name, value in (("driver", needed - 1), ("torch", needed + 9)):  # the latter: under a cap
+        with monkeypatch.context() as patch:
+            patch.setitem(free, name, value)
+            assert merging.load_base(on_gpu, "16bit").device.type == "cpu"
     with pytest.raises(models.ModelUnavailable, match="torch sees no GPU"):
-        merging.merge(on_gpu, "16bit")
+        merging.load_base(on_gpu, "16bit")
+
+
+def test_layers_that_travel_answer_and_are_saved_as_those_that_stay(
+    trained, config, tokenizer, monkeypatch
+):
+    """What a GPU without room does; here the layers travel from the CPU to itself."""
+    rows = training.load_dataset(config)["validation"]
+    stays = merge(config, "16bit")
+    expected = merging.answer_logits(stays, tokenizer, rows)
+    layer = "model.layers.0.self_attn.q_proj"
+    travels = merging.cpu_offload(merge(config, "16bit"), torch.device("cpu"))
+    assert {p.device.type for p in travels.parameters()} == {"meta"}
+    for ours, theirs in zip(merging.answer_logits(travels, tokenizer, rows), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(merging.weight_of(travels, layer), merging.weight_of(stays, layer))
+    travelled = load_file(save_merged(travels, tokenizer, config) / "model.safetensors")
+    stayed = load_file(save_merged(stays, tokenizer, config) / "model.safetensors")
+    assert travelled.keys() == stayed.keys()
+    assert all(torch.equal(travelled[name], stayed[name]) for name in stayed)
 
 
 def test_the_memory_of_a_merge_is_that_of_its_weights_and_the_adapter(trained, config):
-    weights = merging.merge(config, "16bit").get_memory_footprint(return_buffers=False)
+    weights = merge(config, "16bit").get_memory_footprint(return_buffers=False)
     adapter = (config.adapter_dir / "adapter_model.safetensors").stat().st_size
-    assert merging.bytes_needed(config, "16bit") == weights + adapter
-    assert merging.bytes_needed(config, "dequantized") > weights * 1.25 + adapter
+    assert merging.bytes_needed(config) == weights + adapter
 
 
 def test_the_general_text_is_prose_that_is_read_whole(config, tokenizer):
@@ -380,13 +464,13 @@ def test_the_general_text_is_prose_that_is_read_whole(config, tokenizer):
 
 def test_an_unknown_merge_is_named(config):
     with pytest.raises(ValueError, match="'8bit'.*16bit, dequantized, 4bit"):
-        merging.merge(config, "8bit")
+        merging.load_base(config, "8bit")
 
 
 def test_merging_needs_the_adapter(config):
     shutil.rmtree(config.adapter_dir, ignore_errors=True)
     with pytest.raises(FileNotFoundError, match="run notebook 04"):
-        merging.merge(config, "16bit")
+        merging.load_base(config, "16bit")
 
 
 def test_kl_divergence_is_that_of_known_distributions():
