@@ -53,7 +53,7 @@ def load(config: Config, which: str):
     folder = check_merged(config)
     if not in_4_bits:
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        config = merging.with_room(config, size)
+        config = merging.with_room(config, size + merging.WORK_BYTES)
     return models.load_model(config, quantized=in_4_bits, source=folder)
 
 
@@ -107,16 +107,32 @@ def answer_all(
     """
     torch.manual_seed(config.seed)
     options = _options(tokenizer, config, temperature)
-    by_length = sorted(range(len(rendered_prompts)), key=lambda i: len(rendered_prompts[i]))
+    encoded = [prompts.encode_prompt(tokenizer, text) for text in rendered_prompts]
+    by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    longest = max(map(len, encoded), default=0)
+    rows = rows_at_a_time(model, longest + config.max_new_tokens, config)
     answers, start = {}, time.perf_counter()
-    for first in range(0, len(by_length), config.generation_batch_size):
-        batch = by_length[first : first + config.generation_batch_size]
-        ids = {"input_ids": [prompts.encode_prompt(tokenizer, rendered_prompts[i]) for i in batch]}
+    for first in range(0, len(by_length), rows):
+        batch = by_length[first : first + rows]
+        ids = {"input_ids": [encoded[i] for i in batch]}
         inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt")
         output = model.generate(**inputs.to(model.device), **options)
         for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             answers[i] = _answer(rendered_prompts[i], ids, tokenizer)
     return [answers[i] for i in range(len(rendered_prompts))], time.perf_counter() - start
+
+
+def rows_at_a_time(model, tokens: int, config: Config) -> int:
+    """How many requests are answered together: GENERATION_BATCH_SIZE, or what the GPU has room for.
+
+    Each keeps keys and values of up to `tokens` tokens, and half as much again goes to copies: a
+    step writes them anew, one token longer.
+    """
+    if model.device.type != "cuda":
+        return config.generation_batch_size
+    each = 1.5 * memory.cache_bytes(model.config, tokens, model.dtype.itemsize)
+    room = memory.free_bytes(model.device) - merging.WORK_BYTES
+    return max(1, min(config.generation_batch_size, int(room / each)))
 
 
 def stream(model, tokenizer, rendered_prompt: str, config: Config):

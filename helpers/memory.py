@@ -666,6 +666,20 @@ def torch_bytes(device: str) -> int:
     return min(share, whole - CONTEXT_BYTES)
 
 
+def free_bytes(device: str | torch.device) -> int:
+    """What torch can still take of a GPU: what nobody has, within the share of this process."""
+    allocated = torch.cuda.memory_allocated(device)
+    unused = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated
+    return min(unused, torch_bytes(device) - allocated)
+
+
+def cache_bytes(model_config, tokens: int, width: int = 2) -> int:
+    """Keys and values that answering keeps of `tokens` tokens, at `width` bytes a number."""
+    heads = getattr(model_config, "num_key_value_heads", None) or model_config.num_attention_heads
+    each = 2 * heads * head_width(model_config) * width
+    return model_config.num_hidden_layers * each * tokens
+
+
 def plan(
     model_config,
     run: Run,

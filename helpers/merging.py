@@ -131,10 +131,7 @@ def place_of(config: Config, into: str) -> Config:
 
 def with_room(config: Config, needed: int) -> Config:
     """The Config, moved to the CPU when its GPU has less than `needed` bytes free for torch."""
-    if config.device == "cpu":
-        return config
-    left = memory.torch_bytes(config.device) - torch.cuda.memory_reserved(config.device)
-    if min(left, torch.cuda.mem_get_info(config.device)[0]) >= needed:
+    if config.device == "cpu" or memory.free_bytes(config.device) >= needed:
         return config
     return dataclasses.replace(config, device_map={"": "cpu"})
 

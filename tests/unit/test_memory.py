@@ -450,3 +450,25 @@ def test_the_view_follows_its_menus():
     assert " fits: " in sentence.value and "data:image/png" in before
     menus.children[0].value = "70B"
     assert " does not fit: " in sentence.value and image.value != before
+
+
+@pytest.mark.parametrize(
+    ("driver_free", "share", "free"),
+    [(30, 1.0, 32), (30, 0.2, 16 - 5), (1, 0.2, 3)],
+    ids=["what the driver has", "a share of the card", "others on the card"],
+)
+def test_what_is_free_is_what_nobody_has_within_the_own_share(
+    monkeypatch, driver_free, share, free
+):
+    """In GB, on a card of 80 of which this process has reserved 7 and uses 5."""
+    gigabyte = 10**9
+    found = {
+        "get_device_properties": SimpleNamespace(total_memory=80 * gigabyte),
+        "get_per_process_memory_fraction": share,
+        "memory_reserved": 7 * gigabyte,
+        "memory_allocated": 5 * gigabyte,
+        "mem_get_info": (driver_free * gigabyte, 80 * gigabyte),
+    }
+    for name, value in found.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert memory.free_bytes("cuda:1") == free * gigabyte
