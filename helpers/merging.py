@@ -236,7 +236,8 @@ def answer_loss(logits: list[torch.Tensor], tokenizer, rows) -> float:
     total = tokens = 0
     for row_logits, row in zip(logits, rows, strict=True):
         labels = torch.tensor(prompts.encode(tokenizer, row["prompt"], row["completion"])["labels"])
-        targets = labels[labels != prompts.IGNORED_LABEL]
+        # Nothing predicts a first token; where there is a BOS, that is never a label.
+        targets = labels[1:][labels[1:] != prompts.IGNORED_LABEL]
         total += torch.nn.functional.cross_entropy(row_logits, targets, reduction="sum").item()
         tokens += len(targets)
     return total / tokens

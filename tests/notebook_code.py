@@ -23,6 +23,12 @@ def notebook_source(path: Path) -> str:
     return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
 
 
+def cell_source(number: str, identifier: str) -> str:
+    """The code of one cell."""
+    cells = nbformat.read(notebook_path(number), as_version=4).cells
+    return next(cell.source for cell in cells if cell.id == identifier)
+
+
 def definitions_from(number: str) -> dict:
     """Every import, function and class of a notebook's code cells, by name; nothing else is run."""
     tree = ast.parse(notebook_source(notebook_path(number)))

