@@ -24,10 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
     except KeyboardInterrupt as stop:
+        if hasattr(stop, "number"):  # training, which has said it all
+            print(f"stopped: {stop}", file=sys.stderr)
+            return 128 + stop.number
         number = stop.args[0] if stop.args else signal.SIGINT
-        if isinstance(number, str):  # training, which has said it all
-            print(f"stopped: {number}", file=sys.stderr)
-            return 128 + signal.SIGINT
         print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         return 128 + number
     return 0
@@ -131,7 +131,8 @@ def _train(options) -> None:
     from helpers import training
 
     config = _config(options)
-    metrics = training.train(config)
+    with training.alone_there(config):  # from the start, not when the model has been loaded
+        metrics = training.train(config)
     print(f"validation loss {metrics['eval_loss_after']:.3f}, adapter in {config.adapter_dir}")
 
 

@@ -66,7 +66,7 @@ def whole_folder(final: Path, needed: int = 0) -> Iterator[Path]:
     it is known. Raises DiskFull, before or during the writing, and InUse.
     """
     draft, earlier = (final.with_name(f".{final.name}.{state}") for state in ("partial", "earlier"))
-    with alone(final.parent, final.name):
+    with writing_in(final.parent), alone(final.parent, final.name):
         if earlier.exists() and not final.exists():  # killed between the two renames below
             earlier.rename(final)
         for left_over in (draft, earlier):
@@ -145,7 +145,7 @@ def alone(folder: Path, what: str) -> Iterator[None]:
     The operating system drops the lock of a process that dies, whatever it dies of.
     """
     lock = filelock.FileLock(writable(folder) / f".{what}.lock")
-    owner = folder / f".{what}.lock.json"  # beside it: Windows lets nobody read a locked file
+    owner = _owner(folder, what)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
@@ -159,15 +159,43 @@ def alone(folder: Path, what: str) -> Iterator[None]:
         owner.write_text(json.dumps(record), encoding="utf-8")
         yield
     finally:
+        owner.unlink(missing_ok=True)
         lock.release()
 
 
-def _who(owner: Path) -> str:
+@contextlib.contextmanager
+def writing_in(folder: Path) -> Iterator[None]:
+    """Hold a whole folder while something is written in it, as the runner does. Raises InUse.
+
+    What the holder itself calls or starts is let in: a run's kernels, and what a training saves.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(alone(folder, "run"))
+        except InUse:
+            own = [os.getpid(), *(process.pid for process in psutil.Process().parents())]
+            if _record(_owner(folder, "run")).get("pid") not in own:
+                raise
+        yield
+
+
+def _owner(folder: Path, what: str) -> Path:
+    """Where it stands who holds a lock: beside it, for Windows lets nobody read a locked file."""
+    return folder / f".{what}.lock.json"
+
+
+def _record(owner: Path) -> dict:
+    """Who holds a lock, "pid" and "started"; nothing of one who just starts or just ends."""
     try:
-        record = json.loads(owner.read_text("utf-8"))
-    except (OSError, ValueError):  # it is just starting or just ending
-        return "another process"
-    return f"process {record['pid']}, which started at {record['started']}"
+        return json.loads(owner.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _who(owner: Path) -> str:
+    if record := _record(owner):
+        return f"process {record['pid']}, which started at {record['started']}"
+    return "another process"
 
 
 def public_name(name: str) -> str:

@@ -41,7 +41,14 @@ PLANNED = (
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A signal ended the run at a step's edge, with a checkpoint. The message says how to go on."""
+    """A signal ended the run at a step's edge, with a checkpoint. The message says how to go on.
+
+    `number` is the signal's.
+    """
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
 
 
 class SealCheckpoints(TrainerCallback):
@@ -79,17 +86,18 @@ class StopAtStepEdge(TrainerCallback):
             signal.signal(number, handler)
 
     def _note(self, number, frame):
-        self.received = signal.Signals(number).name
+        self.received = signal.Signals(number)
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_save = control.should_save or in_any(self.received is not None, args.device)
 
     def on_save(self, args, state, control, **kwargs):
         if in_any(self.received is not None, args.device):
-            who = self.received or "a signal to another process"
+            who = self.received.name if self.received else "a signal to another process"
             raise TrainingInterrupted(
                 f"{who} ended training after step {state.global_step}, and a checkpoint holds it: "
-                "run the same cell or command again to go on from there"
+                "run the same cell or command again to go on from there",
+                self.received or signal.SIGINT,
             )
 
 

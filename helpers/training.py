@@ -270,6 +270,15 @@ def say_once(text: str) -> None:
         print(text, flush=True)
 
 
+def alone_there(config: Config):
+    """Hold the run folder while `with` lasts; of several processes, the first one does it for all.
+
+    Raises InUse, while somebody else trains or writes there: two would mix their checkpoints.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    return artefacts.writing_in(config.run_dir) if first else contextlib.nullcontext()
+
+
 def load_dataset(config: Config, tokenizer=None) -> DatasetDict:
     """The train and validation rows that notebook 02 wrote, with only the columns that train.
 
@@ -597,7 +606,8 @@ def train_once(trainer: SFTTrainer) -> tuple[SFTTrainer, dict]:
     checkpoint = checkpoints.latest(folder)
     trainer.args.eval_on_start = checkpoint is None
     stoppable = callback_of(trainer, checkpoints.StopAtStepEdge)
-    with kernels(trainer), out_of_memory_advice(trainer), stoppable:
+    alone = alone_there(trainer.made_from[0])
+    with alone, kernels(trainer), out_of_memory_advice(trainer), stoppable:
         if checkpoint and checkpoints.is_finished(checkpoint):
             checkpoints.restore_finished(trainer, checkpoint)
         elif checkpoint:
@@ -727,7 +737,8 @@ def save_adapter(trainer: SFTTrainer, tokenizer, config: Config) -> Path:
     checkpoints.wait_for_all()  # another may still be reading its best checkpoint
     weights = whole_adapter(trainer.model)
     if trainer.is_world_process_zero():
-        _write_adapter(trainer, tokenizer, config, weights)
+        with artefacts.writing_in(config.run_dir):  # no checkpoint that goes is somebody else's
+            _write_adapter(trainer, tokenizer, config, weights)
     checkpoints.wait_for_all()
     return config.adapter_dir
 

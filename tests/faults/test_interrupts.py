@@ -13,6 +13,7 @@ import pytest
 from helpers import pipeline
 from helpers.config import PROJECT_DIR
 from tests.faults.staging import record_cell, run_notebooks, write_notebook
+from tests.faults.train_tiny import tiny_config, write_dataset
 
 COMMAND = """
 import signal
@@ -98,6 +99,26 @@ def test_a_killed_runner_leaves_no_kernel_behind(notebooks, tmp_path):
     runner.kill()
     runner.communicate()
     assert is_gone(kernel)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_by_the_command_line_ends_with_the_signals_code(
+    tmp_path, tiny_model_dir, number
+):
+    config = tiny_config(tmp_path / "run", tiny_model_dir)
+    write_dataset(config)
+    command = [sys.executable, "-m", "helpers", "train", "--profile", "smoke"]
+    command += ["--run-dir", str(config.run_dir), "-p", "MODEL_NAME", config.model_name]
+    command += ["-p", "USE_4BIT", "False", "-p", "MAX_STEPS", "10000"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    training = subprocess.Popen(command, cwd=PROJECT_DIR, **options)
+    while not training.stdout.readline().startswith("step    1/"):
+        assert training.poll() is None, training.stderr.read()
+    training.send_signal(number)
+    _, err = training.communicate(timeout=60)
+    assert training.returncode == 128 + number
+    assert err.splitlines()[-1].startswith(f"stopped: {number.name} ended training after step ")
+    assert list(config.checkpoints_dir.glob("*/checkpoint-*"))
 
 
 def test_a_dead_kernel_is_named_and_no_later_cell_looks_done(tmp_path):

@@ -7,12 +7,23 @@ import subprocess
 import sys
 import time
 
+import filelock
 import psutil
 import pytest
 
-from helpers import artefacts
+from helpers import artefacts, merging, models, training
+from helpers.__main__ import main
 from helpers.config import PROJECT_DIR
-from tests.faults.staging import left_over, record_cell, run_notebooks, write_notebook
+from helpers.curation import curate
+from tests.faults.staging import (
+    folder_hashes,
+    left_over,
+    record_cell,
+    run_notebooks,
+    write_notebook,
+)
+from tests.faults.test_training import start
+from tests.faults.train_tiny import build, tiny_config, write_dataset
 
 HOLD = """
 import sys, time
@@ -78,6 +89,86 @@ def test_two_writers_of_one_artefact(tmp_path):
             with artefacts.whole_folder(tmp_path / "dataset"):
                 pass
     assert (tmp_path / "dataset" / "rows").read_text("utf-8") == "first"
+
+
+# -- Outside of the runner: a notebook in JupyterLab, `python -m helpers train`.
+
+SAVE = """from pathlib import Path
+from helpers import artefacts
+with artefacts.whole_folder(Path(RUN_DIR) / "dataset") as draft:
+    (draft / "rows").write_text("from a kernel", encoding="utf-8")"""
+
+
+def curates(config):
+    curate(config)
+
+
+def trains(config):
+    training.fine_tune(build(config))
+
+
+def saves_an_adapter(config):
+    trainer = build(config)
+    training.save_adapter(trainer, trainer.processing_class, config)
+
+
+def merges(config):
+    model = models.load_model(config, quantized=False)
+    merging.save_merged(model, models.load_tokenizer(config.model_name), config)
+
+
+@pytest.mark.parametrize("writes", [curates, trains, saves_an_adapter, merges])
+def test_nobody_else_writes_where_a_run_goes_on(holder, tmp_path, tiny_model_dir, writes):
+    config = tiny_config(tmp_path / "run", tiny_model_dir)
+    write_dataset(config)
+    before = folder_hashes(tmp_path / "run", "[!.c]*")  # rows that were tokenized are a cache-*
+    with pytest.raises(artefacts.InUse, match=rf"run is being written by process {holder.pid},"):
+        writes(config)
+    assert folder_hashes(tmp_path / "run", "[!.c]*") == before
+    assert not list(config.checkpoints_dir.rglob("checkpoint-*"))
+
+
+def test_the_command_line_is_refused_before_it_loads_anything(
+    holder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("loaded a model"))
+    assert main(["train", "--profile", "smoke", "--run-dir", str(tmp_path / "run")]) == 1
+    assert f"is being written by process {holder.pid}," in capsys.readouterr().err
+
+
+def test_a_training_holds_the_folder_against_a_run_and_another_training(
+    notebooks, tmp_path, tiny_model_dir
+):
+    other = start(tmp_path / "run", tiny_model_dir, max_steps=10_000)
+    try:
+        while not other.stdout.readline().startswith("step    1/"):
+            assert other.poll() is None
+        message = rf"run is being written by process {other.pid},"
+        with pytest.raises(artefacts.InUse, match=message):
+            run_notebooks(notebooks, tmp_path / "run")
+        with pytest.raises(artefacts.InUse, match=message):
+            trains(tiny_config(tmp_path / "run", tiny_model_dir))
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.communicate()
+    run_notebooks(notebooks, tmp_path / "run")
+
+
+def test_the_kernels_of_a_run_write_where_it_goes_on(tmp_path):
+    write_notebook(tmp_path / "notebooks", "02_two.ipynb", SAVE)
+    config = run_notebooks(tmp_path / "notebooks", tmp_path / "run")
+    assert (config.dataset_dir / "rows").read_text("utf-8") == "from a kernel"
+
+
+def test_who_held_a_folder_before_is_not_let_in(tmp_path):
+    """The next holder may not have written its name yet; then the last one's must not stand."""
+    with artefacts.writing_in(tmp_path):
+        pass
+    lock = filelock.FileLock(tmp_path / ".run.lock")
+    with lock, pytest.raises(artefacts.InUse, match="being written by another process"):
+        with artefacts.writing_in(tmp_path):
+            pass
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
