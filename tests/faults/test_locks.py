@@ -11,7 +11,7 @@ import filelock
 import psutil
 import pytest
 
-from helpers import artefacts, merging, models, training
+from helpers import artefacts, models, training
 from helpers.__main__ import main
 from helpers.config import PROJECT_DIR
 from helpers.curation import curate
@@ -24,6 +24,7 @@ from tests.faults.staging import (
 )
 from tests.faults.test_training import start
 from tests.faults.train_tiny import build, tiny_config, write_dataset
+from tests.notebook_code import save_merged
 
 HOLD = """
 import sys, time
@@ -114,7 +115,7 @@ def saves_an_adapter(config):
 
 def merges(config):
     model = models.load_model(config, quantized=False)
-    merging.save_merged(model, models.load_tokenizer(config.model_name), config)
+    save_merged(model, models.load_tokenizer(config.model_name), config)
 
 
 @pytest.mark.parametrize("writes", [curates, trains, saves_an_adapter, merges])

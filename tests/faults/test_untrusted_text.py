@@ -102,7 +102,9 @@ def test_nothing_is_lost_by_making_it_visible():
 @pytest.mark.parametrize("name", ["terminal", "direction", "null", "half"])
 def test_an_answer_sends_nothing_to_the_terminal_but_text(monkeypatch, capsys, name):
     monkeypatch.setattr(inference, "ask", lambda *arguments: iter(HOSTILE[name]))
-    command_line._ask(SimpleNamespace(profile="smoke", model="tuned", question="q"))
+    command_line._ask(
+        SimpleNamespace(profile="smoke", run_dir=None, p=[], model="tuned", question="q")
+    )
     assert capsys.readouterr().out == visible(HOSTILE[name]) + "\n"
 
 
