@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "train", _train, "notebook 04 alone, also under accelerate launch")
 
     compare = _command(commands, "compare-recipes", _compare_recipes, "train by each recipe")
-    compare.add_argument("--max-steps", type=int, help="steps of each training (else epochs)")
+    compare.add_argument("--max-steps", type=int, help="of each training (default: the profile's)")
     compare.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     compare.add_argument("--output", type=Path, help="default: benchmarks/results/recipes.json")
 
