@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from transformers import AutoTokenizer
 
 from helpers import artefacts, curation, prompts, sources
 from helpers.config import SYSTEM_MESSAGE, Config
@@ -28,6 +27,7 @@ from helpers.curation import LeakFinder, Workers, choose_validation, curate, row
 from helpers.hub import NotLoggedIn
 from helpers.similarity import RarestIndex, jaccard, similar_pairs, sketch, word_pairs, words_of
 from helpers.sources import SAMPLE_DIR, DataError, question_hash
+from tests.faults.staging import left_over
 
 PLANTED = [
     json.loads(line) for line in (SAMPLE_DIR / "planted.jsonl").read_text("utf-8").splitlines()
@@ -170,10 +170,8 @@ def test_the_card_holds_the_numbers_and_no_path(config, report):
 
 
 def test_nothing_is_left_beside_the_dataset(config, report):
-    hidden = {
-        path.name for path in config.run_dir.iterdir() if path.name.startswith(".dataset.lock")
-    }
-    assert {path.name for path in config.run_dir.iterdir()} - hidden == {"dataset"}
+    assert {path.name for path in config.run_dir.glob("[!.]*")} == {"dataset"}
+    assert left_over(config.run_dir) == []
 
 
 # -- The split.
@@ -627,7 +625,7 @@ def test_no_row_survives(tmp_path):
     config = Config.from_profile("demo", max_length=16, run_dir=tmp_path)
     with pytest.raises(DataError, match=r"removed: too_many_tokens 491, .*\): raise MAX_LENGTH; "):
         curate(config)
-    assert {path.name for path in tmp_path.iterdir()} == {".dataset.lock", ".dataset.lock.json"}
+    assert not list(tmp_path.glob("[!.]*")) and left_over(tmp_path) == []
 
 
 def test_each_rule_has_its_advice():
@@ -644,14 +642,26 @@ def test_each_rule_has_its_advice():
         assert "\n" not in message and len(message) < 300
 
 
-def test_a_tokenizer_that_writes_no_bos_is_named(tmp_path, tokenizer):
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    tokenizer.add_bos_token = False
-    tokenizer.save_pretrained(tmp_path / "no-bos")
-    shutil.copy(f"{tokenizer.name_or_path}/config.json", tmp_path / "no-bos")
-    config = Config.from_profile("demo", model_name=str(tmp_path / "no-bos"), run_dir=tmp_path)
+def test_a_tokenizer_that_writes_bos_twice_is_named(tmp_path, tokenizer):
+    folder = tmp_path / "two-bos"
+    shutil.copytree(tokenizer.name_or_path, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    bos = {"SpecialToken": {"id": tokenizer.bos_token, "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    ids = {"id": tokenizer.bos_token, "ids": [tokenizer.bos_token_id]}
+    described["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, bos, text],
+        "pair": [bos, bos, text],
+        "special_tokens": {tokenizer.bos_token: {**ids, "tokens": [tokenizer.bos_token]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    config = Config.from_profile("demo", model_name=str(folder), run_dir=tmp_path)
     words = (
-        r"removed: not_verified 491, .*\): .*MODEL_NAME .*: 0 BOS tokens, there must be exactly one"
+        r"removed: not_verified 491, .*\): .*MODEL_NAME .*: 2 BOS tokens, there must be exactly one"
     )
     with pytest.raises(DataError, match=words):
         curate(config)
