@@ -1,6 +1,7 @@
 """What several test files need: a tiny Llama, and no way to the network."""
 
 import contextlib
+import json
 import os
 
 # Nothing in the tests may reach for the network; a library that tries fails at once.
@@ -75,6 +76,25 @@ def fill_adapters(model, std: float = 0.02) -> None:
 def relative_error(ours, theirs) -> float:
     """The norm of the difference, as a share of their norm."""
     return ((ours - theirs).float().norm() / theirs.float().norm()).item()
+
+
+def write_bos_twice(folder, tokenizer) -> None:
+    """Change the tokenizer's files in a model folder so that each text begins with two BOS."""
+    path = folder / "tokenizer.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    bos = {"SpecialToken": {"id": tokenizer.bos_token, "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    ids = {"id": tokenizer.bos_token, "ids": [tokenizer.bos_token_id]}
+    described["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, bos, text],
+        "pair": [bos, bos, text],
+        "special_tokens": {tokenizer.bos_token: {**ids, "tokens": [tokenizer.bos_token]}},
+    }
+    path.write_text(json.dumps(described), encoding="utf-8")
+    names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ A hundred kernels would spend ten seconds each on imports alone.
 import contextlib
 import io
 import json
+import sys
 
 import nbformat
 import pandas as pd
@@ -59,7 +60,9 @@ def walk(number: str, **parameters) -> dict:
 
 def _shell() -> InteractiveShell:
     """IPython that draws a figure when it is shown, as in a kernel, and writes no history."""
+    main = sys.modules["__main__"]  # which IPython replaces; what forks later needs this one
     shell = InteractiveShell.instance(config=Traits(HistoryManager={"enabled": False}))
+    sys.modules["__main__"] = main
     select_figure_formats(shell, {"png"})
     return shell
 

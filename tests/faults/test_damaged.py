@@ -23,6 +23,7 @@ from helpers import (
 )
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.integrity import ArtefactError, ArtefactWarning
+from tests.conftest import write_bos_twice
 from tests.faults.finished_run import contents, copy_run, make_run
 from tests.notebook_code import merge, save_merged
 
@@ -53,12 +54,13 @@ def cut_off(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
-def exchange_two_tokens(text):
-    """A tokenizer.json in which two words have each other's ids."""
-    tokenizer = json.loads(text)
-    vocabulary = tokenizer["model"]["vocab"]
+def exchange_two_tokens(folder, _=None):
+    """Two words get each other's ids in a folder's tokenizer.json."""
+    path = folder / "tokenizer.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = described["model"]["vocab"]
     vocabulary["Ġthe"], vocabulary["Ġand"] = vocabulary["Ġand"], vocabulary["Ġthe"]
-    return json.dumps(tokenizer)
+    path.write_text(json.dumps(described), encoding="utf-8")
 
 
 def refuses(config, act, words):
@@ -125,8 +127,7 @@ def test_a_base_that_was_moved_is_the_same_base(config, tmp_path):
 
 def test_an_adapter_of_another_tokenizer_is_refused(config, tmp_path):
     other = shutil.copytree(config.model_name, tmp_path / Path(config.model_name).name)
-    path = other / "tokenizer.json"
-    path.write_text(exchange_two_tokens(path.read_text("utf-8")), encoding="utf-8")
+    exchange_two_tokens(other)
     before, after = map(models.load_tokenizer, (config.model_name, str(other)))
     assert before("in the end")["input_ids"] != after("in the end")["input_ids"]
     config = dataclasses.replace(config, model_name=str(other))
@@ -276,27 +277,24 @@ def test_rows_in_another_template_are_refused(config, monkeypatch):
 
 
 def with_tokenizer(config, folder, change):
-    """The Config with a model of another tokenizer; `change` gets its description, as JSON."""
+    """The Config with a model of another tokenizer; `change` writes it into the model's folder."""
     shutil.copytree(config.model_name, folder)
-    path = folder / "tokenizer.json"
-    path.write_text(change(path.read_text("utf-8")), encoding="utf-8")
+    change(folder, models.load_tokenizer(config.model_name))
     return dataclasses.replace(config, model_name=str(folder))
 
 
-def without_merges(text):
+def without_merges(folder, _):
     """Each letter is a token of its own: the same rows are longer."""
-    described = json.loads(text)
-    return json.dumps({**described, "model": {**described["model"], "merges": []}})
-
-
-def without_bos(text):
-    return json.dumps({**json.loads(text), "post_processor": None})
+    path = folder / "tokenizer.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    described["model"]["merges"] = []
+    path.write_text(json.dumps(described), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (without_bos, "24 of 24 fail, the first for 0 BOS tokens, there must be exactly one"),
+        (write_bos_twice, "24 of 24 fail, the first for 2 BOS tokens, there must be exactly one"),
         (without_merges, r"24 of 24 fail, the first for \d+ tokens, MAX_LENGTH is 400"),
     ],
 )
@@ -311,7 +309,7 @@ def test_rows_that_verify_with_another_tokenizer_are_taken_with_a_sentence(confi
     other = with_tokenizer(config, tmp_path / "another-llama", exchange_two_tokens)
     with pytest.warns(ArtefactWarning, match="another-llama.* all 24 verify and fit as well"):
         assert load_dataset(other) == load_dataset(config)
-    same = with_tokenizer(config, tmp_path / "same", str)
+    same = with_tokenizer(config, tmp_path / "same", lambda *_: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ArtefactWarning)
         load_dataset(same)

@@ -27,6 +27,7 @@ from helpers.curation import LeakFinder, Workers, choose_validation, curate, row
 from helpers.hub import NotLoggedIn
 from helpers.similarity import RarestIndex, jaccard, similar_pairs, sketch, word_pairs, words_of
 from helpers.sources import SAMPLE_DIR, DataError, question_hash
+from tests.conftest import write_bos_twice
 from tests.faults.staging import left_over
 
 PLANTED = [
@@ -645,20 +646,7 @@ def test_each_rule_has_its_advice():
 def test_a_tokenizer_that_writes_bos_twice_is_named(tmp_path, tokenizer):
     folder = tmp_path / "two-bos"
     shutil.copytree(tokenizer.name_or_path, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    bos = {"SpecialToken": {"id": tokenizer.bos_token, "type_id": 0}}
-    text = {"Sequence": {"id": "A", "type_id": 0}}
-    ids = {"id": tokenizer.bos_token, "ids": [tokenizer.bos_token_id]}
-    described["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [bos, bos, text],
-        "pair": [bos, bos, text],
-        "special_tokens": {tokenizer.bos_token: {**ids, "tokens": [tokenizer.bos_token]}},
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
-    names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    write_bos_twice(folder, tokenizer)
     config = Config.from_profile("demo", model_name=str(folder), run_dir=tmp_path)
     words = (
         r"removed: not_verified 491, .*\): .*MODEL_NAME .*: 2 BOS tokens, there must be exactly one"
