@@ -15,7 +15,7 @@ help:     ## list the targets
 	@sed -n 's/^\([a-z_0-9-]*\): .*##/\1:/p' Makefile
 
 install:  ## .venv, pinned requirements, embedded model; a second call does nothing
-	@$(PYTHON) helpers/install.py
+	@$(PYTHON) setup/install.py
 
 for-tests: install  ## what the tests need beside: a Chromium, and on Linux bubblewrap
 	@$(VENV_PYTHON) setup/for_tests.py
@@ -74,7 +74,7 @@ test-browser: for-tests  ## open the lessons in JupyterLab and Chromium, and use
 	@$(VENV_PYTHON) -m pytest tests/browser
 
 colab: install  ## write badges and the clone address: make colab REPO=owner/name
-	@$(VENV_PYTHON) -m helpers.colab $(REPO)
+	@$(VENV_PYTHON) -m setup.colab $(REPO)
 
 picture:  ## take README's picture from the recorded notebook 06
-	@$(VENV_PYTHON) -m helpers.report
+	@$(VENV_PYTHON) -m helpers.runs.report

@@ -48,7 +48,7 @@ def write_checkpoint(folder: Path, size: str) -> None:
     import math
 
     from benchmarks.training import word_tokenizer
-    from helpers import memory
+    from helpers.model import memory
 
     shape = memory.llama2_config(size)
     shape.architectures = ["LlamaForCausalLM"]
@@ -79,8 +79,9 @@ def one(size: str, cap: float, length: int, way: str) -> dict:
     """Plan for a cap in GiB, train STEPS steps, compare bytes."""
     import torch
 
-    from helpers import memory, training
     from helpers.config import Config, ConfigError
+    from helpers.model import memory
+    from helpers.training import training
 
     whole = torch.cuda.get_device_properties(None).total_memory
     torch.cuda.set_per_process_memory_fraction(cap * memory.GIB / whole)
@@ -116,17 +117,18 @@ def train(config, size: str) -> dict:
     from datasets import Dataset
 
     from benchmarks.training import random_rows
-    from helpers import models, training
+    from helpers.model import loading
+    from helpers.training import training
 
     rows = random_rows(2 * STEPS * TOKENS_PER_STEP[size] // 300, config.max_length)
     data = Dataset.from_dict({"input_ids": rows, "labels": [[-100, *r[1:]] for r in rows]})
-    model = models.load_model(config)
+    model = loading.load_model(config)
     torch.cuda.empty_cache()
     found = {"weights_bytes": torch.cuda.memory_allocated()}
     found |= {"load_reserved_bytes": torch.cuda.max_memory_reserved()}
     torch.cuda.reset_peak_memory_stats()
     trainer = training.build_trainer(
-        config, model, models.load_tokenizer(config.model_name),
+        config, model, loading.load_tokenizer(config.model_name),
         {"train": data, "validation": data.select(range(8))},
     )  # fmt: skip
     with training.kernels(trainer):

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from trl import SFTTrainer
 
-from helpers import models, precision, report, training
 from helpers.config import Config
+from helpers.model import loading, precision
+from helpers.runs import report
+from helpers.training import training
 
 RESULT = Path(__file__).parent / "results" / "cpu_step.json"
 BATCHES = 6
@@ -23,7 +25,7 @@ BATCHES = 6
 def trl_trainer(config, tokenizer, dataset) -> SFTTrainer:
     """trl's trainer with the same settings; its adapter is given the format that ours has."""
     trainer = SFTTrainer(
-        model=models.load_model(config),
+        model=loading.load_model(config),
         args=training.sft_config(config),
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
@@ -44,8 +46,8 @@ def seconds_of(trainer, batch) -> float:
 
 def main(run_dir: str) -> None:
     config = Config.from_profile("demo", run_dir=run_dir)
-    tokenizer, dataset = models.load_tokenizer(config.model_name), training.load_dataset(config)
-    ours = training.build_trainer(config, models.load_model(config), tokenizer, dataset)
+    tokenizer, dataset = loading.load_tokenizer(config.model_name), training.load_dataset(config)
+    ours = training.build_trainer(config, loading.load_model(config), tokenizer, dataset)
     ways = {"trl": trl_trainer(config, tokenizer, dataset), "ours": ours}
     batches = list(itertools.islice(ours.get_train_dataloader(), BATCHES))
     speeds = {way: [] for way in ways}

@@ -241,7 +241,7 @@ def our_way(folder: Path, run_dir: Path, workers: int, tokens: bool) -> dict:
     from functools import partial
 
     from helpers.config import Config
-    from helpers.curation import Workers, curate, prepare_worker, select_pairs
+    from helpers.data.curation import Workers, curate, prepare_worker, select_pairs
 
     config = Config.from_profile("demo", data_source=str(folder), run_dir=run_dir, max_length=1024)
     if tokens:

@@ -28,7 +28,9 @@ import pandas as pd
 import torch
 from transformers import pipeline
 
-from helpers import inference, models, prompts
+from helpers.answers import inference
+from helpers.model import loading
+from helpers import prompts
 from helpers.config import Config
 
 RESULTS = Path(__file__).resolve().parent / "results" / "generation.json"
@@ -64,7 +66,7 @@ def gap_in_steps(model, tokenizer, prompt: str, first: str, second: str) -> floa
 
 def compare(config: Config, which: str, texts: list[str]) -> dict:
     """Both ways with one model: tokens per second, equal answers, and how close the others were."""
-    tokenizer = models.load_tokenizer(config.model_name)
+    tokenizer = loading.load_tokenizer(config.model_name)
     model = inference.load(config, which)
     inference.answer_all(model, tokenizer, texts[:1], dataclasses.replace(config, max_new_tokens=4))
     singles, single_seconds = one_by_one(model, tokenizer, texts, config)
@@ -108,7 +110,8 @@ def on_gpu(folder: Path, prompts_asked: int, tokens: int, turns: int) -> dict:
     from peft import get_peft_model
 
     from benchmarks.training import circumstances, random_rows
-    from helpers import memory, training
+    from helpers.model import memory
+    from helpers.training import training
 
     config = Config.from_profile(
         "llama2_7b",
@@ -116,12 +119,12 @@ def on_gpu(folder: Path, prompts_asked: int, tokens: int, turns: int) -> dict:
         generation_batch_size=prompts_asked,
         max_new_tokens=tokens,
     )
-    tokenizer = models.load_tokenizer(str(folder))
+    tokenizer = loading.load_tokenizer(str(folder))
     texts = [" ".join(f"w{word}" for word in row) for row in random_rows(prompts_asked, 512)]
     runs = []
     for form in turns * ("4-bit base", "4-bit base and adapter", "merged, 16 bits"):
         torch.cuda.reset_peak_memory_stats()
-        model = models.load_model(config, quantized=form != "merged, 16 bits")
+        model = loading.load_model(config, quantized=form != "merged, 16 bits")
         if "adapter" in form:
             model = get_peft_model(
                 model, training.lora_config(config), autocast_adapter_dtype=False
@@ -155,8 +158,8 @@ def main() -> None:
             json.dumps(facts, indent=1) + "\n", encoding="utf-8"
         )
         return
-    from helpers import evaluation
-    from helpers.pipeline import environment
+    from helpers.answers import evaluation
+    from helpers.runs.runner import environment
 
     config = Config.from_profile(
         "demo", evaluation_problems=options.prompts, max_new_tokens=options.tokens

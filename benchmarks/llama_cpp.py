@@ -19,9 +19,12 @@ import helpers  # noqa: F401, I001  before torch, since it says how torch's thre
 
 import torch
 
-from helpers import evaluation, inference, models, prompts, training
+from helpers.answers import evaluation, inference
+from helpers.model import loading
+from helpers import prompts
+from helpers.training import training
 from helpers.config import Config
-from helpers.pipeline import environment
+from helpers.runs.runner import environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "llama_cpp.json"
 
@@ -52,8 +55,8 @@ def same_beginning(server: str, model, tokenizer, text: str, length: int) -> int
 
 def check(config: Config, name: str, server: str, length: int) -> dict:
     """Tokens of the validation rows, the chat template, and the beginnings of greedy answers."""
-    tokenizer = models.load_tokenizer(config.model_name)
-    model = models.load_gguf(config.gguf_dir / f"model.{name}.gguf", torch.float32)
+    tokenizer = loading.load_tokenizer(config.model_name)
+    model = loading.load_gguf(config.gguf_dir / f"model.{name}.gguf", torch.float32)
     texts = [r["prompt"] + r["completion"] for r in training.load_dataset(config)["validation"]]
     options = {"add_special": True, "parse_special": True}
     tokens = [post(f"{server}/tokenize", content=text, **options)["tokens"] for text in texts]

@@ -28,7 +28,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from helpers.report import environment
+from helpers.runs.report import environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "series.json"
 NUMBERS = ("01", "02", "03", "04", "05", "06")
@@ -64,7 +64,7 @@ def write_model(folder: Path, size: str) -> Path:
 
 def shape_of(size: str):
     """The LlamaConfig of "7B", "13B" or "TinyLlama"."""
-    from helpers import memory
+    from helpers.model import memory
 
     if size != "TinyLlama":
         return memory.llama2_config(size)
@@ -81,7 +81,7 @@ def sample_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from helpers.sources import SAMPLE_DIR
+    from helpers.data.sources import SAMPLE_DIR
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -215,14 +215,14 @@ def shown_metrics(run_dir: Path, number: str) -> dict[str, float]:
 
 def add_to_results(row: dict) -> None:
     """Put a row into the file of results, in place of an older one of the same walk."""
-    from helpers import artefacts
+    from helpers.runs import folders
 
     names = ("profile", "model", "cap_gib", "notebook")
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
     rows = [old for old in rows if any(old[name] != row[name] for name in names)]
     what = "All six notebooks on a GPU, a kernel each; random weights, so losses say nothing"
     found = {"what": what, "rows": [*rows, {**row, **environment()}]}
-    artefacts.write_text(RESULTS, json.dumps(found, indent=1) + "\n")
+    folders.write_text(RESULTS, json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:

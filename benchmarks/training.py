@@ -41,7 +41,7 @@ def make(folder: Path, shape: str) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
-    from helpers import memory
+    from helpers.model import memory
 
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
@@ -159,7 +159,8 @@ def by_part(kernels: list) -> dict[str, float]:
 
 def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
     """This project's own trainer, as notebook 04 builds it."""
-    from helpers import models, training  # isort: skip  (says how memory grows, before it is asked)
+    from helpers.model import loading
+    from helpers.training import training  # isort: skip  (says how memory grows, before it is asked)
     from datasets import Dataset
     from transformers import TrainerCallback
 
@@ -185,8 +186,8 @@ def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
         # The first token of a row is given, all others are graded.
         labels = [[-100, *row[1:]] for row in rows]
         data = Dataset.from_dict({"input_ids": rows, "labels": labels})
-        tokenizer = models.load_tokenizer(str(folder))
-        model = models.load_model(config)
+        tokenizer = loading.load_tokenizer(str(folder))
+        model = loading.load_model(config)
         splits = {"train": data, "validation": data.select(range(8))}
         trainer = training.build_trainer(config, model, tokenizer, splits)
         clock = Clock(options.steps)

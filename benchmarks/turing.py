@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import TrainerCallback
 
-from helpers import models, training
 from helpers.config import Config
-from helpers.report import environment
+from helpers.model import loading
+from helpers.runs.report import environment
+from helpers.training import training
 
 RESULTS = Path(__file__).resolve().parent / "results" / "turing.json"
 HALF = {"fp16": True, "bf16": False, "bnb_4bit_compute_dtype": "float16"}
@@ -64,9 +65,9 @@ def types_of(trainer) -> dict[str, str]:
 
 
 def train(config: Config) -> dict:
-    tokenizer = models.load_tokenizer(config.model_name)
+    tokenizer = loading.load_tokenizer(config.model_name)
     dataset = training.load_dataset(config)
-    trainer = training.build_trainer(config, models.load_model(config), tokenizer, dataset)
+    trainer = training.build_trainer(config, loading.load_model(config), tokenizer, dataset)
     watch = Watch(trainer)
     trainer.add_callback(watch)
     trainer, metrics = training.fine_tune(trainer)

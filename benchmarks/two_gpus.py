@@ -3,7 +3,7 @@
     python benchmarks/two_gpus.py FOLDER          every case of CASES, to results/two_gpus.json
     python benchmarks/two_gpus.py FOLDER NAME...  these, added to it
 
-A case is `helpers.training.train`, what `python -m helpers train` calls, started through accelerate
+A case is `training.train`, what `python -m helpers train` calls, started through accelerate
 with the committed files of accelerate/. Every case of a model sees the same rows in each step: one
 GPU takes half of them at a time. The 7B model has random weights, for losses are compared; the 70B
 model's are zeros from a file that is one hole. A cap is
@@ -58,7 +58,7 @@ def write_rows(run_dir: Path, longest: int) -> None:
     from datasets import Dataset, DatasetDict
 
     from benchmarks.training import row_lengths
-    from helpers import integrity
+    from helpers.runs import integrity
 
     chance = random.Random(0)
     few = chance.sample(range(3, 32000), 200)
@@ -95,7 +95,9 @@ def work(model: Path, run_dir: Path, cap: float, forced: bool, settings: dict) -
     """
     import torch
 
-    from helpers import integrity, memory, training
+    from helpers.model import memory
+    from helpers.runs import integrity
+    from helpers.training import training
 
     rank = int(os.environ.get("LOCAL_RANK", 0))
     torch.cuda.set_device(rank)
@@ -125,7 +127,7 @@ def work(model: Path, run_dir: Path, cap: float, forced: bool, settings: dict) -
 
 def speed(log: dict) -> float:
     """Tokens of all GPUs a second in the later half of the steps."""
-    from helpers import training
+    from helpers.training import training
 
     return round(training.tokens_per_second(log["steps"][len(log["steps"]) // 2 :]))
 
@@ -134,11 +136,11 @@ def planned_bytes(model: Path, run_dir: Path, shards: int, settings: dict) -> in
     """What the planner says of a process off the fast path, before anything is loaded."""
     import dataclasses
 
-    from helpers import memory, models
+    from helpers.model import loading, memory
 
     run = memory.Run.from_config(make_config(model, run_dir, settings))
     return memory.estimate(
-        models.load_shape(str(model)), dataclasses.replace(run, shards=shards)
+        loading.load_shape(str(model)), dataclasses.replace(run, shards=shards)
     ).total
 
 
@@ -147,10 +149,11 @@ def losses_of_merge(model: Path, run_dir: Path, settings: dict) -> dict[str, flo
     import torch
     from datasets import load_from_disk
 
-    from helpers import merging, models
+    from helpers.merging import merging
+    from helpers.model import loading
 
     config = make_config(model, run_dir, settings)
-    tokenizer = models.load_tokenizer(config.model_name)
+    tokenizer = loading.load_tokenizer(config.model_name)
     row = load_from_disk(str(config.dataset_dir))["validation"][0]
     ids = torch.tensor([tokenizer(row["prompt"] + row["completion"])["input_ids"]], device="cuda")
 

@@ -1,8 +1,7 @@
 """The small package that the six notebooks share.
 
-Read it in the order in which a run uses it:
-config -> curation -> prompts -> models -> memory -> training -> merging -> export -> inference ->
-evaluation.
+A folder for each lesson: data (02), model (03), training (04), merging (05), answers (06). config
+holds the settings and prompts the template; view draws, runs keeps the folders and runs notebooks.
 
 Importing it imports nothing. It does say, before the libraries are loaded, that their progress
 bars and notices stay out of a notebook's output, and how their threads wait. A variable that you

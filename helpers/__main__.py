@@ -93,10 +93,10 @@ def _config(options) -> Config:
 
 
 def _run(options) -> None:
-    from helpers import pipeline, report
+    from helpers.runs import report, runner
 
     parameters = _parameters(options)
-    config = pipeline.run(
+    config = runner.run(
         options.profile, None, options.only, options.first, parameters, options.timeout
     )
     for lesson, label, value in report.headline_rows(config):
@@ -105,7 +105,7 @@ def _run(options) -> None:
 
 
 def _verify(options) -> None:
-    from helpers import manifest
+    from helpers.runs import manifest
 
     print(f"{manifest.verify(Path(options.run_dir))} files as the manifest records them")
 
@@ -119,8 +119,8 @@ def _value(text: str):
 
 
 def _ask(options) -> None:
-    from helpers import inference
-    from helpers.untrusted import visible
+    from helpers.answers import inference
+    from helpers.view.safe_text import visible
 
     for piece in inference.ask(_config(options), options.model, options.question):
         print(visible(piece), end="", flush=True)
@@ -128,7 +128,7 @@ def _ask(options) -> None:
 
 
 def _train(options) -> None:
-    from helpers import training
+    from helpers.training import training
 
     config = _config(options)
     with training.alone_there(config):  # from the start, not when the model has been loaded
@@ -137,7 +137,7 @@ def _train(options) -> None:
 
 
 def _compare_recipes(options) -> None:
-    from helpers import recipes
+    from helpers.training import recipes
 
     steps = {} if options.max_steps is None else {"MAX_STEPS": options.max_steps}
     parameters = {**steps, **_parameters(options)}
@@ -148,32 +148,32 @@ def _compare_recipes(options) -> None:
 
 
 def _record(options) -> None:
-    from helpers import pipeline
+    from helpers.runs import runner
 
-    pipeline.record(_config(options))
+    runner.record(_config(options))
 
 
 def _fetch_model(options) -> None:
-    from helpers import models
+    from helpers.model import loading
 
-    models.fetch_embedded_model()
+    loading.fetch_embedded_model()
 
 
 def _export_gguf(options) -> None:
-    from helpers import export
+    from helpers.merging import export
 
     for path in sorted(export.export_gguf(_config(options)).iterdir()):
         print(path)
 
 
 def _push_dataset(options) -> None:
-    from helpers import curation
+    from helpers.data import curation
 
     curation.push_dataset(_config(options))
 
 
 def _push_model(options) -> None:
-    from helpers import merging
+    from helpers.merging import merging
 
     merging.push_model(_config(options))
 

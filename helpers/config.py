@@ -17,8 +17,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from helpers import artefacts
 from helpers.prompts import MARKERS
+from helpers.runs import folders
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 PROBLEMS_FILE = PROJECT_DIR / "data" / "problems.jsonl"
@@ -183,14 +183,14 @@ class Config:
     group_by_length: bool = True
     # Whole rows laid end to end, batch size times max_length tokens a batch, none seeing another.
     packing: bool = False
-    # On a GPU from Ampere on: fused kernels and one recorded graph a step (helpers/fast_path.py).
+    # On a GPU from Ampere on: fused kernels and one recorded graph a step (training/fast/).
     fast_path: bool = False
     # On the fast path: the last layers that keep their activations in spite of checkpointing. None:
     # these, checkpointing, offloading, and how many of a step's rows go at a time are planned to
     # the card.
     kept_layers: int | None = field(default=None, metadata=between(0, 1000))
     # On the fast path: every second layer of the others has its activations in the host's memory
-    # between forward and backward pass, and does not run twice (helpers/offloading.py).
+    # between forward and backward pass, and does not run twice (offloading.py).
     activation_offloading: bool = False
     max_length: int = field(default=512, metadata=between(16, 2**17))
     completion_only_loss: bool = False
@@ -367,8 +367,8 @@ class Config:
         }
         if bad:
             raise ConfigError(f"metrics of notebook {lesson} must be finite numbers: {bad}")
-        path = artefacts.writable(self.metrics_dir) / f"{lesson}.json"
-        return artefacts.write_text(path, json.dumps(metrics, indent=1) + "\n")
+        path = folders.writable(self.metrics_dir) / f"{lesson}.json"
+        return folders.write_text(path, json.dumps(metrics, indent=1) + "\n")
 
 
 def _build(problems: list[str], make) -> Config:

@@ -14,7 +14,7 @@ import torch
 from playwright.sync_api import sync_playwright
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from helpers import models
+from helpers.model import loading
 from helpers.config import PROJECT_DIR, Config
 from setup import for_tests
 
@@ -35,7 +35,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return models.load_tokenizer(models.EMBEDDED_NAME)
+    return loading.load_tokenizer(loading.EMBEDDED_NAME)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import nbformat
 
-from helpers import merging
+from helpers.merging import merging
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)

@@ -16,7 +16,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.pylabtools import select_figure_formats
 from traitlets.config import Config as Traits
 
-from helpers.sources import SAMPLE_DIR
+from helpers.data.sources import SAMPLE_DIR
 from tests.notebook_code import notebook_path
 
 # Sizes that make a walk short. None of them chooses a way through the code. (A packed batch has

@@ -4,9 +4,10 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from helpers import models, training
 from helpers.config import Config
-from helpers.curation import curate
+from helpers.data.curation import curate
+from helpers.model import loading
+from helpers.training import training
 
 
 def make_run(model_dir: Path, tokenizer, run_dir: Path, **changes) -> Config:
@@ -16,7 +17,7 @@ def make_run(model_dir: Path, tokenizer, run_dir: Path, **changes) -> Config:
     )
     curate(config)
     dataset = training.load_dataset(config)
-    trainer = training.build_trainer(config, models.load_model(config), tokenizer, dataset)
+    trainer = training.build_trainer(config, loading.load_model(config), tokenizer, dataset)
     training.save_adapter(trainer, tokenizer, config)
     config.record("04", {"eval_loss_before": 2.5, "eval_loss_after": 1.5})
     config.record("05", {"eval_loss_merged": 1.6})

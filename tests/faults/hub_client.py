@@ -14,8 +14,10 @@ from pathlib import Path
 
 import huggingface_hub.constants
 
-from helpers import downloads, hub, models, sources
 from helpers.config import Config
+from helpers.data import sources
+from helpers.merging import publishing
+from helpers.model import downloads, loading
 
 time.sleep = lambda seconds: None  # the client waits longer and longer between its attempts
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 100_000
@@ -43,7 +45,7 @@ def damage_what_came() -> None:
 
 
 def load_model(name: str):
-    return models.load_model(Config.from_profile("smoke", model_name=name), quantized=False)
+    return loading.load_model(Config.from_profile("smoke", model_name=name), quantized=False)
 
 
 def main(names: list[str]) -> None:
@@ -52,25 +54,25 @@ def main(names: list[str]) -> None:
     if names:
         return
     for kind in ("unauthorized", "gated", "busy", "broken", "slow"):
-        say(kind, models.load_tokenizer, f"any/{kind}")
-    say("upload", hub.own_repository, "any/upload")
+        say(kind, loading.load_tokenizer, f"any/{kind}")
+    say("upload", publishing.own_repository, "any/upload")
     say("good", load_model, "any/good")
-    say("good tokenizer", models.load_tokenizer, "any/good")
+    say("good tokenizer", loading.load_tokenizer, "any/good")
     say("cut", load_model, "any/cut")
     for kind in ("damaged", "renewed"):
         say(f"cut {kind}", load_model, f"any/{kind}")
-    say("cut folder", models.local_folder, "any/cut")
+    say("cut folder", loading.local_folder, "any/cut")
     damage_what_came()
     switch("healed")
     say("second try", load_model, "any/cut")
-    say("folder", models.local_folder, "any/cut")
+    say("folder", loading.local_folder, "any/cut")
     say("renewed", load_model, "any/renewed")
     say("damaged", load_model, "any/damaged")
     say("after the damage", load_model, "any/damaged")
     switch("down")
     say("cached", load_model, "any/good")
-    say("cached tokenizer", models.load_tokenizer, "any/good")
-    say("offline", models.load_tokenizer, "any/other")
+    say("cached tokenizer", loading.load_tokenizer, "any/good")
+    say("offline", loading.load_tokenizer, "any/other")
     say("data", sources.open_source, "any/data", Path(tempfile.mkdtemp()), 1)
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     say("offline mode", load_model, "any/good")

@@ -15,10 +15,12 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from helpers import pipeline
+from helpers.runs import runner
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["helpers.curation", "helpers.merging", "helpers.pipeline"])
+CONTEXT.set_forkserver_preload(
+    ["helpers.data.curation", "helpers.merging.merging", "helpers.runs.runner"]
+)
 WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -123,5 +125,5 @@ def record_cell(number: str, value: str = "1") -> str:
 def run_notebooks(notebooks: Path, run_dir: Path, **options):
     """pipeline.run with profile smoke over the notebooks of a folder, for this once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "NOTEBOOKS_DIR", notebooks)
-        return pipeline.run("smoke", str(run_dir), **options)
+        patch.setattr(runner, "NOTEBOOKS_DIR", notebooks)
+        return runner.run("smoke", str(run_dir), **options)

@@ -10,19 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from helpers import (
-    curation,
-    export,
-    hub,
-    inference,
-    integrity,
-    merging,
-    models,
-    prompts,
-    training,
-)
+from helpers import prompts
+from helpers.answers import inference
 from helpers.config import SYSTEM_MESSAGE, Config
-from helpers.integrity import ArtefactError, ArtefactWarning
+from helpers.data import curation
+from helpers.merging import export, merging, publishing
+from helpers.model import loading
+from helpers.runs import integrity
+from helpers.runs.integrity import ArtefactError, ArtefactWarning
+from helpers.training import training
 from tests.conftest import write_bos_twice
 from tests.faults.finished_run import contents, copy_run, make_run
 from tests.notebook_code import merge, save_merged
@@ -77,7 +73,7 @@ def test_an_undamaged_run_loads_without_a_word(config):
         warnings.simplefilter("error", ArtefactWarning)
         merging.load_tuned(config)
         assert len(training.load_dataset(config)["train"]) == 16
-        assert "| eval_loss_after | 1.5 |" in hub.model_card(config)
+        assert "| eval_loss_after | 1.5 |" in publishing.model_card(config)
 
 
 def test_the_seal_is_what_sha256sum_checks(config):
@@ -128,7 +124,7 @@ def test_a_base_that_was_moved_is_the_same_base(config, tmp_path):
 def test_an_adapter_of_another_tokenizer_is_refused(config, tmp_path):
     other = shutil.copytree(config.model_name, tmp_path / Path(config.model_name).name)
     exchange_two_tokens(other)
-    before, after = map(models.load_tokenizer, (config.model_name, str(other)))
+    before, after = map(loading.load_tokenizer, (config.model_name, str(other)))
     assert before("in the end")["input_ids"] != after("in the end")["input_ids"]
     config = dataclasses.replace(config, model_name=str(other))
     refuses(
@@ -214,7 +210,7 @@ def test_the_model_is_asked_with_the_system_message_of_its_rows(own, monkeypatch
     template = (own.merged_dir / "chat_template.jinja").read_text("utf-8")
     assert template == prompts.chat_template(OWN_MESSAGE)
     assert f'SYSTEM """{OWN_MESSAGE}"""' in (own.gguf_dir / "Modelfile").read_text("utf-8")
-    card = hub.model_card(own)
+    card = publishing.model_card(own)
     assert f'"{OWN_MESSAGE}"' in card and "`sample`" in card and "elsewhere" not in card
 
 
@@ -224,7 +220,7 @@ def test_the_note_goes_on_with_adapter_and_merged_model(own, tmp_path, gone):
     for name in gone:
         shutil.rmtree(config.run_dir / name)
     assert inference.system_message(config, "merged") == OWN_MESSAGE
-    assert OWN_MESSAGE in export.modelfile(config) and OWN_MESSAGE in hub.model_card(config)
+    assert OWN_MESSAGE in export.modelfile(config) and OWN_MESSAGE in publishing.model_card(config)
     if "adapter" not in gone:
         assert inference.system_message(config, "tuned") == OWN_MESSAGE
 
@@ -240,7 +236,7 @@ def test_an_adapter_keeps_its_message_when_the_rows_get_another(own, tmp_path):
 def test_another_message_is_used_where_it_is_named_and_both_are_told(own, given):
     config = dataclasses.replace(own, system_message=given)
     words = f"SYSTEM_MESSAGE is '{given}', and the training rows have '{OWN_MESSAGE}': leave it out"
-    for act in (training.load_dataset, export.modelfile, hub.model_card):
+    for act in (training.load_dataset, export.modelfile, publishing.model_card):
         with pytest.warns(ArtefactWarning, match=words):
             act(config)
     with pytest.warns(ArtefactWarning, match=words):
@@ -279,7 +275,7 @@ def test_rows_in_another_template_are_refused(config, monkeypatch):
 def with_tokenizer(config, folder, change):
     """The Config with a model of another tokenizer; `change` writes it into the model's folder."""
     shutil.copytree(config.model_name, folder)
-    change(folder, models.load_tokenizer(config.model_name))
+    change(folder, loading.load_tokenizer(config.model_name))
     return dataclasses.replace(config, model_name=str(folder))
 
 
@@ -418,7 +414,7 @@ def test_what_a_library_leaves_beside_the_dataset_is_no_damage(config):
 def test_damaged_metrics_are_named_and_the_others_stay(config, data, words):
     (config.metrics_dir / "04.json").write_bytes(data)
     refuses(config, integrity.read_metrics, words)
-    refuses(config, hub.model_card, words)
+    refuses(config, publishing.model_card, words)
     assert json.loads((config.metrics_dir / "05.json").read_text("utf-8")) == {
         "eval_loss_merged": 1.6
     }
@@ -438,11 +434,11 @@ def test_weights_that_are_cut_off_are_refused(base, size):
     config, weights = base
     cut_off(weights, size)
     words = "model.safetensors is cut off or damaged .*: get the model again"
-    refuses(config, models.load_model, words)
+    refuses(config, loading.load_model, words)
 
 
 def test_a_pointer_of_git_lfs_instead_of_weights_is_named(base):
     config, weights = base
     weights.write_bytes(POINTER)
     words = "model.safetensors is a Git-LFS pointer and not the weights: run `git lfs pull` there"
-    refuses(config, models.load_model, words)
+    refuses(config, loading.load_model, words)

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from helpers import curation, prompts, sources
+from helpers import prompts
 from helpers.config import Config
-from helpers.contamination import load_problems
-from helpers.curation import curate
-from helpers.markdown import html_to_markdown
-from helpers.sources import DataError
+from helpers.data import curation, sources
+from helpers.data.contamination import load_problems
+from helpers.data.curation import curate
+from helpers.data.markdown import html_to_markdown
+from helpers.data.sources import DataError
 from tests.unit.test_curation import OWN_ROWS
 
 

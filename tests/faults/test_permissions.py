@@ -7,7 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers import artefacts, export, models, training
+from helpers.merging import export
+from helpers.model import loading
+from helpers.runs import folders
+from helpers.training import training
 from tests.faults.finished_run import make_run
 from tests.faults.staging import record_cell, run_notebooks, start, write_notebook
 from tests.notebook_code import merge, save_merged
@@ -29,12 +32,12 @@ def wrong_modes(folder, umask):
 def every_artefact(umask, model_dir, run_dir):
     """Dataset, adapter, checkpoints, merged model and GGUF, in a process of its own."""
     os.umask(umask)
-    tokenizer = models.load_tokenizer(str(model_dir))
+    tokenizer = loading.load_tokenizer(str(model_dir))
     config = make_run(model_dir, tokenizer, run_dir)
     save_merged(merge(config, "16bit"), tokenizer, config)
     export.export_gguf(config)
     dataset = training.load_dataset(config)
-    trainer = training.build_trainer(config, models.load_model(config), tokenizer, dataset)
+    trainer = training.build_trainer(config, loading.load_model(config), tokenizer, dataset)
     training.fine_tune(trainer)
 
 
@@ -62,7 +65,7 @@ def test_what_the_runner_writes_follows_the_umask(tmp_path, umask):
 
 def write_weights(umask, folder):
     os.umask(umask)
-    with artefacts.whole_folder(folder / "models" / "any") as draft:
+    with folders.whole_folder(folder / "models" / "any") as draft:
         (draft / "inner").mkdir()
         save_file({"weight": torch.zeros(2)}, draft / "inner" / "model.safetensors")
 

@@ -14,10 +14,10 @@ from hypothesis.extra import numpy as arrays
 
 from helpers import prompts
 from helpers.config import PROFILES, Config, ConfigError
-from helpers.curation import choose_validation, validation_size
-from helpers.markdown import fenced_blocks, html_to_markdown
+from helpers.data.curation import choose_validation, validation_size
+from helpers.data.markdown import fenced_blocks, html_to_markdown
+from helpers.data.similarity import words_of
 from helpers.prompts import Conversation, TemplateError
-from helpers.similarity import words_of
 from tests.notebook_code import definitions_from
 
 tried = settings(max_examples=500, deadline=None, derandomize=True, database=None)

@@ -15,18 +15,23 @@ from pathlib import Path
 
 import pytest
 
-from helpers import sandbox
+from helpers.answers import sandbox
 from helpers.config import PROJECT_DIR
 
 ORDINARY = {"user": 65534, "group": 65534, "extra_groups": []}
 # What the copy for every user holds; pytest imports the others.
 PYTEST = ("pytest", "_pytest", "py.py", "pluggy", "iniconfig", "packaging", "pygments")
-SANDBOX = ("helpers/__init__.py", "helpers/sandbox.py", "helpers/sandbox_inside.py")
+SANDBOX = (
+    "helpers/__init__.py",
+    "helpers/answers/__init__.py",
+    "helpers/answers/sandbox.py",
+    "helpers/answers/sandbox_inside.py",
+)
 SANDBOX += ("tests/unit/test_sandbox.py",)
 ONE_METHOD = """
 import sys
 import pytest
-from helpers import sandbox
+from helpers.answers import sandbox
 sandbox.METHODS["isolated"] = (sys.argv[1],)
 try:
     print("level", sandbox.level("isolated"), "by", sandbox._method("isolated"))
@@ -38,7 +43,7 @@ sys.exit(pytest.main(["tests/unit/test_sandbox.py", *options, "--basetemp", sys.
 # What plain Docker does: to unshare and mount the kernel answers that they are not permitted.
 NO_METHOD = """
 import ctypes, errno, json, platform, struct, sys
-from helpers import sandbox
+from helpers.answers import sandbox
 
 class Filter(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("steps", ctypes.c_void_p)]
@@ -115,7 +120,7 @@ def python_for_everyone(course):
     for python in filter(None, (this, system, course / "python/bin/python3")):
         if python == course / "python/bin/python3":
             copy_python(this, python.parent.parent)
-        command = [python, "-c", "import pytest, helpers.sandbox"]
+        command = [python, "-c", "import pytest, helpers.answers.sandbox"]
         options = {"env": environment(course, "/"), "cwd": course, "capture_output": True}
         try:
             subprocess.run(command, check=True, **options, **ORDINARY)

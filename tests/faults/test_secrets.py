@@ -5,11 +5,11 @@ The six notebooks themselves run with the same token in tests/notebooks/test_smo
 
 import pytest
 
-from helpers import pipeline
 from helpers.__main__ import main
 from helpers.config import ConfigError
-from helpers.curation import curate
-from helpers.hub import model_card
+from helpers.data.curation import curate
+from helpers.merging.publishing import model_card
+from helpers.runs import runner
 from tests.faults.staging import record_cell, run_notebooks, write_notebook
 
 CANARY = "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"
@@ -24,12 +24,12 @@ except models.ModelUnavailable as error:
 @pytest.fixture(autouse=True)
 def planted(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", CANARY)
-    monkeypatch.setattr(pipeline, "NOTEBOOKS_DIR", pipeline.NOTEBOOKS_DIR)  # put back afterwards
+    monkeypatch.setattr(runner, "NOTEBOOKS_DIR", runner.NOTEBOOKS_DIR)  # put back afterwards
 
 
 @pytest.fixture
 def nothing_starts(monkeypatch):
-    monkeypatch.setattr(pipeline, "_run_in_order", lambda *a: pytest.fail("notebooks were started"))
+    monkeypatch.setattr(runner, "_run_in_order", lambda *a: pytest.fail("notebooks were started"))
 
 
 def holds_canary(folder):
@@ -43,7 +43,7 @@ def _text(path):
 def test_no_output_metadata_manifest_or_report_holds_the_token(tmp_path, capfd):
     write_notebook(tmp_path / "notebooks", "01_one.ipynb", ASK_THE_HUB, record_cell("01"))
     write_notebook(tmp_path / "notebooks", "02_two.ipynb", "raise RuntimeError('to be reported')")
-    with pytest.raises(pipeline.RunStopped):
+    with pytest.raises(runner.RunStopped):
         run_notebooks(tmp_path / "notebooks", tmp_path / "run")
     run = tmp_path / "run"
     assert "the error: meta-llama" in _text(run / "executed" / "01_one.ipynb")
@@ -72,7 +72,7 @@ def test_the_search_finds_a_token_that_is_there(tmp_path):
 def test_a_parameter_called_like_a_token_is_refused(tmp_path, nothing_starts, name):
     message = rf"parameter {name} looks like a token.*leave it out and run `hf auth login`"
     with pytest.raises(ConfigError, match=message) as caught:
-        pipeline.run("smoke", str(tmp_path / "run"), parameters={name: CANARY})
+        runner.run("smoke", str(tmp_path / "run"), parameters={name: CANARY})
     assert CANARY not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -87,7 +87,7 @@ def test_a_token_under_an_innocent_name_is_refused_too(tmp_path, nothing_starts,
 
 def test_a_name_in_small_letters_would_be_ignored_and_is_refused(tmp_path, nothing_starts):
     with pytest.raises(ConfigError, match="max_steps is not in capitals: write MAX_STEPS"):
-        pipeline.run("smoke", str(tmp_path / "run"), parameters={"max_steps": 3})
+        runner.run("smoke", str(tmp_path / "run"), parameters={"max_steps": 3})
 
 
 def test_max_new_tokens_is_no_token(tmp_path):

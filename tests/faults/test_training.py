@@ -17,8 +17,11 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from helpers import checkpoints, integrity, live, models, training
-from helpers.artefacts import DiskFull
+from helpers.model import loading
+from helpers.runs import integrity
+from helpers.runs.folders import DiskFull
+from helpers.training import checkpoints, training
+from helpers.view import live_chart
 from tests.faults.train_tiny import build, outcome, tiny_config, write_dataset
 
 KILLS = 10
@@ -245,7 +248,7 @@ def test_a_run_may_take_the_rungs_by_itself(config, monkeypatch, capsys):
     card = Card(monkeypatch, rows=1)
     small = dataclasses.replace(config, fit_to_memory=True, per_device_train_batch_size=4)
     first = build(small)
-    view = live.chart(first)
+    view = live_chart.chart(first)
     trainer, metrics = training.fine_tune(first)
     assert f"step {small.max_steps} of {small.max_steps}" in view.value  # it follows the last one
     assert list(dict.fromkeys(card.asked)) == [
@@ -468,7 +471,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path, tiny_model_dir):
     run_dir = tmp_path / "killed"
     config = tiny_config(run_dir, tiny_model_dir, **settings)
     write_dataset(config)
-    folder = checkpoints.folder_of(config, models.load_tokenizer(config.model_name))
+    folder = checkpoints.folder_of(config, loading.load_tokenizer(config.model_name))
     while kills < KILLS:
         process = start(run_dir, tiny_model_dir, **settings)
         seen = read_some(process, lines=chance.randint(1, 8))

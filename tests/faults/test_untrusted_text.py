@@ -12,10 +12,12 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from selectolax.lexbor import LexborHTMLParser
 
 from helpers import __main__ as command_line
-from helpers import inference, pipeline, widgets
+from helpers.answers import inference
+from helpers.answers.evaluation import Score
 from helpers.config import Config
-from helpers.evaluation import Score
-from helpers.untrusted import ACTING, visible
+from helpers.runs import runner
+from helpers.view import widgets
+from helpers.view.safe_text import ACTING, visible
 
 HOSTILE = {
     "script": "<script>window.attacked = 1</script>",
@@ -164,7 +166,7 @@ def test_chromium_shows_the_report_and_its_pages_as_text(page, side_by_side, tmp
     config.record("04", {"eval_loss_after": 1.5})
     notebook = executed_notebook(side_by_side)
     nbformat.write(notebook, config.executed_dir / "06_hostile.ipynb")
-    report = pipeline.write_report(config)
+    report = runner.write_report(config)
 
     page.goto(report.as_uri(), wait_until="domcontentloaded")
     assert_not_attacked(page)

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import checkpoints, integrity, merging, models, training
 from helpers.config import PROJECT_DIR
-from helpers.integrity import ArtefactError
+from helpers.merging import merging
+from helpers.model import loading
+from helpers.runs import integrity
+from helpers.runs.integrity import ArtefactError
+from helpers.training import checkpoints, training
 from tests.faults.finished_run import contents, copy_run, make_run
 from tests.notebook_code import NOTEBOOKS, notebook_source
 
@@ -86,14 +89,14 @@ def test_a_folder_with_pickled_weights_alone_is_refused(config, canary, name):
     poison(folder, name, canary)
     before = contents(folder)
     with pytest.raises(ArtefactError, match="holds no .safetensors file, and no other form of"):
-        models.load_model(config)
+        loading.load_model(config)
     assert contents(folder) == before
 
 
 def test_pickled_weights_beside_safetensors_are_not_looked_at(config, canary):
-    wanted = models.load_model(config, quantized=False).state_dict()
+    wanted = loading.load_model(config, quantized=False).state_dict()
     poison(Path(config.model_name), "pytorch_model.bin", canary)
-    found = models.load_model(config, quantized=False).state_dict()
+    found = loading.load_model(config, quantized=False).state_dict()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
@@ -101,7 +104,7 @@ def test_a_pickle_under_the_name_of_safetensors_is_refused(config, canary):
     path = Path(config.model_name) / "model.safetensors"
     path.write_bytes(pickle.dumps(Payload(canary)))
     with pytest.raises(ArtefactError, match="model.safetensors is cut off or damaged"):
-        models.load_model(config)
+        loading.load_model(config)
 
 
 @pytest.mark.parametrize("kind", ["llama", "unknown-to-transformers"])
@@ -117,7 +120,7 @@ def test_code_that_a_model_brings_is_not_run(config, canary, name, kind):
     if name == "config.json":
         settings["model_type"] = kind
     (folder / name).write_text(json.dumps(settings), encoding="utf-8")
-    for load in (lambda: models.load_model(config), lambda: models.load_tokenizer(str(folder))):
+    for load in (lambda: loading.load_model(config), lambda: loading.load_tokenizer(str(folder))):
         with pytest.raises(ArtefactError, match=f"{name} names code to be run .* never run here"):
             load()
 
@@ -144,7 +147,7 @@ def checkpoint(finished, tokenizer):
     """The folder of a checkpoint after two steps."""
     config = dataclasses.replace(finished, max_steps=2)
     trainer = training.build_trainer(
-        config, models.load_model(config), tokenizer, training.load_dataset(config)
+        config, loading.load_model(config), tokenizer, training.load_dataset(config)
     )
     trainer.train()
     return checkpoints.latest(Path(trainer.args.output_dir))
@@ -158,7 +161,7 @@ def test_a_payload_in_a_checkpoint_does_not_run(finished, checkpoint, tokenizer,
     whole = contents(checkpoint)
     torch.save({"state": Payload(canary)}, checkpoint / name)
     trainer = training.build_trainer(
-        config, models.load_model(config), tokenizer, training.load_dataset(config)
+        config, loading.load_model(config), tokenizer, training.load_dataset(config)
     )
     try:
         if name == "training_args.bin":  # nothing reads it

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset, DatasetDict
 
-from helpers import models, prompts, training
+from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
+from helpers.model import loading
+from helpers.training import training
 
 
 def tiny_config(run_dir: Path, model_dir: Path, **changes) -> Config:
@@ -50,11 +52,11 @@ def write_dataset(config: Config, rows: int = 40, held_out: int = 4) -> None:
 
 
 def build(config: Config):
-    tokenizer = models.load_tokenizer(config.model_name)
+    tokenizer = loading.load_tokenizer(config.model_name)
     if not config.dataset_dir.exists():
         write_dataset(config)
     dataset = training.load_dataset(config)
-    return training.build_trainer(config, models.load_model(config), tokenizer, dataset)
+    return training.build_trainer(config, loading.load_model(config), tokenizer, dataset)
 
 
 def outcome(trainer) -> dict:

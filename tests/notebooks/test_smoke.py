@@ -8,8 +8,8 @@ import nbformat
 import pytest
 from datasets import load_from_disk
 
-from helpers import integrity, manifest, pipeline
-from helpers.evaluation import PROBLEMS_FILE
+from helpers.answers.evaluation import PROBLEMS_FILE
+from helpers.runs import integrity, manifest, runner
 from tests.conftest import watch_the_network
 
 # Names that must be there, notebook by notebook.
@@ -46,7 +46,7 @@ def watched(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("HF_TOKEN", CANARY)
             # Where this machine can isolate nothing, generated code still runs under limits.
-            config = pipeline.run("smoke", str(folder), parameters={"SANDBOX": "limits-only"})
+            config = runner.run("smoke", str(folder), parameters={"SANDBOX": "limits-only"})
         return config, calls()
 
 
@@ -135,7 +135,7 @@ def test_no_problem_is_in_the_training_data(smoke):
 
 def test_the_executed_notebooks_and_the_report_are_there(smoke):
     names = sorted(path.name for path in smoke.executed_dir.glob("*.ipynb"))
-    assert names == [path.name for path in pipeline.notebooks()]
+    assert names == [path.name for path in runner.notebooks()]
     report = (smoke.run_dir / "report.html").read_text("utf-8")
     assert all(name.replace(".ipynb", ".html") in report for name in names)
     assert "answers that stop by themselves, tuned" in report
@@ -165,11 +165,11 @@ def test_the_run_is_as_its_manifest_says(smoke):
 
 def test_a_second_run_finds_everything_finished(smoke, capsys):
     parameters = {"SANDBOX": "limits-only"}
-    pipeline.run("smoke", str(smoke.run_dir), parameters=parameters)
+    runner.run("smoke", str(smoke.run_dir), parameters=parameters)
     assert capsys.readouterr().out.count("finished already") == 6
 
 
-@pytest.mark.parametrize("path", pipeline.notebooks(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", runner.notebooks(), ids=lambda path: path.stem)
 def test_plain_papermill_with_a_mistyped_parameter_fails_at_once(path, tmp_path):
     command = [sys.executable, "-m", "papermill", str(path), str(tmp_path / "out.ipynb")]
     options = ["-p", "PROFILE", "smoke", "-p", "MAX_STPES", "3", "-p", "RUN_DIR", str(tmp_path)]

@@ -7,9 +7,9 @@ import re
 import nbformat
 import pytest
 
-from helpers.colab import TAG
 from helpers.config import PROJECT_DIR, Config
-from helpers.pipeline import code_hash, notebooks
+from helpers.runs.runner import code_hash, notebooks
+from setup.colab import TAG
 
 PATHS = notebooks()
 NUMBERS = ["01", "02", "03", "04", "05", "06"]

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from helpers import integrity
 from helpers.config import RECIPES, Config
+from helpers.runs import integrity
 from tests.notebooks.test_smoke import NAMES
 from tests.walking import SHORT, first_tokens, save_random_model, walk, write_corpus
 
@@ -35,7 +35,7 @@ def given(tmp_path_factory, tokenizer):
     write_corpus(corpus)
     overridden = {name: value for name, (value, _) in NOT_ON_A_CPU.items()}
     # Notebooks collect garbage dozens of times. What the libraries hold is looked through but once.
-    importlib.import_module("helpers.training")
+    importlib.import_module("helpers.training.training")
     gc.collect()
     gc.freeze()
     yield {"MODEL_NAME": str(model), "DATA_SOURCE": str(corpus), **SHORT, **overridden}

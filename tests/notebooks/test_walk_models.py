@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 
-from helpers import integrity, models
 from helpers.config import Config, ConfigError
+from helpers.model import loading
+from helpers.runs import integrity
 from tests.notebooks.test_smoke import NAMES
 from tests.walking import (
     SHORT,
@@ -73,7 +74,7 @@ def lora_parameters(folder) -> int:
     """Rank 64 on the seven matrices of each layer, counted from the file."""
     sizes = [
         64 * sum(tensor.get_shape())
-        for name, tensor in models.stored_tensors(folder)
+        for name, tensor in loading.stored_tensors(folder)
         if name.removesuffix("_proj.weight") != name
     ]
     return sum(sizes)
@@ -95,6 +96,6 @@ def test_a_tokenizer_whose_only_special_token_is_eos_is_refused(curated, tmp_pat
     first_tokens(tokenizer, 2000, folder)
     bare_tokenizer(folder, special=1)
     with pytest.raises(ConfigError, match="only special token is '<|im_end|>'.*`pad_token`"):
-        models.load_tokenizer(str(folder))
+        loading.load_tokenizer(str(folder))
     with pytest.raises(CellFailed, match="02_dataset_curation, cell 18 .*only special token"):
         walk("02", **{**parameters, "RUN_DIR": str(tmp_path / "run")}, MODEL_NAME=str(folder))

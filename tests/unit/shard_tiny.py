@@ -12,7 +12,8 @@ from pathlib import Path
 
 from accelerate.state import DistributedType, PartialState
 
-from helpers import answer_head, training
+from helpers.training import training
+from helpers.training.fast import answer_head
 from tests.faults.train_tiny import tiny_config
 
 start = PartialState.__init__

@@ -7,8 +7,8 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from helpers import answer_head
 from helpers.prompts import IGNORED_LABEL
+from helpers.training.fast import answer_head
 
 
 @pytest.fixture(scope="module")

@@ -88,8 +88,8 @@ def test_from_pretrained_gets_no_old_keyword():
 
 @pytest.mark.parametrize("device", ["cpu"])
 def test_sft_config_of_every_cpu_profile_can_be_built(device):
-    from helpers import training
     from helpers.config import PROFILES, Config
+    from helpers.training import training
 
     for profile in PROFILES:
         config = Config.from_profile(profile)

@@ -9,9 +9,9 @@ import types
 import nbformat
 import pytest
 
-from helpers import colab
 from helpers.config import PROJECT_DIR
-from helpers.pipeline import code_hash, notebooks
+from helpers.runs.runner import code_hash, notebooks
+from setup import colab
 
 
 def set_up_cells(path):

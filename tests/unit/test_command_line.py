@@ -4,15 +4,19 @@ import argparse
 
 import pytest
 
-from helpers import curation, export, inference, merging, pipeline, recipes, training
 from helpers.__main__ import _parser, main
+from helpers.answers import inference
 from helpers.config import Config
+from helpers.data import curation
+from helpers.merging import export, merging
+from helpers.runs import runner
+from helpers.training import recipes, training
 
 # Command -> the function that it calls with a Config, and what it needs besides.
 COMMANDS = {
     "ask": (inference, "ask", ["tuned"]),
     "train": (training, "train", []),
-    "record": (pipeline, "record", []),
+    "record": (runner, "record", []),
     "export-gguf": (export, "export_gguf", []),
     "push-dataset": (curation, "push_dataset", []),
     "push-model": (merging, "push_model", []),

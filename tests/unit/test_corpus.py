@@ -12,11 +12,11 @@ import pytest
 from datasets import concatenate_datasets, load_from_disk
 
 from helpers.config import PROJECT_DIR, Config
-from helpers.contamination import problem_index
-from helpers.curation import curate, row_pairs
-from helpers.markdown import fenced_blocks
-from helpers.similarity import words_of
-from helpers.sources import SAMPLE_DIR
+from helpers.data.contamination import problem_index
+from helpers.data.curation import curate, row_pairs
+from helpers.data.markdown import fenced_blocks
+from helpers.data.similarity import words_of
+from helpers.data.sources import SAMPLE_DIR
 
 RUNNER = """
 import json, os, signal, sys, tempfile, types

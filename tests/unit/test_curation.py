@@ -20,13 +20,22 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from helpers import artefacts, curation, prompts, sources
+from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
-from helpers.contamination import load_problems, problem_index
-from helpers.curation import LeakFinder, Workers, choose_validation, curate, row_pairs
-from helpers.hub import NotLoggedIn
-from helpers.similarity import RarestIndex, jaccard, similar_pairs, sketch, word_pairs, words_of
-from helpers.sources import SAMPLE_DIR, DataError, question_hash
+from helpers.data import curation, sources
+from helpers.data.contamination import load_problems, problem_index
+from helpers.data.curation import LeakFinder, Workers, choose_validation, curate, row_pairs
+from helpers.data.similarity import (
+    RarestIndex,
+    jaccard,
+    similar_pairs,
+    sketch,
+    word_pairs,
+    words_of,
+)
+from helpers.data.sources import SAMPLE_DIR, DataError, question_hash
+from helpers.merging.publishing import NotLoggedIn
+from helpers.runs import folders
 from tests.conftest import write_bos_twice
 from tests.faults.staging import left_over
 
@@ -687,7 +696,7 @@ def test_an_unwritable_run_folder(tmp_path):
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     config = Config.from_profile("demo", run_dir=tmp_path / "file" / "run")
     with pytest.raises(
-        artefacts.Unwritable,
+        folders.Unwritable,
         match=r"run folder .*cannot be written \(Not a directory\): set RUN_DIR",
     ):
         curate(config)

@@ -7,8 +7,11 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import TrainerControl, TrainerState
 
-from helpers import memory, merging, models, precision, report, training
 from helpers.config import Config
+from helpers.merging import merging
+from helpers.model import loading, memory, precision
+from helpers.runs import report
+from helpers.training import training
 
 SECOND = {"": 1}
 ANSWERS = {
@@ -95,7 +98,7 @@ QUESTIONS = {
 @pytest.mark.parametrize("place", [1, "cuda:1", 0, "cuda"])
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_question_is_put_to_the_gpu_of_the_model(gpus, monkeypatch, question, place):
-    monkeypatch.setattr(models, "load_shape", lambda name: memory.llama2_config("7B"))
+    monkeypatch.setattr(loading, "load_shape", lambda name: memory.llama2_config("7B"))
     QUESTIONS[question](config_on(place))
     assert set(gpus.asked) == {1 if place in (1, "cuda:1") else 0}
 
@@ -131,15 +134,15 @@ def test_a_model_is_loaded_with_its_gpu_current(gpus, monkeypatch, tiny_model_di
         seen.append((gpus.current, options["device_map"]))
         return torch.nn.Linear(1, 1)
 
-    monkeypatch.setattr(models, "_from_hub", load)
-    models.load_model(config_on(1))
-    models.load_model(config_on("cuda"))
+    monkeypatch.setattr(loading, "_from_hub", load)
+    loading.load_model(config_on(1))
+    loading.load_model(config_on("cuda"))
     assert seen == [(1, {"": "cuda:1"}), (0, {"": "cuda:0"})]
 
 
 def test_a_gpu_that_is_not_there_is_named(gpus):
     with pytest.raises(
-        models.ModelUnavailable,
+        loading.ModelUnavailable,
         match=r"a model on cuda:2, and torch sees 2 here, numbered from 0: .* \{'': 1\}",
     ):
-        models.use_device(config_on(2), "a model")
+        loading.use_device(config_on(2), "a model")

@@ -15,8 +15,10 @@ from transformers import TrainerControl, TrainerState
 from transformers.models.llama import modeling_llama
 from trl import SFTConfig
 
-from helpers import checkpoints, integrity, memory, models, training
 from helpers.config import PROJECT_DIR, Config, ConfigError
+from helpers.model import loading, memory
+from helpers.runs import integrity
+from helpers.training import checkpoints, training
 from tests.faults.train_tiny import tiny_config, write_dataset
 from tests.unit.shard_tiny import sharded_config
 
@@ -149,7 +151,7 @@ def test_several_gpus_in_sight_do_not_split_the_batch(tmp_path, tiny_model_dir, 
 
 def test_a_gpu_that_is_not_there_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(models.ModelUnavailable, match="on cuda:0, and torch sees no GPU"):
+    with pytest.raises(loading.ModelUnavailable, match="on cuda:0, and torch sees no GPU"):
         training.train(Config.from_profile("llama2_7b", run_dir=tmp_path))
 
 
@@ -158,10 +160,10 @@ def test_under_fsdp_packed_bytes_pass_for_numbers(tmp_path, tiny_model_dir, monk
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     config = tiny_config(tmp_path, tiny_model_dir, use_4bit=True)
     write_dataset(config, rows=8, held_out=2)
-    model, dataset = models.load_model(config), training.load_dataset(config)
+    model, dataset = loading.load_model(config), training.load_dataset(config)
     layer = model.model.layers[0].mlp.up_proj
     assert layer.weight.dtype == layer.compute_dtype == torch.float32
-    training.build_trainer(config, model, models.load_tokenizer(config.model_name), dataset)
+    training.build_trainer(config, model, loading.load_tokenizer(config.model_name), dataset)
 
 
 def test_the_fsdp_file_wraps_the_layers_of_a_llama():

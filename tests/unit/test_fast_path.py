@@ -13,9 +13,12 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import Qwen2Config, TrainerState
 
-from helpers import checkpoints, fast_path, integrity, kernels, memory, models, training
 from helpers.config import PROBLEMS_FILE, Config, ConfigError
-from helpers.sources import SAMPLE_DIR
+from helpers.data.sources import SAMPLE_DIR
+from helpers.model import loading, memory
+from helpers.runs import integrity
+from helpers.training import checkpoints, training
+from helpers.training.fast import fast_path, kernels
 from tests.conftest import fill_adapters, relative_error
 
 ROWS = [[5 + row] * (8 + 3 * row) for row in range(6)]
@@ -89,7 +92,7 @@ def tiny_config(tmp_path, **changes):
 
 def build(config, texts=None):
     torch.manual_seed(0)
-    tokenizer = models.load_tokenizer(config.model_name)
+    tokenizer = loading.load_tokenizer(config.model_name)
     if texts is None:
         texts = [
             json.loads(line)["prompt"] for line in PROBLEMS_FILE.read_text("utf-8").splitlines()
@@ -97,7 +100,7 @@ def build(config, texts=None):
     rows = [tokenizer(text)["input_ids"][: config.max_length] for text in texts]
     data = Dataset.from_dict({"input_ids": rows, "labels": [[-100, *row[1:]] for row in rows]})
     splits = {"train": data, "validation": data.select(range(8))}
-    trainer = training.build_trainer(config, models.load_model(config), tokenizer, splits)
+    trainer = training.build_trainer(config, loading.load_model(config), tokenizer, splits)
     fill_adapters(trainer.model)
     return trainer
 
@@ -141,7 +144,7 @@ def planned(tmp_path, monkeypatch, gib, host_gib=0, folder=None, **changes):
     monkeypatch.setattr(training.psutil, "virtual_memory", lambda: free)
     monkeypatch.setattr(fast_path, "is_supported", lambda device: True)
     monkeypatch.setattr(memory, "torch_bytes", lambda device: round(gib * memory.GIB))
-    monkeypatch.setattr(models, "load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     memory.llama2_config("7B").save_pretrained(tmp_path)
     settings = {"model_name": str(tmp_path), "run_dir": tmp_path / "run", **changes}
     return training.planned(Config.from_profile("llama2_7b", **settings), folder)
@@ -255,7 +258,7 @@ def test_the_loss_of_a_packed_row_is_that_of_the_model(tmp_path, tiny_model_dir,
     monkeypatch.setattr(kernels, "compiled", lambda function: function)
     monkeypatch.setattr(kernels, "LOSS_CHUNK", 5)
     config = tiny_config(tmp_path, model_name=str(tiny_model_dir))
-    model = get_peft_model(models.load_model(config), training.lora_config(config)).eval()
+    model = get_peft_model(loading.load_model(config), training.lora_config(config)).eval()
     ids = torch.arange(5, 28)[None]
     labels = torch.where(ids % 4 > 0, ids, -100)
     with torch.no_grad():
@@ -303,7 +306,7 @@ def packed(tmp_path, tiny_model_dir, monkeypatch):
     config = tiny_config(
         tmp_path, model_name=str(tiny_model_dir), bnb_4bit_compute_dtype="float32", bf16=False
     )
-    model = get_peft_model(models.load_model(config), training.lora_config(config)).float()
+    model = get_peft_model(loading.load_model(config), training.lora_config(config)).float()
     fill_adapters(model)
     rows = [torch.randint(5, 100, (len(row),)).tolist() for row in ROWS]
     batch = collator(tokens=256, longest=64)(examples(rows))

@@ -9,8 +9,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from helpers import hub, merging, models, precision
-from helpers.curation import curate
+from helpers.data.curation import curate
+from helpers.merging import merging, publishing
+from helpers.model import loading, precision
 from tests.notebook_code import save_merged
 
 SCORES = {"problems": 32, "problems_merged": 16, "stop_rate_base": 5 / 32, "stop_rate_merged": 0.25}
@@ -18,7 +19,7 @@ SCORES = {"problems": 32, "problems_merged": 16, "stop_rate_base": 5 / 32, "stop
 
 @pytest.fixture
 def merged(tiny_config, tokenizer):
-    base = models.load_model(tiny_config, quantized=False)
+    base = loading.load_model(tiny_config, quantized=False)
     save_merged(base, tokenizer, tiny_config)
     tiny_config.record("04", {"eval_loss_before": 2.5, "eval_loss_after": 1.5})
     return tiny_config
@@ -33,7 +34,7 @@ def api(monkeypatch):
 
 def test_without_a_token_nothing_is_sent(merged, api, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(hub.NotLoggedIn, match="nothing was uploaded: run `hf auth login`"):
+    with pytest.raises(publishing.NotLoggedIn, match="nothing was uploaded: run `hf auth login`"):
         merging.push_model(merged)
     assert api.mock_calls == []
 
@@ -44,7 +45,7 @@ def test_with_a_token_the_hub_refuses_nothing_is_sent_and_the_token_is_not_shown
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
     refusal = MagicMock(side_effect=HfHubHTTPError("401 hf_secret", response=MagicMock()))
     monkeypatch.setattr(huggingface_hub, "whoami", refusal)
-    with pytest.raises(hub.NotLoggedIn, match="did not accept the login") as caught:
+    with pytest.raises(publishing.NotLoggedIn, match="did not accept the login") as caught:
         merging.push_model(merged)
     assert "hf_secret" not in str(caught.value)
     assert api.mock_calls == []
@@ -77,9 +78,9 @@ def test_a_folder_that_has_lost_its_weights_is_not_uploaded(merged, api):
 
 
 def test_the_card_gives_each_rate_with_its_interval(merged):
-    assert "greedy answers" not in hub.model_card(merged)
+    assert "greedy answers" not in publishing.model_card(merged)
     merged.record("06", SCORES)
-    card = hub.model_card(merged)
+    card = publishing.model_card(merged)
     # 5 of 32 as notebook 06 prints it; 4 of 16 with the wider interval of fewer problems.
     assert "| stop by themselves | 0.16 [0.07, 0.32] | 0.25 [0.10, 0.49] |" in card
     assert "| share of greedy answers that | base | merged |" in card
@@ -98,22 +99,22 @@ def test_the_card_gives_each_rate_with_its_interval(merged):
     ],
 )
 def test_the_card_names_the_licence_of_the_base(tiny_config, name, tag, words):
-    card = hub.model_card(dataclasses.replace(tiny_config, model_name=name))
+    card = publishing.model_card(dataclasses.replace(tiny_config, model_name=name))
     assert tag in card.splitlines() and words in card
 
 
 def test_the_card_names_the_licence_of_the_data_and_its_authors_columns(tiny_config, monkeypatch):
     curate(tiny_config)
-    card = hub.model_card(tiny_config)
+    card = publishing.model_card(tiny_config)
     assert "Training data: `sample`, CC BY-SA 4.0. Every row" in card and "`answer_author`" in card
     rows = datasets.load_from_disk(str(tiny_config.dataset_dir))
     posts = rows.map(lambda row: {"url": "https://stackoverflow.com/a/1"})
     monkeypatch.setattr(datasets, "load_from_disk", lambda path: posts)
-    assert "`sample`, posts of Stack Overflow, CC BY-SA" in hub.model_card(tiny_config)
+    assert "`sample`, posts of Stack Overflow, CC BY-SA" in publishing.model_card(tiny_config)
 
 
 def test_the_card_tells_the_recipe_and_the_limits_and_no_path(tiny_config):
-    card = hub.model_card(tiny_config)
+    card = publishing.model_card(tiny_config)
     computed = str(precision.compute_dtype(tiny_config)).removeprefix("torch.")
     for words in (
         f"| base in 4 bits | nf4, double quantization, computed in {computed} |",

@@ -8,8 +8,10 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from helpers import inference, memory, models, prompts
+from helpers import prompts
+from helpers.answers import inference
 from helpers.config import Config
+from helpers.model import loading, memory
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def config(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def model(config):
-    return models.load_model(config, quantized=False).float()
+    return loading.load_model(config, quantized=False).float()
 
 
 def test_a_batch_gives_the_answers_of_single_prompts_in_the_order_given(model, tokenizer, config):
@@ -72,7 +74,7 @@ def test_the_merged_model_needs_notebook_05(config, tmp_path):
 
 
 def test_on_a_cpu_the_4_bit_weights_are_unpacked_once_and_say_the_same(tiny_config, tokenizer):
-    packed, answering = models.load_model(tiny_config), inference.load(tiny_config, "base")
+    packed, answering = loading.load_model(tiny_config), inference.load(tiny_config, "base")
     kinds = [{type(layer) for layer in model.modules()} for model in (packed, answering)]
     assert [bnb.nn.Linear4bit in found for found in kinds] == [True, False]
     ids = torch.tensor([tokenizer("Reverse a linked list.")["input_ids"]])

@@ -9,8 +9,8 @@ from importlib.metadata import packages_distributions, version
 import pytest
 import yaml
 
-from helpers import install
 from helpers.config import PROJECT_DIR
+from setup import install
 from tests.notebook_code import NOTEBOOKS, notebook_source
 
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==(\S+)")

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from peft.tuners.lora.bnb import Linear4bit
 
-from helpers import fast_path, kernels, models, training
 from helpers.config import ALL_LINEAR_TARGETS, ATTENTION_TARGETS, Config
+from helpers.model import loading
+from helpers.training import training
+from helpers.training.fast import fast_path, kernels
 from tests.conftest import fill_adapters, relative_error
 from tests.walking import save_random_model
 
@@ -34,7 +36,7 @@ def make_layer(tiny_model_dir, tmp_path):
             "demo", model_name=str(tiny_model_dir), run_dir=tmp_path, bnb_4bit_compute_dtype=dtype,
             bf16=dtype == "bfloat16", **changes,
         )  # fmt: skip
-        model = get_peft_model(models.load_model(config), training.lora_config(config))
+        model = get_peft_model(loading.load_model(config), training.lora_config(config))
         model.to(getattr(torch, dtype))
         fill_adapters(model)
         return model.get_base_model().model.layers[0]
@@ -142,7 +144,7 @@ def test_a_bias_of_the_base_layer_is_not_lost(tokenizer, tmp_path):
     """Qwen 2 has one on queries, keys and values; the product in place does not add it."""
     save_random_model("Qwen2Config", tokenizer, tmp_path)
     config = Config.from_profile("demo", model_name=str(tmp_path), run_dir=tmp_path / "run")
-    base = models.load_model(config)
+    base = loading.load_model(config)
     for name, parameter in base.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from helpers import models, prompts, training
+from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, ConfigError
+from helpers.model import loading
+from helpers.training import training
 from tests.faults.train_tiny import tiny_config
 
 ROWS, HELD_OUT = 16, 4
@@ -47,7 +49,7 @@ def graded_by(loader) -> list[list[int]]:
 def test_every_row_that_trains_keeps_its_end(config, tokenizer, capsys, packing, completion_only):
     changes = {"packing": packing, "completion_only_loss": completion_only}
     config = dataclasses.replace(config, max_length=length(9, tokenizer), **changes)
-    dataset, model = training.load_dataset(config), models.load_model(config)
+    dataset, model = training.load_dataset(config), loading.load_model(config)
     trainer = training.build_trainer(config, model, tokenizer, dataset)
     said = capsys.readouterr().out
     assert (
@@ -93,7 +95,7 @@ def test_rows_that_are_tokens_already_are_counted_too(config, tokenizer):
 def test_a_length_that_leaves_too_little_is_refused_before_the_weights(
     config, tokenizer, monkeypatch, longest, lost
 ):
-    monkeypatch.setattr(models, "load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     max_length = 20 if longest is None else length(longest, tokenizer)
     short = dataclasses.replace(config, max_length=max_length)
     said = f"MAX_LENGTH is {max_length}, and {lost} training rows and . of 4 validation rows"
@@ -122,7 +124,7 @@ def small_trainer(config, tokenizer, **changes):
     smallest = {"activation_checkpointing": True, "per_device_train_batch_size": 1, **changes}
     config = dataclasses.replace(config, **smallest)
     return training.build_trainer(
-        config, models.load_model(config), tokenizer, training.load_dataset(config)
+        config, loading.load_model(config), tokenizer, training.load_dataset(config)
     )
 
 

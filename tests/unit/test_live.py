@@ -6,7 +6,9 @@ import matplotlib.pyplot as plt
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from helpers import live, models, training
+from helpers.model import loading
+from helpers.training import training
+from helpers.view import live_chart
 from tests.faults.train_tiny import write_dataset
 
 PNG_AS_DATA = 'src="data:image/png;base64,iVBORw0KGgo'
@@ -32,7 +34,7 @@ def step_log(last: int) -> list[dict]:
 @pytest.fixture
 def call(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "step_log", lambda trainer: step_log(400))
-    chart = live.LiveChart(trainer=None)
+    chart = live_chart.LiveChart(trainer=None)
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False)
 
     def call(event: str, step: int):
@@ -44,7 +46,7 @@ def call(tmp_path, monkeypatch):
 
 
 def test_it_draws_the_log_and_says_it_in_words(call, monkeypatch):
-    monkeypatch.setattr(live, "SECONDS_BETWEEN_PICTURES", 0)
+    monkeypatch.setattr(live_chart, "SECONDS_BETWEEN_PICTURES", 0)
     open_before = plt.get_fignums()
     call("on_train_begin", 0)
     first, second = call("on_log", 20), call("on_log", 40)
@@ -70,7 +72,7 @@ def test_it_is_drawn_once_a_second_at_most_and_at_the_end(call):
 
 
 def test_a_picture_takes_less_than_a_tenth_of_a_second(call, monkeypatch):
-    monkeypatch.setattr(live, "SECONDS_BETWEEN_PICTURES", 0)
+    monkeypatch.setattr(live_chart, "SECONDS_BETWEEN_PICTURES", 0)
     call("on_train_begin", 0)
     call("on_log", 395)
     times = []
@@ -83,15 +85,15 @@ def test_a_picture_takes_less_than_a_tenth_of_a_second(call, monkeypatch):
 
 def test_speed_is_that_of_the_steps_since_the_log_line_before():
     slower = [{**step, "seconds": 1.0} if step["step"] > 5 else step for step in step_log(10)]
-    assert live.speeds(history(10), slower) == [(5, 200.0), (10, 100.0)]
+    assert live_chart.speeds(history(10), slower) == [(5, 200.0), (10, 100.0)]
 
 
 def test_training_feeds_the_chart_and_still_prints_its_lines(tiny_config, tokenizer, capsys):
     write_dataset(tiny_config, rows=8, held_out=2)
     trainer = training.build_trainer(
-        tiny_config, models.load_model(tiny_config), tokenizer, training.load_dataset(tiny_config)
+        tiny_config, loading.load_model(tiny_config), tokenizer, training.load_dataset(tiny_config)
     )
-    view = live.chart(trainer)
+    view = live_chart.chart(trainer)
     assert "img" not in view.value
     training.fine_tune(trainer)
     assert "step 2 of 2" in view.value and "speed" in view.value and "done" in view.value

@@ -4,8 +4,8 @@ import csv
 
 import pytest
 
-from helpers.markdown import code_kind, fenced_blocks, html_to_markdown, parse_python
-from helpers.sources import SAMPLE_DIR
+from helpers.data.markdown import code_kind, fenced_blocks, html_to_markdown, parse_python
+from helpers.data.sources import SAMPLE_DIR
 
 
 @pytest.mark.parametrize(

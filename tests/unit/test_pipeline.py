@@ -4,8 +4,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from helpers import integrity, pipeline, report
 from helpers.config import ConfigError
+from helpers.runs import integrity, report, runner
 
 
 def write_notebook(folder, name, *sources):
@@ -30,14 +30,14 @@ def folder(tmp_path, monkeypatch):
     folder.mkdir()
     write_notebook(folder, "01_one.ipynb", "print('first')", record_cell("01"))
     write_notebook(folder, "02_two.ipynb", record_cell("02", "MAX_STEPS or 0"))
-    monkeypatch.setattr(pipeline, "NOTEBOOKS_DIR", folder)
+    monkeypatch.setattr(runner, "NOTEBOOKS_DIR", folder)
     return folder
 
 
 @pytest.fixture
 def run(folder, tmp_path):
     def start(**options):
-        return pipeline.run("smoke", run_dir=str(tmp_path / "run"), **options)
+        return runner.run("smoke", run_dir=str(tmp_path / "run"), **options)
 
     return start
 
@@ -97,7 +97,7 @@ def test_only_and_from_run_what_they_name(run):
 
 def test_goes_on_from_the_notebook_that_failed(run, folder):
     write_notebook(folder, "02_two.ipynb", "x = 1 / 0")
-    with pytest.raises(pipeline.RunStopped, match=r"02_two, cell \d+ \(x = 1 / 0\): ZeroDivision"):
+    with pytest.raises(runner.RunStopped, match=r"02_two, cell \d+ \(x = 1 / 0\): ZeroDivision"):
         run()
     write_notebook(folder, "02_two.ipynb", record_cell("02"))
     config = run()
@@ -106,7 +106,7 @@ def test_goes_on_from_the_notebook_that_failed(run, folder):
 
 def test_a_failed_notebook_is_kept_under_another_name(run, folder, tmp_path):
     write_notebook(folder, "02_two.ipynb", "raise ValueError('why')")
-    with pytest.raises(pipeline.RunStopped, match="ValueError: why"):
+    with pytest.raises(runner.RunStopped, match="ValueError: why"):
         run()
     names = sorted(path.name for path in (tmp_path / "run" / "executed").iterdir())
     assert "02_two.failed.ipynb" in names and "02_two.ipynb" not in names
@@ -116,20 +116,20 @@ def test_a_dead_kernel_is_named_with_the_cell_it_died_in(run, folder):
     kill = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
     write_notebook(folder, "01_one.ipynb", "print('before')", kill, "print('after')")
     with pytest.raises(
-        pipeline.RunStopped, match=r"01_one, cell \d \(import os, signal\): its kernel died"
+        runner.RunStopped, match=r"01_one, cell \d \(import os, signal\): its kernel died"
     ):
         run()
 
 
 def test_a_cell_over_its_time_is_named(run, folder):
     write_notebook(folder, "01_one.ipynb", "import time; time.sleep(60)")
-    with pytest.raises(pipeline.RunStopped, match="time.sleep.*longer than the limit of 2 seconds"):
+    with pytest.raises(runner.RunStopped, match="time.sleep.*longer than the limit of 2 seconds"):
         run(timeout=2)
 
 
 def test_sys_exit_0_is_no_success(run, folder):
     write_notebook(folder, "01_one.ipynb", "import sys; sys.exit(0)", record_cell("01"))
-    with pytest.raises(pipeline.RunStopped, match="01_one"):
+    with pytest.raises(runner.RunStopped, match="01_one"):
         run()
 
 
@@ -145,11 +145,11 @@ def test_record_copies_outputs_and_drops_what_must_not_be_committed(run, folder)
     noisy = "import sys\nprint('kept')\nprint('dropped', file=sys.stderr)"
     write_notebook(folder, "01_one.ipynb", noisy, record_cell("01"))
     config = run()
-    pipeline.record(config)
+    runner.record(config)
     notebook = nbformat.read(folder / "01_one.ipynb", 4)
     text = str([cell.get("outputs") for cell in notebook.cells])
     assert "kept" in text and "'text': 'dropped" not in text and "stderr" not in text
-    assert notebook.metadata.recorded.code_sha256 == pipeline.code_hash(folder / "01_one.ipynb")
+    assert notebook.metadata.recorded.code_sha256 == runner.code_hash(folder / "01_one.ipynb")
     assert "papermill" not in str(notebook.cells[1].metadata)
 
 
@@ -157,4 +157,4 @@ def test_record_refuses_a_notebook_that_changed_since(run, folder):
     config = run()
     write_notebook(folder, "01_one.ipynb", "print('other')")
     with pytest.raises(ConfigError, match="01_one.ipynb has changed since it ran"):
-        pipeline.record(config)
+        runner.record(config)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from helpers import precision
 from helpers.config import Config, ConfigError
+from helpers.model import precision
 
 CPU, GPU = {"": "cpu"}, {"": 0}
 

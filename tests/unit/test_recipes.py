@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from helpers import __main__, recipes, training
+from helpers import __main__
 from helpers.config import RECIPES, ConfigError
+from helpers.training import recipes, training
 from tests.faults.train_tiny import write_dataset
 
 RATES = ("stop_rate_tuned", "parse_rate_tuned", "pass_rate_tuned")

@@ -8,8 +8,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from helpers import report
 from helpers.config import PROJECT_DIR, Config
+from helpers.runs import report
 
 HOSTILE = '"></pre><img src=x onerror=alert(1)><script>alert(1)</script>'
 PNG = base64.b64encode(b"\x89PNG picture").decode()

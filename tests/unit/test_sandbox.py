@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import sandbox
-from helpers.sandbox import SandboxUnavailable, run, run_tests
+from helpers.answers import sandbox
+from helpers.answers.sandbox import SandboxUnavailable, run, run_tests
 
 CANARY = "canary-" + secrets.token_hex(8)
 MIB = 2**20
@@ -301,14 +301,18 @@ def test_the_environment_is_empty(level, monkeypatch):
 
 def test_it_runs_in_another_process_with_no_way_to_the_helpers(level, monkeypatch):
     monkeypatch.chdir(sandbox.INSIDE.parent.parent)
-    outcome = run("import os; print(os.getpid(), os.listdir())\nimport helpers.sandbox", level)
+    outcome = run(
+        "import os; print(os.getpid(), os.listdir())\nimport helpers.answers.sandbox", level
+    )
     assert "ModuleNotFoundError: No module named 'helpers'" in outcome.output
     assert outcome.output.split()[:2] != [str(os.getpid())] and "[]" in outcome.output
 
 
 def test_the_helpers_cannot_be_imported_by_path_either(isolated):
     path = str(sandbox.INSIDE.parent.parent)
-    outcome = run(f"import sys; sys.path[:0] = [{path!r}]\nimport helpers.sandbox", isolated)
+    outcome = run(
+        f"import sys; sys.path[:0] = [{path!r}]\nimport helpers.answers.sandbox", isolated
+    )
     assert not outcome.passed and "ModuleNotFoundError" in outcome.output
 
 

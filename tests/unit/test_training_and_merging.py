@@ -17,18 +17,13 @@ from safetensors.torch import load_file
 from tokenizers import normalizers
 from transformers import TrainerControl, TrainerState
 
-from helpers import (
-    checkpoints,
-    fast_path,
-    integrity,
-    memory,
-    merging,
-    models,
-    precision,
-    prompts,
-    training,
-)
+from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
+from helpers.merging import merging
+from helpers.model import loading, memory, precision
+from helpers.runs import integrity
+from helpers.training import checkpoints, training
+from helpers.training.fast import fast_path
 from tests.conftest import fill_adapters, relative_error
 from tests.faults.train_tiny import write_dataset
 from tests.notebook_code import definitions_from, merge, notebook_path, save_merged
@@ -49,7 +44,7 @@ def config(tiny_model_dir, tmp_path):
 
 
 def trainer_for(config, tokenizer):
-    model = models.load_model(config)
+    model = loading.load_model(config)
     return training.build_trainer(config, model, tokenizer, training.load_dataset(config))
 
 
@@ -246,7 +241,7 @@ def test_the_checkpoints_are_named_by_what_was_asked_for_and_not_by_the_plan(
 
 
 def test_adapters_are_float32_where_bfloat16_is_not_to_be_had(config, tokenizer):
-    model = models.load_model(config)
+    model = loading.load_model(config)
     tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
     for parameter in tuned.parameters():
         if parameter.requires_grad:
@@ -310,7 +305,7 @@ def test_merges_differ_from_the_trained_model_as_little_as_they_should(trained, 
 def with_adapter(config, std=0.02, **settings):
     """A random adapter with other settings than the Config's; the base's weights by layer."""
     settings = {"r": 8, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"], **settings}
-    base = models.load_model(config, quantized=False)
+    base = loading.load_model(config, quantized=False)
     weights = {name: p.detach().clone().float() for name, p in base.named_parameters()}
     tuned = get_peft_model(base, LoraConfig(**settings))
     fill_adapters(tuned, std)
@@ -318,7 +313,7 @@ def with_adapter(config, std=0.02, **settings):
     return weights
 
 
-@pytest.mark.filterwarnings("ignore::helpers.integrity.ArtefactWarning")
+@pytest.mark.filterwarnings("ignore::helpers.runs.integrity.ArtefactWarning")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -363,7 +358,7 @@ def test_an_adapter_that_adds_something_else_is_refused_by_name(tiny_config, set
         merging.Adapter(tiny_config.adapter_dir)
 
 
-@pytest.mark.filterwarnings("ignore::helpers.integrity.ArtefactWarning")
+@pytest.mark.filterwarnings("ignore::helpers.runs.integrity.ArtefactWarning")
 @pytest.mark.parametrize("std", [0.02, 0.002])  # 0.002: as small, next to the weights, as in `demo`
 def test_merging_by_hand_is_pefts_merge_and_an_unmerged_matrix_is_not(tiny_config, std):
     with_adapter(tiny_config, std, lora_alpha=8)
@@ -372,8 +367,8 @@ def test_merging_by_hand_is_pefts_merge_and_an_unmerged_matrix_is_not(tiny_confi
     lesson |= trained.pairs[layer] | {"scale": trained.scale(layer)}
     lesson["numbers"] = torch.finfo(torch.bfloat16)
     lesson["update"] = trained.update(layer)
-    in_4_bits = merging.weight_of(models.load_model(tiny_config), layer)
-    W = merging.weight_of(models.load_model(tiny_config, quantized=False), layer)
+    in_4_bits = merging.weight_of(loading.load_model(tiny_config), layer)
+    W = merging.weight_of(loading.load_model(tiny_config, quantized=False), layer)
     for into, start in (("16bit", W), ("dequantized", in_4_bits)):
         merged = merging.weight_of(merge(tiny_config, into), layer)
         as_by_hand, missing = lesson["compare"](merged, start).values()
@@ -393,7 +388,7 @@ def test_a_merged_model_is_saved_beside_the_adapter_and_comes_back_equal(
     template = (folder / "chat_template.jinja").read_text("utf-8")
     assert template == prompts.chat_template(SYSTEM_MESSAGE)
     assert folder == config.merged_dir and (config.adapter_dir / "adapter_config.json").exists()
-    again = models.load_model(config, quantized=False, source=folder)
+    again = loading.load_model(config, quantized=False, source=folder)
     for saved, loaded in zip(
         merging.answer_logits(merged, tokenizer, rows),
         merging.answer_logits(again, tokenizer, rows),
@@ -406,7 +401,7 @@ def test_a_merged_model_is_saved_beside_the_adapter_and_comes_back_equal(
 def test_the_dequantized_base_is_the_4_bit_model_unpacked(config, double):
     with_adapter(config)
     config = dataclasses.replace(config, use_nested_quant=double)
-    ours, theirs = merging.load_base(config, "dequantized"), models.load_model(config).dequantize()
+    ours, theirs = merging.load_base(config, "dequantized"), loading.load_model(config).dequantize()
     theirs = theirs.state_dict()
     assert ours.state_dict().keys() == theirs.keys()
     for name, weight in ours.state_dict().items():
@@ -419,7 +414,7 @@ def test_a_model_that_does_not_fit_the_gpu_is_merged_on_the_cpu(trained, config,
     monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1)
     assert merging.load_base(on_gpu, "16bit").device.type == "cpu"
     monkeypatch.setattr(memory, "free_bytes", lambda device: needed)
-    with pytest.raises(models.ModelUnavailable, match="torch sees no GPU"):
+    with pytest.raises(loading.ModelUnavailable, match="torch sees no GPU"):
         merging.load_base(on_gpu, "16bit")
 
 
@@ -451,7 +446,7 @@ def test_the_memory_of_a_merge_is_that_of_its_weights_and_the_adapter(trained, c
 def test_the_general_text_is_prose_that_is_read_whole(config, tokenizer):
     rows = merging.general_rows()
     assert len(rows) == 4 and all("def " not in row["completion"] for row in rows)
-    model = models.load_model(config, quantized=False)
+    model = loading.load_model(config, quantized=False)
     lengths = [len(tokenizer(row["completion"])["input_ids"]) for row in rows]
     # BOS predicts the first token, and the last one predicts EOS.
     assert [len(each) for each in merging.answer_logits(model, tokenizer, rows)] == lengths

@@ -10,8 +10,9 @@ import pytest
 from pygments.styles import get_style_by_name
 from selectolax.lexbor import LexborHTMLParser
 
-from helpers import memory, widgets
-from helpers.evaluation import Score
+from helpers.answers.evaluation import Score
+from helpers.model import memory
+from helpers.view import widgets
 
 PNG_AS_DATA = 'src="data:image/png;base64,iVBORw0KGgo'
 HOSTILE = "</pre><img src=x onerror=alert(1)>"

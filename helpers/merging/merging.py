@@ -1,0 +1,260 @@
+"""Three ways to fold an adapter into its base, how far each is from the unmerged model, and saving.
+
+    into "16bit":        the 16-bit base + the update
+    into "dequantized":  the 4-bit base, unpacked to 16 bits, + the update
+    into "4bit":         the same, packed to 4 bits again
+
+The adapter was trained on the 4-bit base, so only the last two start from the weights it knows.
+"""
+
+import contextlib
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from accelerate.big_modeling import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import align_module_device
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import LoraConfig, PeftModel
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+
+from helpers import prompts
+from helpers.config import PROJECT_DIR, Config
+from helpers.merging import publishing
+from helpers.model import loading, memory, precision
+from helpers.runs import folders
+from helpers.runs.integrity import (
+    ADAPTER_WEIGHTS,
+    ArtefactError,
+    check_adapter,
+    check_merged,
+    seal_merged,
+    system_message,
+)
+
+MERGES = ("16bit", "dequantized", "4bit")
+GENERAL_TEXT = PROJECT_DIR / "data" / "general.txt"
+# What merging and some hundred tokens of answers take beside the weights.
+WORK_BYTES = 500_000_000
+
+
+class Adapter:
+    """A LoRA adapter as its own folder says it: its matrices, and how much of them is added.
+
+    Nothing here comes from the Config, whose LORA_R and LORA_ALPHA are those of the next training.
+    Raises ArtefactError for an adapter that adds anything but `scale * B A` to a layer.
+    """
+
+    def __init__(self, folder: Path):
+        self.settings = LoraConfig.from_pretrained(folder)
+        self.pairs: dict[str, dict[str, torch.Tensor]] = {}  # layer -> {"A": ..., "B": ...}
+        for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
+            found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+            if not found:
+                raise ArtefactError(
+                    f"the adapter in {folder} holds {name}, which is no A or B of a layer: its "
+                    "update cannot be worked out by hand, train one with plain LoRA"
+                )
+            self.pairs.setdefault(found[1], {})[found[2]] = tensor
+
+    def scale(self, layer: str) -> float:
+        """alpha / rank of a layer, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
+        said = self.settings
+        rank = said.rank_pattern.get(get_pattern_key(said.rank_pattern, layer), said.r)
+        alpha = said.alpha_pattern.get(get_pattern_key(said.alpha_pattern, layer), said.lora_alpha)
+        return alpha / (math.sqrt(rank) if said.use_rslora else rank)
+
+    def update(self, layer: str, device: str = "cpu") -> torch.Tensor:
+        """scale * B A of a layer, (outputs, inputs), in float32."""
+        A, B = (self.pairs[layer][part].to(device).float() for part in "AB")
+        return (B @ A) * self.scale(layer)
+
+
+def load_tuned(config: Config, base=None) -> PeftModel:
+    """The 4-bit base (or the given one) with the trained adapter on top, in eval mode.
+
+    The adapter keeps the dtype it was saved in: cast to float32, it would slow every layer down.
+    Raises ValueError for a base that carries an adapter already.
+    """
+    adapter = check_adapter(config)
+    base = loading.without_adapter(base if base is not None else loading.load_model(config))
+    return PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).eval()
+
+
+def load_base(config: Config, into: str):
+    """The plain model that an adapter is merged into. `into` is one of MERGES, else ValueError.
+
+    One that the GPU cannot hold in 16 bits lies on the CPU. For "dequantized" each matrix of the
+    16-bit model goes through 4 bits: bit for bit what `dequantize()` makes of a 4-bit model, which
+    holds both forms at once and so needs a third more room.
+    """
+    if into not in MERGES:
+        raise ValueError(f"cannot merge into {into!r}: choose one of {', '.join(MERGES)}")
+    base = loading.load_model(place_of(config, into), quantized=into == "4bit")
+    if into == "dequantized":
+        for matrix in packed_matrices(base):
+            matrix.data = through_4_bits(matrix.data.to(config.device), config).to(matrix.device)
+    return base
+
+
+def packed_matrices(model) -> Iterator[torch.nn.Parameter]:
+    """The weights of a 16-bit model that a 4-bit load packs: all linear layers but the head."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            yield module.weight
+
+
+def as_saved(model, config: Config):
+    """A merged model with its weights rounded to what is saved, in eval mode and ready to answer.
+
+    One that lies on the CPU for want of room computes on the GPU all the same, which gets each
+    layer's weights when it is their turn.
+    """
+    precision.cast(model.parameters(), precision.storage_dtype(config))
+    precision.cast(model.parameters(), precision.compute_dtype(config))
+    if model.device.type != torch.device(config.device).type:
+        cpu_offload(model, torch.device(config.device))
+    return model.eval()
+
+
+def place_of(config: Config, into: str) -> Config:
+    """The Config of where a merge is made: on the CPU if 16 bits do not fit the GPU."""
+    if into == "4bit":
+        return config
+    memory.free_memory()  # else what torch keeps for its next use counts as taken
+    return with_room(config, bytes_needed(config) + WORK_BYTES)
+
+
+def with_room(config: Config, needed: int) -> Config:
+    """The Config, moved to the CPU when its GPU has less than `needed` bytes free for torch."""
+    if config.device == "cpu" or memory.free_bytes(config.device) >= needed:
+        return config
+    return dataclasses.replace(config, device_map={"": "cpu"})
+
+
+def bytes_needed(config: Config) -> int:
+    """What a merge into 16 bits holds: all weights unpacked, and the adapter.
+
+    On a CPU it may be less, for pages of a mapped file that nobody reads are not in memory.
+    """
+    shape = loading.load_shape(config.model_name)
+    run = dataclasses.replace(memory.Run.from_config(config), quantization="16bit")
+    adapter = config.require(config.adapter_dir, "04") / ADAPTER_WEIGHTS
+    return memory.weight_bytes(shape, run) + adapter.stat().st_size
+
+
+@contextlib.contextmanager
+def saving(model, config: Config) -> Iterator[Path]:
+    """A draft of run_dir/merged to save a merged model and its tokenizer to, in a with-statement.
+
+    At its end come the chat template of training and the seal, and the draft takes its name, whole
+    or not at all. Never over the adapter, as in the article: the adapter is what a later merge
+    starts from. Raises DiskFull and InUse.
+    """
+    stored = precision.storage_dtype(config)
+    remove_hook_from_submodules(model)  # of `as_saved`: the weights are back in the model
+    precision.cast(model.parameters(), stored)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    with folders.whole_folder(config.merged_dir, size) as draft:
+        yield draft
+        template = prompts.chat_template(system_message(config, config.adapter_dir))
+        (draft / "chat_template.jinja").write_text(template, encoding="utf-8")
+        seal_merged(draft, config)
+    as_saved(model, config)
+
+
+def load_merged(config: Config):
+    """The model in run_dir/merged as `as_saved` had it: where it fits, in the bits it has."""
+    into = config.merge_into
+    place, packed = place_of(config, into), into == "4bit"
+    return as_saved(loading.load_model(place, quantized=packed, source=config.merged_dir), config)
+
+
+def weight_of(model, layer: str) -> torch.Tensor:
+    """A layer's matrix in float32 on the CPU, unpacked if it is packed, from wherever it lies."""
+    module = model.get_submodule(layer)
+    with align_module_device(module):
+        return dequantize_module_weight(module).detach().float().cpu()
+
+
+def through_4_bits(W: torch.Tensor, config: Config) -> torch.Tensor:
+    """A weight matrix as the 4-bit base holds it: packed, and unpacked again."""
+    kind, double = config.bnb_4bit_compute_quant_type, config.use_nested_quant
+    packed, state = quantize_4bit(W, quant_type=kind, compress_statistics=double)
+    return dequantize_4bit(packed, state)
+
+
+def general_rows() -> list[dict]:
+    """Plain prose, a row for each paragraph, for `answer_logits`: nothing to do with the task."""
+    paragraphs = GENERAL_TEXT.read_text(encoding="utf-8").split("\n\n")
+    return [{"prompt": "", "completion": paragraph.strip()} for paragraph in paragraphs]
+
+
+@torch.no_grad()
+def answer_logits(model, tokenizer, rows) -> list[torch.Tensor]:
+    """For each row with prompt and completion: logits of the completion, [tokens, vocabulary]."""
+    logits = []
+    for row in rows:
+        encoded = prompts.encode(tokenizer, row["prompt"], row["completion"])
+        labels = torch.tensor(encoded["labels"])
+        # A model whose weights travel to the GPU takes its input there by itself.
+        device = "cpu" if model.device.type == "meta" else model.device
+        ids = torch.tensor([encoded["input_ids"]], device=device)
+        # Position t predicts the token at t + 1.
+        predicts_answer = labels[1:] != prompts.IGNORED_LABEL
+        logits.append(model(input_ids=ids).logits[0, :-1].cpu()[predicts_answer].float())
+    return logits
+
+
+def kl_divergence(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """Mean KL(reference || other) in nats per token, over lists of logits [tokens, vocabulary]."""
+    total = tokens = 0
+    for p_logits, q_logits in zip(reference, other, strict=True):
+        p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+        total += (p.exp() * (p - q)).sum().item()
+        tokens += len(p)
+    return total / tokens
+
+
+def top_token_agreement(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """Share of positions on which both models find the same token the most likely."""
+    same = [(p.argmax(-1) == q.argmax(-1)) for p, q in zip(reference, other, strict=True)]
+    return torch.cat(same).float().mean().item()
+
+
+def text_loss(model, tokenizer, rows) -> float:
+    """`answer_loss` of a model, for rows whose logits nobody else needs."""
+    return answer_loss(answer_logits(model, tokenizer, rows), tokenizer, rows)
+
+
+def answer_loss(logits: list[torch.Tensor], tokenizer, rows) -> float:
+    """Mean negative log-likelihood of the completions in nats per token, from `answer_logits`."""
+    total = tokens = 0
+    for row_logits, row in zip(logits, rows, strict=True):
+        labels = torch.tensor(prompts.encode(tokenizer, row["prompt"], row["completion"])["labels"])
+        # Nothing predicts a first token; where there is a BOS, that is never a label.
+        targets = labels[1:][labels[1:] != prompts.IGNORED_LABEL]
+        total += torch.nn.functional.cross_entropy(row_logits, targets, reduction="sum").item()
+        tokens += len(targets)
+    return total / tokens
+
+
+def push_model(config: Config) -> str:
+    """Upload the merged model, its tokenizer and a card; returns the repository's id.
+
+    In one commit, so that nothing is left half-uploaded. Raises NotLoggedIn without a login.
+    """
+    folder = check_merged(config)
+    name = publishing.own_repository(config.hf_hub_model_name)
+    (folder / "README.md").write_text(publishing.model_card(config), encoding="utf-8")
+    api = huggingface_hub.HfApi()
+    api.create_repo(name, exist_ok=True)
+    api.upload_folder(repo_id=name, folder_path=folder, commit_message="Merged model and tokenizer")
+    return name

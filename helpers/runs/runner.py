@@ -1,0 +1,241 @@
+"""Runs the notebooks in order through papermill, and makes the committed outputs.
+
+A notebook is finished when `executed/<name>.ipynb` carries the fingerprint of what would run now
+(its code, its parameters, and the fingerprint of the one before) and no later attempt at it stopped
+half-way. A run goes on from the first other.
+"""
+
+import hashlib
+import json
+import logging
+import signal
+from pathlib import Path
+
+import nbformat
+import papermill
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config as Traits
+
+from helpers.runs import folders, manifest
+from helpers.config import PROJECT_DIR, Config, ConfigError
+from helpers.runs.manifest import code_hash
+from helpers.runs.report import environment, write_report
+
+# papermill warns of each parameter that a notebook's own cell does not list, such as MAX_STEPS in
+# 01. Config knows which exist. And asyncio adds a traceback to the sentence of a run that stopped.
+logging.getLogger("papermill").setLevel(logging.ERROR)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
+CELL_TIMEOUT_SECONDS = 6 * 60 * 60
+# How long a kernel that is told to stop may take, to write a checkpoint for example.
+SHUTDOWN_SECONDS = 60
+# What a run of `demo` leaves (600 MB, measured) and its drafts. A large model's weights are counted
+# when they are saved.
+RUN_BYTES = 1_000_000_000
+
+
+class RunStopped(RuntimeError):
+    """A notebook did not end. The message names it, the cell and the error.
+
+    `exit_code` is 1, and for a signal 128 and its number, as shells have it.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def notebooks(only: str | None = None) -> list[Path]:
+    """The numbered notebooks in order, or the one with a number. ConfigError for an unknown one."""
+    found = sorted(NOTEBOOKS_DIR.glob("[0-9][0-9]_*.ipynb"))
+    chosen = [path for path in found if only is None or path.name.startswith(f"{only}_")]
+    if not chosen:
+        raise ConfigError(f"no notebook is numbered {only!r}: {', '.join(p.name for p in found)}")
+    return chosen
+
+
+def run(profile, run_dir=None, only=None, first=None, parameters=None, timeout=None) -> Config:
+    """Execute the notebooks that are not finished, write report and manifest, return the Config.
+
+    `only` runs one notebook, `first` runs it and all after it, whether finished or not. Raises
+    ConfigError, DiskFull or InUse before anything starts, RunStopped when a notebook does not end.
+    """
+    parameters = {"PROFILE": profile, "RUN_DIR": run_dir, **(parameters or {})}
+    config = Config.from_parameters(parameters)
+    given = {name: value for name, value in parameters.items() if value is not None}
+    chosen = notebooks(only)
+    forced = [path for path in notebooks() if only or (first and path >= notebooks(first)[0])]
+    folders.need_space(config.run_dir, RUN_BYTES, "a run")
+    with folders.alone(config.run_dir, "run"):
+        try:
+            _run_in_order(config, chosen, forced, given, timeout or CELL_TIMEOUT_SECONDS)
+        except RunStopped as stop:
+            _sum_up(config, given, str(stop))
+            raise
+        _sum_up(config, given)
+    return config
+
+
+def _run_in_order(config: Config, chosen, forced, parameters: dict, timeout: float) -> None:
+    previous = ""
+    for source in notebooks():
+        previous = _fingerprint(source, parameters, previous)
+        if source not in chosen:
+            continue
+        if source in forced or not _is_finished(config, source, previous):
+            _execute(config, source, parameters, previous, timeout)
+        else:
+            print(f"{source.stem}: finished already")
+
+
+def _sum_up(config: Config, parameters: dict, stopped: str = "") -> None:
+    write_report(config, stopped)
+    manifest.write(config, parameters, environment())
+
+
+def _fingerprint(source: Path, parameters: dict, previous: str) -> str:
+    text = previous + json.dumps(parameters, sort_keys=True, default=str) + code_hash(source)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _paths(config: Config, source: Path) -> tuple[Path, Path, Path]:
+    """Where the executed notebook lies: finished, while it runs, and after it failed."""
+    final = config.executed_dir / source.name
+    draft = final.with_name(f".{source.stem}.partial.ipynb")
+    return final, draft, final.with_name(f"{source.stem}.failed.ipynb")
+
+
+def _is_finished(config: Config, source: Path, fingerprint: str) -> bool:
+    executed, *unfinished = _paths(config, source)
+    if not executed.exists() or any(path.exists() for path in unfinished):
+        return False
+    return nbformat.read(executed, as_version=4).metadata.get("run_fingerprint") == fingerprint
+
+
+def _execute(config: Config, source: Path, parameters: dict, fingerprint: str, timeout: float):
+    """Run one notebook into executed/: under its own name if it succeeds, else as <name>.failed."""
+    final, draft, failed = _paths(config, source)
+    folders.writable(config.executed_dir)
+    for stale in (failed, failed.with_suffix(".html")):
+        stale.unlink(missing_ok=True)
+    bar = {"desc": source.stem, "bar_format": "{desc:34} {percentage:3.0f}% |{bar:24}| {elapsed}"}
+    try:
+        with folders.full_disk_said(final):
+            papermill.execute_notebook(
+                source,
+                draft,
+                parameters=parameters,
+                progress_bar=bar,
+                execution_timeout=timeout,
+                config=Traits(KernelManager={"shutdown_wait_time": SHUTDOWN_SECONDS}),
+                # Else each kernel warns that its connection here is not encrypted, and prints a
+                # traceback when it is told to leave a cell.
+                extra_arguments=["--IPKernelApp.log_level=50"],
+            )
+            notebook = nbformat.read(draft, as_version=4)
+            _check_reached_the_end(notebook, source)
+            notebook.metadata["run_fingerprint"] = fingerprint
+            nbformat.write(notebook, draft)
+    except (PapermillExecutionError, DeadKernelError, CellTimeoutError, KeyboardInterrupt) as error:
+        if not draft.exists():
+            raise
+        _settle(draft)
+        draft.replace(failed)
+        raise _stop(source, failed, error, timeout) from error
+    draft.replace(final)
+
+
+def _started(cells) -> list:
+    """The code cells that ran, in order; papermill gives those a start time, and no others."""
+    return [c for c in cells if c.metadata.get("papermill", {}).get("start_time")]
+
+
+def _settle(path: Path) -> None:
+    """Correct what papermill wrote of an ended run: it marks cells that never ran as completed."""
+    notebook = nbformat.read(path, as_version=4)
+    started = _started(notebook.cells)
+    for cell in notebook.cells:
+        if "papermill" in cell.metadata and cell not in started:
+            cell.metadata.papermill["status"] = "pending"
+    if started:
+        started[-1].metadata.papermill["status"] = "failed"
+    nbformat.write(notebook, path)
+
+
+def _stop(source: Path, path: Path, error: BaseException, timeout: float) -> RunStopped:
+    """RunStopped with the notebook, the cell that was running, and what happened to it."""
+    exit_code = 1
+    if isinstance(error, PapermillExecutionError):
+        reason = f"{error.ename}: {error.evalue}"
+    elif isinstance(error, CellTimeoutError):
+        reason = f"it ran longer than the limit of {timeout:.0f} seconds"
+    elif isinstance(error, KeyboardInterrupt):
+        number = error.args[0] if error.args else signal.SIGINT
+        exit_code = 128 + number
+        reason = (
+            f"stopped by {signal.Signals(number).name}; the same command goes on from this notebook"
+        )
+    else:
+        reason = "its kernel died, most likely for want of memory"
+    return RunStopped(f"{source.stem}, {_last_cell(source, path)}: {reason}", exit_code)
+
+
+def _last_cell(source: Path, path: Path) -> str:
+    """Number (in the source notebook) and first line of the cell that was running."""
+    started = _started(nbformat.read(path, as_version=4).cells)
+    if not started:
+        return "before its first cell"
+    identifiers = [cell.id for cell in nbformat.read(source, as_version=4).cells]
+    # The cell that papermill injects is in no source; it follows the one tagged "parameters".
+    place = identifiers.index(started[-1].id) if started[-1].id in identifiers else "of parameters"
+    return f"cell {place} ({started[-1].source.strip().splitlines()[0]})"
+
+
+def _check_reached_the_end(notebook, source: Path) -> None:
+    """Raise RunStopped if a cell called sys.exit(0), which papermill takes for success."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    missing = [cell for cell in cells if cell.execution_count is None]
+    if missing:
+        first_line = missing[0].source.strip().splitlines()[0]
+        raise RunStopped(f"{source.stem} ended before its cell ({first_line}) ran")
+
+
+def record(config: Config) -> None:
+    """Put the outputs of a finished run into the committed notebooks, cleaned.
+
+    Kept: results, figures, printed text. Removed: stderr, widget views, papermill's traces.
+    Raises ConfigError when a notebook's code is no longer the code that was run.
+    """
+    for source in notebooks():
+        executed = config.require(config.executed_dir / source.name, source.stem)
+        ran = {cell.id: cell for cell in nbformat.read(executed, as_version=4).cells}
+        notebook = nbformat.read(source, as_version=4)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        for count, cell in enumerate(code, start=1):
+            if cell.id not in ran or ran[cell.id].source != cell.source:
+                raise ConfigError(f"{source.name} has changed since it ran: run it again first")
+            cell.execution_count = count
+            cell.outputs = [_cleaned(output, count) for output in ran[cell.id].outputs]
+            cell.outputs = [output for output in cell.outputs if output is not None]
+        notebook.metadata.pop("widgets", None)
+        notebook.metadata["recorded"] = {
+            "code_sha256": code_hash(source),
+            "profile": config.profile,
+            **environment(),
+        }
+        nbformat.validate(notebook)
+        folders.write_text(source, nbformat.writes(notebook) + "\n")
+
+
+def _cleaned(output, count: int):
+    """The output as it is committed, or None for one that is not."""
+    if output.get("name") == "stderr":
+        return None
+    data = output.get("data", {})
+    if "application/vnd.jupyter.widget-view+json" in data:
+        return None
+    if "execution_count" in output:
+        output.execution_count = count
+    return output

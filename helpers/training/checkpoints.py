@@ -1,0 +1,241 @@
+"""Checkpoints of a training run: sealed when complete, checked before a run goes on from one.
+
+The trainer writes a checkpoint file by file under its final name. Only the seal, which comes last,
+says that all of it is there.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from helpers.config import Config
+from helpers.model import loading
+from helpers.runs import folders, integrity, manifest
+
+STATE = "trainer_state.json"
+PLAN = "plan.json"
+# The settings of a Config that training depends on: other ones, another folder of checkpoints. Not
+# here are those that only say where a layer's activations are in the meantime. What made the rows
+# is not here either, for the rows themselves are asked.
+NAMED_BY = (
+    *("seed", "use_4bit", "bnb_4bit_compute_dtype", "bnb_4bit_compute_quant_type"),
+    *("use_nested_quant", "lora_r", "lora_alpha", "lora_dropout", "target_modules"),
+    *("num_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("grad_acc_steps", "learning_rate", "weight_decay", "max_grad_norm", "scheduler_type"),
+    *("warmup_ratio", "optim", "fp16", "bf16", "group_by_length", "packing", "fast_path"),
+    *("max_length", "completion_only_loss", "save_steps", "eval_steps"),
+    "early_stopping_patience",
+)
+# What is decided for a step when it is planned to a card: see training.planned.
+PLANNED = (
+    *("per_device_train_batch_size", "grad_acc_steps", "optim"),
+    *("activation_checkpointing", "kept_layers", "activation_offloading"),
+)
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """A signal ended the run at a step's edge, with a checkpoint. The message says how to go on.
+
+    `number` is the signal's.
+    """
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
+class SealCheckpoints(TrainerCallback):
+    """Seals each checkpoint once all of its files are written, and asks for room before."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if control.should_save:
+            needed = checkpoint_bytes(model)
+            folders.need_space(Path(args.output_dir), needed, "the next checkpoint")
+            # The trainer notes which one is best once its folder is there. Under FSDP it would be
+            # there too late, in one process or in both, and they would load different ones.
+            folder_of_step(args, state).mkdir(parents=True, exist_ok=True)
+
+    def on_save(self, args, state, control, **kwargs):
+        wait_for_all()  # each process of DDP adds its own random numbers
+        if state.is_world_process_zero:
+            folders.follow_umask(folder_of_step(args, state))
+            integrity.seal(folder_of_step(args, state))
+
+
+class StopAtStepEdge(TrainerCallback):
+    """While `with` lasts, Ctrl-C and SIGTERM end the run after the step, with a checkpoint."""
+
+    def __init__(self):
+        self.received = None
+
+    def __enter__(self):
+        self.received, self.before = None, {}
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._note)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.received = signal.Signals(number)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_save or in_any(self.received is not None, args.device)
+
+    def on_save(self, args, state, control, **kwargs):
+        if in_any(self.received is not None, args.device):
+            who = self.received.name if self.received else "a signal to another process"
+            raise TrainingInterrupted(
+                f"{who} ended training after step {state.global_step}, and a checkpoint holds it: "
+                "run the same cell or command again to go on from there",
+                self.received or signal.SIGINT,
+            )
+
+
+class LogEachCheckpoint(TrainerCallback):
+    """Adds a log line at each checkpoint, whatever LOG_STEPS is, so that no step goes without.
+
+    The loss of the steps since a log line is in no checkpoint: a run that goes on would not have
+    it. The last step has a checkpoint too.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log = control.should_log or control.should_save
+
+
+def wait_for_all() -> None:
+    """Under DDP, wait until every process has come here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def in_any(raised: bool, device) -> bool:
+    """Whether it is so in any process of DDP; all must ask, and then all have the same answer."""
+    return bool(-least_of_all(-int(raised), device))
+
+
+def least_of_all(number: int, device) -> int:
+    """The smallest of the numbers that the processes of DDP ask with; all must ask."""
+    if not torch.distributed.is_initialized():
+        return number
+    least = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    return int(least)
+
+
+class SameOrder(TrainerCallback):
+    """Draws the order of every epoch from the seed and the epoch, so that a resume has it.
+
+    transformers groups rows by length with the random numbers that the process has come to, and a
+    process that resumes has come to others.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        batches = train_dataloader.batch_sampler
+        sampler = getattr(batches, "batch_sampler", batches).sampler  # DDP deals out another's
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch))
+
+
+def load_in_own_type(model) -> None:
+    """Let an adapter that is loaded keep its type, and its optimizer's moments with it.
+
+    peft casts what it loads to float32. For the checkpoint that a run goes on from that would be
+    another run, for the best one at the end a file of twice the size with the same numbers.
+    """
+    model.load_adapter = functools.partial(model.load_adapter, autocast_adapter_dtype=False)
+
+
+def checkpoint_bytes(model) -> int:
+    """Upper bound of a checkpoint's size: the trained weights and two float32 moments of each."""
+    trained = (p for p in model.parameters() if p.requires_grad)
+    return sum(p.nbytes + 8 * p.numel() for p in trained)
+
+
+def folder_of(config: Config, tokenizer) -> Path:
+    """Where the checkpoints of a training lie: named by all that it depends on, and nothing else.
+
+    That is the rows, the tokenizer, the base model, NAMED_BY, and over how many processes it goes.
+    `config` is what was asked for, before it is planned to a card: on a card with another amount of
+    memory the run goes on. Which GPU it is makes no difference: the processes of one run share it.
+    """
+    loading.load_shape(config.model_name)  # a model of the Hub has its commit on this disk then
+    named_by = {name: getattr(config, name) for name in NAMED_BY} | {
+        "planned": config.kept_layers is None,
+        "device": config.device.split(":")[0],
+        "processes": [os.environ.get("WORLD_SIZE", "1"), loading.is_sharded()],
+        "dataset": integrity.dataset_fingerprint(config),
+        "tokenizer": [integrity.tokenizer_rules(tokenizer), tokenizer.eos_token],
+        "base_model": [*manifest.base_model(config.model_name).items()],
+    }
+    text = json.dumps(named_by, sort_keys=True)
+    return config.checkpoints_dir / hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def record_plan(folder: Path, config: Config) -> None:
+    """Write down how the run in a folder takes its steps, as it begins."""
+    plan = {name: getattr(config, name) for name in PLANNED}
+    folders.write_text(folders.writable(folder) / PLAN, json.dumps(plan) + "\n")
+
+
+def recorded_plan(folder: Path) -> dict:
+    """The fields of a Config with which the run in a folder began; {} if it has no checkpoint."""
+    if not any(folder.glob(f"checkpoint-*/{integrity.SEAL}")) or not (folder / PLAN).is_file():
+        return {}
+    return json.loads((folder / PLAN).read_text(encoding="utf-8"))
+
+
+def folder_of_step(args, state) -> Path:
+    """Where the trainer puts the checkpoint of the step that it is at."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint; any newer one is passed over and named on the way."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+    for path in found:
+        problem = what_is_wrong(path)
+        if problem is None:
+            return path
+        print(f"{path.name} is passed over: {problem}", flush=True)
+    return None
+
+
+def what_is_wrong(checkpoint: Path) -> str | None:
+    """Why a run cannot go on from a checkpoint, or None when it can."""
+    if not (checkpoint / integrity.SEAL).is_file():
+        return "it was cut off while it was written"
+    try:
+        integrity.check_seal(checkpoint, "04")
+    except integrity.ArtefactError as error:
+        return str(error)
+    return None
+
+
+def is_finished(checkpoint: Path) -> bool:
+    """Whether the run that wrote it had come to its last step, or had stopped early, by then."""
+    state = json.loads((checkpoint / STATE).read_text("utf-8"))
+    return state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+
+
+def restore_finished(trainer, checkpoint: Path) -> None:
+    """Put a trainer where training would have left it: its log, and the best adapter loaded.
+
+    Asked to resume from its last step, the Trainer would take one more. That it loads its best
+    model by a method without a public name is the price of not taking it.
+    """
+    trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
+    best = trainer.state.best_model_checkpoint or checkpoint  # the last, where no best was saved
+    trainer.state.best_model_checkpoint = str(checkpoint.parent / Path(best).name)
+    trainer._load_callback_state()
+    trainer._load_best_model()

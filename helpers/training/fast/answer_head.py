@@ -1,0 +1,95 @@
+"""The loss on a CPU: the output layer applied to the graded positions alone, in tiles of its cache.
+
+On a GPU trl does so itself. On other devices it projects every position, prompt and padding
+included, onto the whole vocabulary in tiles of more than a hundred megabytes: in profile `demo`
+that is more than a third of a training step. It knows nothing of recipes or data.
+"""
+
+import functools
+
+import torch
+
+from helpers.prompts import IGNORED_LABEL
+
+TILE_TOKENS = 128  # whose logits exist at one time: 25 MB in float32 for 49,152 words
+
+
+class AnswerLogProbs(torch.autograd.Function):
+    """log p of each target, the entropy there, and whether the target is the likeliest word.
+
+    hidden [tokens, width], weight [vocabulary, width], targets [tokens]; three results [tokens], in
+    float32 and bool. The weight is frozen. The derivative of log p by the hidden state, W[target]
+    minus the mean row of W under p, is taken while p is at hand: nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        log_probs, entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
+        is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        derivative = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), TILE_TOKENS):
+            rows = slice(start, start + TILE_TOKENS)
+            target = targets[rows]
+            logits = (hidden[rows] @ weight.T).float()
+            is_top1[rows] = logits.argmax(-1) == target
+            log_sum = logits.logsumexp(-1)
+            log_probs[rows] = logits.gather(-1, target[:, None])[:, 0] - log_sum
+            probabilities = (logits - log_sum[:, None]).exp_()
+            entropy[rows] = log_sum - torch.linalg.vecdot(probabilities, logits)
+            if derivative is not None:
+                mean_row = probabilities.to(weight.dtype) @ weight
+                torch.sub(weight[target], mean_row, out=derivative[rows])
+        ctx.save_for_backward(derivative)
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return log_probs, entropy, is_top1
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        (derivative,) = ctx.saved_tensors
+        return gradient[:, None].to(derivative.dtype) * derivative, None, None
+
+
+def has_plain_head(model) -> bool:
+    """Whether logits are hidden states times a matrix, and nothing more is done to them."""
+    changes = (
+        "final_logit_softcapping",
+        "logit_scale",
+        "logits_scaling",
+    )  # Gemma 2, Cohere, Granite
+    done = [getattr(model.config, name, None) for name in changes]
+    return model.get_output_embeddings().bias is None and set(done) <= {None, 1.0}
+
+
+def score_answers_alone(model) -> None:
+    """Give a causal language model's fused head, which trl's loss calls, this way to compute.
+
+    A head that does more than a matrix product stays trl's.
+    `model(..., labels=, fused_lm_head=True)` then returns log_probs, entropy, is_top1 and
+    label_mask, each [rows, length - 1] and zero where the label is ignored, as trl's own head does.
+    Other calls are left alone.
+    """
+    # Imported here: model.memory reads the size of a tile from this module, and trl is slow.
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    if not has_plain_head(model):
+        return
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def with_answer_head(*args, fused_lm_head=False, labels=None, **kwargs):
+        if not fused_lm_head:
+            return forward(*args, **({} if labels is None else {"labels": labels}), **kwargs)
+        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        mask = labels[:, 1:] != IGNORED_LABEL
+        weight = model.get_output_embeddings().weight
+        scores = AnswerLogProbs.apply(hidden[mask].to(weight.dtype), weight, labels[:, 1:][mask])
+        # masked_scatter keeps a batch without any graded token connected to the model.
+        log_probs, entropy, is_top1 = (
+            score.new_zeros(mask.shape).masked_scatter(mask, score) for score in scores
+        )
+        # Not any object will do: DDP looks for the tensors in it.
+        return FusedCausalLMOutput(
+            log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
+        )
+
+    model.forward = with_answer_head

@@ -1,0 +1,141 @@
+"""The recipes on the same data, measured alike: `python -m helpers compare-recipes`.
+
+The article's trainer counts the question in its validation loss and the others do not, so here one
+function measures all of them on the same answers. Each training has a process of its own: its peak
+memory is its own, and a crash of one costs the others nothing.
+"""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from helpers import prompts
+from helpers.answers import evaluation, inference
+from helpers.config import PROJECT_DIR, RECIPES, Config, ConfigError
+from helpers.merging import merging
+from helpers.model import loading
+from helpers.runs import folders, integrity
+from helpers.runs.report import environment
+from helpers.training import training
+
+RESULTS = PROJECT_DIR / "benchmarks" / "results" / "recipes.json"
+
+
+def compare(parameters: dict, seeds: Sequence[int], output: Path = RESULTS) -> list[dict]:
+    """Train every recipe with every seed on the dataset of a run; `parameters` as a notebook's.
+
+    Writes `output` after each training, and goes on from what it holds. Raises ConfigError when
+    that was measured with other settings or elsewhere, and RuntimeError, at the end, for trainings
+    that crashed.
+    """
+    wanted = list(itertools.product(seeds, RECIPES))  # all recipes of a seed, then the next seed
+    for seed, recipe in wanted:
+        config = _config(parameters, recipe, seed)
+        config.require(config.dataset_dir, "02")
+    found, failures = _found(output, parameters), []
+    done = {(run["seed"], run["recipe"]) for run in found["runs"]}
+    for seed, recipe in wanted:
+        if (seed, recipe) in done:
+            continue
+        print(f"-- {recipe}, seed {seed}", flush=True)
+        try:
+            found["runs"].append(_measured_alone({**parameters, "RECIPE": recipe, "SEED": seed}))
+        except RuntimeError as error:
+            failures.append(f"{recipe} with seed {seed} {error}")
+            print(failures[-1], flush=True)
+            continue
+        folders.write_text(output, json.dumps(found, indent=1) + "\n")
+    if failures:
+        raise RuntimeError(
+            f"{'; '.join(failures)}: run the same command again, the rest is in {output}"
+        )
+    return found["runs"]
+
+
+def _config(parameters: dict, recipe: str, seed: int) -> Config:
+    """Of one training. No early stop: all take the same steps, and the best checkpoint counts."""
+    patience = {"EARLY_STOPPING_PATIENCE": 10**7}
+    return Config.from_parameters({**patience, **parameters, "RECIPE": recipe, "SEED": seed})
+
+
+def _found(output: Path, parameters: dict) -> dict:
+    """What the file holds, or a beginning; ConfigError for another comparison than this one."""
+    settings = {name: value for name, value in parameters.items() if name != "RUN_DIR"}
+    facts = {**environment(), "parameters": json.loads(json.dumps(settings))}
+    if not output.exists():
+        folders.writable(output.parent)
+        return {"what": "Recipes trained on the same data", **facts, "runs": []}
+    found = json.loads(output.read_text(encoding="utf-8"))
+    for name in facts.keys() - {"date"}:
+        if found.get(name) != facts[name]:
+            raise ConfigError(
+                f"{output} was measured with {name} = {found.get(name)}, and now it is "
+                f"{facts[name]}: name another file by --output, or remove that one"
+            )
+    return found
+
+
+def _measured_alone(parameters: dict) -> dict:
+    """`measure` in a process of its own; RuntimeError with its exit code and last word."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "run.json"
+        command = [
+            sys.executable,
+            "-m",
+            "helpers.training.recipes",
+            json.dumps(parameters),
+            str(result),
+        ]
+        said = {"stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
+        done = subprocess.run(command, **said)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise RuntimeError(f"ended with code {done.returncode} ({last})")
+        return json.loads(result.read_text(encoding="utf-8"))
+
+
+def measure(config: Config) -> dict:
+    """Train once. Losses are nats per token of the validation answers, the question not counted."""
+    tokenizer = loading.load_tokenizer(config.model_name)
+    dataset = training.load_dataset(config, tokenizer)
+    model = loading.load_model(config)
+    before = merging.text_loss(model, tokenizer, dataset["validation"])
+    trainer = training.build_trainer(config, model, tokenizer, dataset)
+    trainer, metrics = training.fine_tune(trainer)
+    numbers = {
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch, 2),
+        "best_step": trainer.state.best_global_step,
+        "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
+        "answer_loss_before": before,
+        "answer_loss_after": merging.text_loss(trainer.model, tokenizer, dataset["validation"]),
+        **_rates(trainer.model, tokenizer, config),
+        **{n: metrics[n] for n in ("train_tokens_per_second", "peak_memory_bytes")},
+        "exec_time_seconds": metrics["exec_time_seconds"],
+    }
+    shutil.rmtree(trainer.args.output_dir)
+    return numbers
+
+
+def _rates(model, tokenizer, config: Config) -> dict[str, float]:
+    """The scores of notebook 06 for the answers to `config.evaluation_problems` problems."""
+    problems = evaluation.load_problems(config)
+    system = integrity.system_message(config, config.dataset_dir)
+    asked = [prompts.render_prompt(problem.prompt, system) for problem in problems]
+    answers, _ = inference.answer_all(model, tokenizer, asked, config)
+    pairs = zip(answers, problems, strict=True)
+    scores = [evaluation.score(answer, problem, config) for answer, problem in pairs]
+    return evaluation.rates(scores, "tuned")
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    numbers = measure(_config(given, given["RECIPE"], given["SEED"]))
+    Path(sys.argv[2]).write_text(json.dumps(numbers), encoding="utf-8")

@@ -1,0 +1,124 @@
+"""A chart that follows a training run, for a notebook with a front end.
+
+Its static twin is the loss figure that notebook 04 draws afterwards; run headless, the printed log
+lines say the same. The picture is one figure whose lines are moved, never a new one.
+"""
+
+import itertools
+import time
+
+import ipywidgets
+import matplotlib.pyplot as plt
+from transformers import TrainerCallback
+
+from helpers.model.memory import GIB
+from helpers.training import training
+from helpers.view import plots, widgets
+
+SECONDS_BETWEEN_PICTURES = 1.0
+PANELS = (
+    ("Training loss", "nats per token"),
+    ("Validation loss", "nats per token"),
+    ("Learning rate", ""),
+    ("Gradient norm", ""),
+    ("Speed", "tokens per s"),
+    ("Memory", "GiB"),
+)
+
+
+def chart(trainer) -> ipywidgets.HTML:
+    """A picture of the trainer's numbers that is drawn anew while it trains, once a second at most.
+
+    Display it in the cell before the training.
+    """
+    callback = LiveChart(trainer)
+    trainer.add_callback(callback)
+    return callback.view
+
+
+class LiveChart(TrainerCallback):
+    """Draws the trainer's log into `view` at its log steps, and at the end."""
+
+    def __init__(self, trainer):
+        self.view = ipywidgets.HTML("The chart begins with the first numbers of the training.")
+        self.trainer, self.drawn, self.redraw = trainer, float("-inf"), None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began, self.first_step = time.perf_counter(), state.global_step
+        self.lines, self.bounds, self.redraw = _empty_chart(state.max_steps)
+
+    def on_log(self, args, state, control, **kwargs):
+        # The evaluation before the first step is logged too, and then there is nothing to draw on.
+        if self.redraw and time.perf_counter() - self.drawn >= SECONDS_BETWEEN_PICTURES:
+            self.draw(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.draw(state)
+
+    def draw(self, state) -> None:
+        """Move the lines to what the log holds now, and say it in words as the picture's text."""
+        found = curves(state.log_history, training.step_log(self.trainer))
+        for line, (bottom, top), points in zip(self.lines, self.bounds, found, strict=True):
+            steps, values = zip(*points, strict=True) if points else ((), ())
+            low, high = min(values, default=0), max(values, default=0)
+            bottom.set_text(f"{low:.3g}" if points else "")
+            top.set_text(f"{high:.3g}" if high > low else "")
+            line.set_data(steps, [(value - low) / ((high - low) or 1) for value in values])
+        newest = [
+            f"{title.lower()} {points[-1][1]:.4g} {unit}".strip()
+            for (title, unit), points in zip(PANELS, found, strict=True)
+            if points
+        ]
+        words = ", ".join([f"step {state.global_step} of {state.max_steps}", *newest])
+        words = f"{words}; {self._time_left(state)}."
+        picture = widgets.image_html(self.redraw(), f"Training so far: {words}")
+        self.view.value = f"<p>{words}</p>{picture}"
+        self.drawn = time.perf_counter()
+
+    def _time_left(self, state) -> str:
+        """From the steps of this process, with the evaluations and checkpoints between them."""
+        taken, left = state.global_step - self.first_step, state.max_steps - state.global_step
+        if not taken or not left:
+            return "done" if not left else "time left not known yet"
+        seconds = (time.perf_counter() - self.began) / taken * left
+        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
+
+
+def _empty_chart(max_steps: int):
+    """(a line for each of PANELS, texts for its lowest and highest value, what draws them as PNG).
+
+    The values of a line go from 0 to 1, for axes that follow them would have to be drawn anew each
+    time, and that takes ten times as long.
+    """
+    figure, axes = plt.subplots(2, 3, figsize=(9, 4), dpi=72)
+    lines, bounds = [], []
+    for axis, (title, unit) in zip(axes.flat, PANELS, strict=True):
+        axis.set(
+            title=title, xlabel="optimizer step", ylabel=f"{unit or 'no unit'}\n\n", yticks=[0, 1]
+        )
+        axis.set(xlim=(0, max_steps), ylim=(-0.05, 1.05), yticklabels=["", ""])
+        lines += axis.plot([], [], color=plots.BLUE, marker=".")
+        place = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "center"}
+        bounds.append([axis.text(-0.04, height, "", fontsize=9, **place) for height in (0, 1)])
+    return lines, bounds, widgets.background(figure, [*lines, *itertools.chain(*bounds)])
+
+
+def curves(history: list[dict], steps: list[dict]) -> list[list[tuple[int, float]]]:
+    """For each of PANELS its (step, value) pairs, from the trainer's log and the step log."""
+    named = ("loss", "eval_loss", "learning_rate", "grad_norm")
+    found = [
+        [(entry["step"], float(entry[name])) for entry in history if name in entry]
+        for name in named
+    ]
+    memory = [(item["step"], item["memory_bytes"] / GIB) for item in steps]
+    return [*found, speeds(history, steps), memory]
+
+
+def speeds(history: list[dict], steps: list[dict]) -> list[tuple[int, float]]:
+    """(step, tokens per second since the log line before), evaluations not counted."""
+    ends = [entry["step"] for entry in history if "loss" in entry]
+    parts = [
+        (last, [item for item in steps if first < item["step"] <= last])
+        for first, last in itertools.pairwise([0, *ends])
+    ]
+    return [(last, training.tokens_per_second(part)) for last, part in parts if part]

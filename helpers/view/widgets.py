@@ -1,0 +1,365 @@
+"""Views with a control to move, made of what ipywidgets 7.7 and 8.1 share.
+
+Each view has a static twin: the same figure, drawn by the same function for a few fixed settings.
+A notebook shows both, for a page without a kernel shows no widget. A view holds its picture as an
+`<img>` with alt text in an `HTML` widget (`Image` has no alt text), so moving the control adds
+nothing to the notebook's output. Whatever comes from data or a model is escaped. No lesson lives
+here.
+"""
+
+import base64
+import html
+from collections.abc import Callable, Iterable, Sequence
+from io import BytesIO
+
+import ipywidgets
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import display
+from matplotlib.artist import Artist
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
+from helpers import prompts
+from helpers.data.markdown import FENCE
+from helpers.model import memory
+from helpers.view import plots
+from helpers.view.safe_text import visible
+
+# JupyterLab breaks such text within words, and nbconvert's pages set no fixed-width font for it.
+WRAPPED = "white-space:pre-wrap;overflow-wrap:anywhere;word-break:normal;font-family:monospace"
+WHOLE_WIDTH = "table-layout:fixed;width:100%"
+ROW = "<tr style='background:none'>"  # JupyterLab's grey of every second row would frame the text
+# Code brings its own background, so that its colours can be read in a light and in a dark theme.
+CODE = "display:block;background:#f6f6f6;color:#000;padding:2px 6px"
+CODE_STYLE = "xcode"  # the one of pygments whose every colour has a contrast of 4.5 or more on it
+BADGE = "display:inline-block;border:1px solid;border-radius:4px;padding:0 5px;margin:4px 4px 1px 0"
+LEARNED = "background:#CFE8FA;border-bottom:2px solid #0072B2"
+READ_ONLY = "background:#E4E4E4;border-bottom:2px solid #E4E4E4"
+# Fields of evaluation.Score, and what an answer that has it or lacks it is said to do.
+VERDICTS = {
+    "stops": ("stops by itself", "does not stop"),
+    "parses": ("code that parses", "no code that parses"),
+    "steps": ("explains in steps", "no steps"),
+    "passes": ("passes its tests", "fails its tests"),
+}
+
+
+def figure_png(figure: Figure) -> bytes:
+    """The figure as PNG bytes; closes it."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def image_html(png: bytes, alt: str) -> str:
+    """An HTML image that carries its own data and its alternative text."""
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def spectra_figure(spectra: dict[str, np.ndarray]) -> Figure:
+    """Spectra (name -> falling singular values) and the truncation errors that follow from them."""
+    figure = plt.figure()
+    _draw_spectra(figure, spectra)
+    return figure
+
+
+def rank_figure(matrix: np.ndarray, truncate: Callable, ranks: Sequence[int]) -> Figure:
+    """A picture (height, width) cut to some ranks, above its spectrum and its error against rank.
+
+    `truncate(matrix, rank)` gives the matrix of that rank; the marks are its measured errors.
+    Raises ValueError for a rank outside 1..min(height, width).
+    """
+    if not all(1 <= rank <= min(matrix.shape) for rank in ranks):
+        raise ValueError(
+            f"ranks {list(ranks)} must lie in 1..{min(matrix.shape)} for shape {matrix.shape}"
+        )
+    figure = plt.figure(figsize=(7, 4.2))
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.3))
+    cuts = [truncate(matrix, rank) for rank in ranks]
+    _draw_pictures(above, [matrix, *cuts], ["original", *(f"rank {rank}" for rank in ranks)])
+    singular_values = np.linalg.svd(matrix, compute_uv=False)
+    left, right = _draw_spectra(below, {"picture": singular_values})
+    left.plot(ranks, singular_values[np.array(ranks) - 1], "o", color=plots.RED)
+    right.plot(ranks, [_percent_lost(matrix, cut) for cut in cuts], "o", color=plots.RED)
+    return figure
+
+
+def _percent_lost(matrix: np.ndarray, cut: np.ndarray) -> float:
+    """Frobenius norm of the difference, in percent of the norm of the matrix."""
+    return 100 * np.linalg.norm(matrix - cut) / np.linalg.norm(matrix)
+
+
+def _draw_pictures(parent, pictures: Sequence[np.ndarray], titles: Sequence[str]) -> None:
+    """Pictures side by side, all with the greys of the first."""
+    low, high = pictures[0].min(), pictures[0].max()
+    for axis, picture, title in zip(
+        parent.subplots(1, len(pictures)), pictures, titles, strict=True
+    ):
+        axis.imshow(picture, cmap="gray", vmin=low, vmax=high)
+        axis.set(title=title, xticks=[], yticks=[])
+
+
+def _draw_spectra(parent, spectra: dict[str, np.ndarray]):
+    """Left the singular values by place, right the share of the norm lost at each rank."""
+    left, right = parent.subplots(1, 2)
+    for name, values in spectra.items():
+        # Summed from the small end: 1 minus a share loses the last digits of a small tail.
+        tails = np.sqrt(np.cumsum(values[::-1] ** 2)[::-1]) / np.linalg.norm(values)
+        left.semilogy(range(1, len(values) + 1), values, label=name)
+        right.plot(range(len(values)), 100 * tails, label=name)
+    left.set(title="Spectrum", xlabel="place i", ylabel="singular value")
+    right.set(title="Error after truncation", xlabel="rank r", ylabel="error (% of norm)")
+    if len(spectra) > 1:
+        left.legend()
+    return left, right
+
+
+def rank_slider(matrix: np.ndarray, truncate: Callable, start: int = 8) -> ipywidgets.VBox:
+    """A slider that redraws `rank_figure` for one rank; its twin is `rank_figure` for four."""
+    slider = ipywidgets.IntSlider(
+        value=start, min=1, max=min(matrix.shape), description="rank", continuous_update=False
+    )
+    figure, image = rank_figure(matrix, truncate, [start]), ipywidgets.HTML()
+    _, picture, spectrum, error = figure.axes
+    point, mark = spectrum.lines[-1], error.lines[-1]
+    draw_over = background(figure, [picture, point, mark])
+    singular_values = np.linalg.svd(matrix, compute_uv=False)
+
+    def redraw(change=None):
+        rank, cut = slider.value, truncate(matrix, slider.value)
+        lost = _percent_lost(matrix, cut)
+        picture.images[0].set_data(cut)
+        picture.set_title(f"rank {rank}")
+        point.set_data([rank], [singular_values[rank - 1]])
+        mark.set_data([rank], [lost])
+        alt = f"The picture beside its cut to rank {rank}, which loses {lost:.1f} % of the norm."
+        image.value = image_html(draw_over(), alt)
+
+    slider.observe(redraw, names="value")
+    redraw()
+    return ipywidgets.VBox([slider, image])
+
+
+def background(figure: Figure, moving: Sequence[Artist]) -> Callable[[], bytes]:
+    """Draw all of a figure but its moving artists once; the function returned adds them, as PNG.
+
+    A step takes 10 ms so, and 170 ms with a new figure. pyplot forgets the figure.
+    """
+    plt.close(figure)
+    canvas = FigureCanvasAgg(figure)
+    for artist in moving:
+        artist.set_animated(True)  # that is, not drawn with the rest
+    canvas.draw()
+    background = canvas.copy_from_bbox(figure.bbox)
+
+    def draw_over() -> bytes:
+        canvas.restore_region(background)
+        for artist in moving:
+            figure.draw_artist(artist)
+        buffer = BytesIO()
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+        # Not by imsave, which adds an alpha channel and takes longer.
+        Image.fromarray(pixels).save(buffer, "png", compress_level=1)
+        return buffer.getvalue()
+
+    return draw_over
+
+
+def fit_figure(plans: dict[str, memory.Plan], cards: Sequence[int]) -> Figure:
+    """Stacked bars of what plans (by name) hold at their peak; cards (bytes) as dashed lines."""
+    figure, axis = plt.subplots(figsize=(7, 2 + 0.5 * len(plans)))
+    starts = np.zeros(len(plans))
+    parts = [plan.estimate.parts for plan in plans.values()]
+    colours = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.PURPLE, plots.SKY, "#777777")
+    hatches = ("", "//", "xx", "..", "\\\\", "oo", "--")
+    for name, colour, hatch in zip(parts[0], colours, hatches, strict=True):
+        sizes = np.array([part[name] for part in parts]) / memory.GIB
+        style = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": name}
+        axis.barh(list(plans), sizes, left=starts, **style)
+        starts += sizes
+    for size in (card / memory.GIB for card in cards):
+        axis.axvline(size, color=plots.BLACK, linestyle="--", linewidth=1)
+        above = {"transform": axis.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+        axis.text(size, 1.0, f"{size:g}", fontsize=8, **above)
+    axis.set_title("Predicted peak of a training step against the card (dashed)", pad=16)
+    axis.set(xlabel="memory (GiB)", ylabel="model", xlim=(0, None))
+    figure.legend(ncols=4, fontsize=8, loc="outside lower center")
+    return figure
+
+
+def will_it_fit(models: dict, cards: dict[str, int], run: memory.Run) -> ipywidgets.VBox:
+    """Sliders for a model (name -> transformers config) and a card (name -> bytes), and the plan.
+
+    Below them: the bar of the fastest plan for `run` that fits, or of the smallest step when
+    none does, and the plan's sentence. Its twin is `fit_figure` with all models and all cards.
+    """
+    # Not menus: JupyterLab takes the arrow keys of a menu to move between cells. The choice stands
+    # in the sentence, for beside a slider it would be cut off.
+    style = {"continuous_update": False, "readout": False}
+    model, card = (
+        ipywidgets.SelectionSlider(options=list(names), description=what, **style)
+        for what, names in (("model", models), ("card", cards))
+    )
+    image, sentence = ipywidgets.HTML(), ipywidgets.HTML()
+
+    def redraw(change=None):
+        plan = memory.plan(models[model.value], run, cards[card.value])
+        advice = ("fits: " if plan.fits else "does not fit: ") + plan.advice
+        png = figure_png(fit_figure({model.value: plan}, [cards[card.value]]))
+        image.value = image_html(png, f"Predicted memory of {model.value}, {advice}")
+        sentence.value = html.escape(f"{model.value} on {card.value} {advice}")
+
+    for slider in (model, card):
+        slider.observe(redraw, names="value")
+    redraw()
+    return ipywidgets.VBox([ipywidgets.HBox([model, card]), sentence, image])
+
+
+def answer_html(text: str) -> str:
+    """An answer in fixed width, the code in its fences coloured. Every character is text."""
+    text, parts, end = visible(text), [], 0
+    lexer = PythonLexer(stripnl=False, ensurenl=False)
+    formatter = HtmlFormatter(nowrap=True, noclasses=True, style=CODE_STYLE)
+    for block in FENCE.finditer(text):
+        parts.append(html.escape(text[end : block.start(3)]))
+        parts.append(f'<span style="{CODE}">{highlight(block[3], lexer, formatter)}</span>')
+        end = block.end(3)
+    return f'<pre style="{WRAPPED}">{"".join(parts)}{html.escape(text[end:])}</pre>'
+
+
+def badges(score) -> list[str]:
+    """What an `evaluation.Score` says of an answer, each as a mark and words."""
+    found = {name: getattr(score, name) for name in VERDICTS}
+    words = [
+        f"\u2713 {VERDICTS[name][0]}" if value else f"\u2717 {VERDICTS[name][1]}"
+        for name, value in found.items()
+        if value is not None
+    ]
+    return words if found["passes"] is not None else [*words, "- not tested"]
+
+
+def _badges_html(score) -> str:
+    return " ".join(f'<span style="{BADGE}">{badge}</span>' for badge in badges(score))
+
+
+def show_side_by_side(question: str, base: str, tuned: str, scores: Sequence = ()) -> None:
+    """Display two answers in two columns, as text: generated HTML or script is shown, never run.
+
+    `scores`, the `evaluation.Score` of each, stand under them in words.
+    """
+    answers = [base, tuned]
+    under = [_badges_html(score) for score in scores] or ["", ""]
+    below = ["\n" + ", ".join(badges(score)) for score in scores] or ["", ""]
+    # The style is for JupyterLab, the attributes for GitHub, which strips styles. Half the width
+    # each: else a column of short lines is squeezed by one of long lines.
+    left = "style='text-align:left;vertical-align:top' align='left' valign='top' width='50%'"
+    heads = "".join(f"<th scope='col' {left}>{name}</th>" for name in ("base", "tuned"))
+    cells = "".join(
+        f"<td {left}>{answer_html(text)}{marks}</td>"
+        for text, marks in zip(answers, under, strict=True)
+    )
+    # The question in <pre>, or its dollars would be read as formulas.
+    table = f"<table style='{WHOLE_WIDTH}'><tr>{heads}</tr>{ROW}{cells}</tr></table>"
+    plain = visible(f"{question}\n\n-- base\n{base}{below[0]}\n\n-- tuned\n{tuned}{below[1]}")
+    display({"text/html": _escaped(question) + table, "text/plain": plain}, raw=True)
+
+
+def side_by_side(
+    answerers: dict[str, Callable[[str], Iterable]], question: str = ""
+) -> ipywidgets.VBox:
+    """A field for a question and a button; every answerer streams into a column of its own.
+
+    An answerer takes the question and yields its answer piece by piece, and last, if it can, its
+    `evaluation.Score`. One after the other, so that they do not compete for the processor. Its twin
+    is `show_side_by_side`.
+    """
+    # 100 % and the margin would be wider than the cell, which would cut the field's right border.
+    fitted, wide = ipywidgets.Layout(width="auto"), ipywidgets.Layout(width="100%")
+    field = ipywidgets.Textarea(value=question, description="question", rows=3, layout=fitted)
+    button = ipywidgets.Button(description="Answer", tooltip="Send the question to each model")
+    columns = {name: ipywidgets.HTML(layout=wide) for name in answerers}
+
+    def answer(clicked=None):
+        button.disabled = True
+        try:
+            for column in columns.values():
+                column.value = ""
+            for name, stream in answerers.items():
+                text, marks = f"{name}\n\n", ""
+                columns[name].value = _escaped(f"{text}(the model is being loaded)")
+                for piece in stream(field.value):
+                    if isinstance(piece, str):
+                        text += piece
+                    else:
+                        marks = _badges_html(piece)
+                    columns[name].value = answer_html(text) + marks
+        except Exception as error:  # raised again, but in a callback it would reach a log only
+            columns[name].value = _escaped(f"{name} gave no answer: {error}")
+            raise
+        finally:
+            button.disabled = False
+
+    button.on_click(answer)
+    return ipywidgets.VBox([field, button, ipywidgets.HBox(list(columns.values()))])
+
+
+def tokens_html(pieces: Sequence[str], learned: Sequence[bool]) -> str:
+    """The tokens of a row as HTML: grey ones are read only, blue ones carry the loss.
+
+    Without colour the latter are told by their underline, and where styles are stripped, as on
+    GitHub, by bold type. Every piece is escaped, for it comes from data; a line break also shows as
+    an arrow.
+    """
+    spans = []
+    for piece, counts in zip(pieces, learned, strict=True):
+        tag, look = ("b", LEARNED) if counts else ("span", READ_ONLY)
+        style = f"{look};color:#000;font-weight:normal;margin-right:1px"
+        style += ";padding-bottom:3px"  # else underscores are black on a dark page
+        text = html.escape(visible(piece)).replace("\n", "&#8629;\n")
+        spans.append(f'<{tag} style="{style}">{text}</{tag}>')
+    return f'<pre style="{WRAPPED};line-height:1.8">{"".join(spans)}</pre>'
+
+
+def dataset_page(row: dict, source: str, tokenizer) -> str:
+    """One row as an HTML table: raw HTML of the answer, prompt and answer, tokens. All escaped."""
+    encoded = prompts.encode(tokenizer, row["prompt"], row["completion"])
+    pieces = [tokenizer.decode([token]) for token in encoded["input_ids"]]
+    learned = [label != prompts.IGNORED_LABEL for label in encoded["labels"]]
+    columns = {
+        "raw HTML of the answer": _escaped(source),
+        "prompt and answer": _escaped(row["prompt"] + row["completion"]),
+        "tokens (blue, underlined: learned)": tokens_html(pieces, learned),
+    }
+    style = "vertical-align:top;text-align:left;width:33%;padding:0 8px"
+    heads = "".join(f'<th style="{style}">{name}</th>' for name in columns)
+    cells = "".join(f'<td style="{style}">{cell}</td>' for cell in columns.values())
+    return f'<table style="{WHOLE_WIDTH}"><tr>{heads}</tr>{ROW}{cells}</tr></table>'
+
+
+def _escaped(text: str) -> str:
+    return f'<pre style="{WRAPPED}">{html.escape(visible(text))}</pre>'
+
+
+def dataset_browser(rows, sources: Sequence[str], tokenizer) -> ipywidgets.VBox:
+    """A slider that pages through rows, each shown by `dataset_page`, which is also its twin.
+
+    `sources` holds the raw HTML of each row's answer, "" where there is none.
+    """
+    slider = ipywidgets.IntSlider(
+        value=0, min=0, max=len(rows) - 1, description="row", continuous_update=False
+    )
+    page = ipywidgets.HTML()
+
+    def redraw(change=None):
+        page.value = dataset_page(rows[slider.value], sources[slider.value], tokenizer)
+
+    slider.observe(redraw, names="value")
+    redraw()
+    return ipywidgets.VBox([slider, page])
