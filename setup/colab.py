@@ -37,7 +37,7 @@ UNNAMED = "OWNER/NAME"
 KEPT = (
     "torch numpy pandas ipykernel ipython ipywidgets jupyter-client transformers peft accelerate"
 ).split()
-NOT_NEEDED = ("jupyterlab", "playwright", "pytest", "pytest-xdist", "ruff")
+NOT_NEEDED = ("jupyterlab", "playwright", "pytest", "pytest-xdist", "ruff", "import-linter", "mypy")
 
 
 def set_up_source(repository: str = UNNAMED) -> str:

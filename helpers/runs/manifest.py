@@ -85,9 +85,7 @@ def files(folder: Path, patterns) -> dict[str, str]:
     paths = [file for path in matching for file in (path.rglob("*") if path.is_dir() else [path])]
     names = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
     return {
-        name: folders.sha256(names[name])
-        for name in sorted(names)
-        if not NOT_RECORDED.search(name)
+        name: folders.sha256(names[name]) for name in sorted(names) if not NOT_RECORDED.search(name)
     }
 
 
