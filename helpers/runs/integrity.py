@@ -13,8 +13,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from helpers.runs.folders import sha256
 from helpers.config import SYSTEM_MESSAGE, Config
+from helpers.runs.folders import sha256
 
 SEAL = "SHA256SUMS"
 ADAPTER_WEIGHTS, ADAPTER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"

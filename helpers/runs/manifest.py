@@ -13,8 +13,8 @@ from pathlib import Path
 import huggingface_hub
 import nbformat
 
-from helpers.runs import folders
 from helpers.config import PROJECT_DIR, Config
+from helpers.runs import folders
 
 NAME = "manifest.json"
 # Rewritten from these whenever they are asked for: report.html and the pages of the notebooks.

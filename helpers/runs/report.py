@@ -19,8 +19,8 @@ import nbformat
 import psutil
 from nbconvert import HTMLExporter
 
-from helpers.runs import folders
 from helpers.config import PROJECT_DIR, Config
+from helpers.runs import folders
 from helpers.runs.integrity import read_metrics
 from helpers.view.safe_text import visible
 

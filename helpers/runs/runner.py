@@ -17,8 +17,8 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config as Traits
 
-from helpers.runs import folders, manifest
 from helpers.config import PROJECT_DIR, Config, ConfigError
+from helpers.runs import folders, manifest
 from helpers.runs.manifest import code_hash
 from helpers.runs.report import environment, write_report
 
