@@ -1,15 +1,17 @@
 """Does the planner keep its word? Llama 2's shapes under caps of GPU memory.
 
-    python benchmarks/caps.py one 7B --cap 8 --length 1024          plan, train, one JSON line
-    python benchmarks/caps.py one 7B --cap 8 --way card             without the host's memory
-    python benchmarks/caps.py one 7B --cap 4 --way forced           train what the plan refuses
-    python benchmarks/caps.py group 1                               a group of GROUPS, added to
+    python -m benchmarks.caps one 7B --cap 8 --length 1024          plan, train, one JSON line
+    python -m benchmarks.caps one 7B --cap 8 --way card             without the host's memory
+    python -m benchmarks.caps one 7B --cap 4 --way forced           train what the plan refuses
+    python -m benchmarks.caps group 1                               a group of GROUPS, added to
                                                                     results/caps.json
 
 A cap is `torch.cuda.set_per_process_memory_fraction`: what torch may reserve, without the CUDA
 context. Runs go side by side as far as a card of 80 GB holds them, for memory alone is measured.
 The weights are zeros, read from a file that is one hole: they take no disk, and memory does not
 depend on what they are.
+
+Needs one NVIDIA GPU of 80 GB and some minutes a group.
 """
 
 import argparse
@@ -25,8 +27,6 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
-
 RESULTS = PROJECT / "benchmarks" / "results" / "caps.json"
 # (size, GiB, tokens of the longest row, way). Ways: "planned"; "card", planned without the host's
 # memory; "forced" trains, though refused, as little at a time as it can.
@@ -151,7 +151,7 @@ def side_by_side(cases: tuple) -> Iterator[dict]:
             if sum(cap for _, cap, *_ in running) + case[1] <= CARD_GIB:
                 waiting.remove(case)
                 size, cap, length, way = map(str, case)
-                command = [sys.executable, __file__, "one", size, "--cap", cap]
+                command = [sys.executable, "-m", "benchmarks.caps", "one", size, "--cap", cap]
                 command += ["--length", length, "--way", way]
                 running[case] = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
         ended = [case for case, process in running.items() if process.poll() is not None]
@@ -175,9 +175,9 @@ def main() -> None:
     if options.command == "one":
         print(json.dumps(one(options.what, options.cap, options.length, options.way)))
         return
-    from benchmarks.training import circumstances
+    from helpers.runs.report import environment  # with torch, which no other process here needs
 
-    facts = {"what": f"Llama 2's shapes, planned for a cap, {STEPS} steps", **circumstances()}
+    facts = {"what": f"Llama 2's shapes, planned for a cap, {STEPS} steps", **environment()}
     rows = json.loads(RESULTS.read_text("utf-8"))["rows"] if RESULTS.exists() else []
     for row in side_by_side(GROUPS[int(options.what) - 1]):
         print(json.dumps(row), flush=True)

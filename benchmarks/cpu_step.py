@@ -1,7 +1,8 @@
 """A training step of profile `demo` on a CPU: this project's trainer against trl's own.
 
-Same weights, same batches, taken in turns in one process:  python benchmarks/cpu_step.py RUN_DIR
-RUN_DIR holds notebook 02's dataset. Writes benchmarks/results/cpu_step.json.
+Same weights, same batches, taken in turns in one process:  python -m benchmarks.cpu_step RUN_DIR
+RUN_DIR holds notebook 02's dataset. Needs 4 GB of memory and some ten minutes.
+Writes benchmarks/results/cpu_step.json.
 """
 
 import itertools
@@ -15,7 +16,7 @@ from trl import SFTTrainer
 
 from helpers.config import Config
 from helpers.model import loading, precision
-from helpers.runs import report
+from helpers.runs.report import environment
 from helpers.training import training
 
 RESULT = Path(__file__).parent / "results" / "cpu_step.json"
@@ -58,7 +59,7 @@ def main(run_dir: str) -> None:
             tokens = int(batch["attention_mask"].sum())
             speeds[way].append(tokens / seconds_of(trainer, batch))
     result = {
-        **report.environment(),
+        **environment(),
         "dtype": str(precision.compute_dtype(config)),
         "tokens_per_second": {way: statistics.median(found) for way, found in speeds.items()},
         "ratios": [ours / trl for ours, trl in zip(speeds["ours"], speeds["trl"], strict=True)],

@@ -1,19 +1,19 @@
 """Measure the curation at the size of the real set, and against the article's way.
 
-    python benchmarks/curation.py generate FOLDER [--share 0.05]   write a synthetic Kaggle set
-    python benchmarks/curation.py ours FOLDER [--workers 2]        rows per second, peak memory
-    python benchmarks/curation.py article FOLDER                   the same for the article's way
-    python benchmarks/curation.py all FOLDER                       everything, to
-    results/curation.json
+    python -m benchmarks.curation generate FOLDER [--share 0.05]   write a synthetic Kaggle set
+    python -m benchmarks.curation ours FOLDER [--workers 2]        rows per second, peak memory
+    python -m benchmarks.curation article FOLDER                   the same for the article's way
+    python -m benchmarks.curation all FOLDER                       everything, to
+                                                                     results/curation.json
 
 The posts are synthetic: their number, mean size (1.05 KB) and mix of code, duplicates and noise
-follow the
-real set (607,282 questions, 987,122 answers, 1.7 GB), their wording does not.
+follow the real set (607,282 questions, 987,122 answers, 1.7 GB), their wording does not.
+
+Needs 5 GB of disk, 3 GB of memory and, for everything, some fifteen minutes on two cores.
 """
 
 import argparse
 import csv
-import datetime
 import html
 import json
 import os
@@ -27,8 +27,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 QUESTIONS, ANSWERS = 607_282, 987_122
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
@@ -320,7 +318,10 @@ def kilobytes(text: str, label: str) -> int:
 
 def measure(arguments: list[str]) -> dict:
     """Run this script in a process of its own; what it printed, its time and peak memory."""
-    started, command = time.perf_counter(), [sys.executable, __file__, *arguments]
+    started, command = (
+        time.perf_counter(),
+        [sys.executable, "-m", "benchmarks.curation", *arguments],
+    )
     process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
     watch = Watch(process.pid)
     watch.start()
@@ -346,6 +347,9 @@ COMPARED = 0.05  # the share at which the article's way and one worker are measu
 
 def measure_all(folder: Path, shares: list[float]) -> None:
     """Every share with two workers, and at COMPARED one worker and the article's way beside it."""
+    # Here, for it imports torch, which a process that is measured must not pay for.
+    from helpers.runs.report import environment
+
     runs = []
     for share in shares:
         path = folder / f"{share:g}"
@@ -362,9 +366,8 @@ def measure_all(folder: Path, shares: list[float]) -> None:
             runs.append({"share": share, **measure(command)})
             print(json.dumps({k: v for k, v in runs[-1].items() if k != "removed"}), flush=True)
     facts = {
-        "date": f"{datetime.date.today()}",
+        **environment(),
         "processor": processor(),
-        "cores": os.cpu_count(),
         "load_average": os.getloadavg(),
         **summary(runs),
     }

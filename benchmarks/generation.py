@@ -1,37 +1,34 @@
 """Measure batched generation against the article's way, one `pipeline` call for each prompt.
 
-    python benchmarks/generation.py [--prompts 12] [--tokens 64]
-    python benchmarks/generation.py --folder FOLDER                 a Llama of training.py on a GPU
+    python -m benchmarks.generation [--prompts 12] [--tokens 64]
+    python -m benchmarks.generation --folder FOLDER                 a Llama of training.py on a GPU
 
-The first needs a finished `demo` run. Both ways answer the same prompts greedily in the same
-process. Answers that differ are looked into: is the first token that differs a tie in bfloat16, and
-are the answers equal when everything is computed in float32? Writes results/generation.json.
+The first needs a finished `demo` run and some ten minutes on two cores. Both ways answer the same
+prompts greedily in the same process. Answers that differ are looked into: is the first token that
+differs a tie in bfloat16, and are the answers equal when everything is computed in float32? Writes
+results/generation.json.
 
 The second times random weights of Llama 2 7B's shape, whose answers never end and mean nothing: in
 4 bits, the same with an adapter on it, and in 16 bits, which is what a merge gives. Writes
-results/generation_gpu.json.
+results/generation_gpu.json. It needs a GPU with 24 GB and some minutes.
 """
 
 import argparse
 import dataclasses
 import json
 import os
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import helpers  # noqa: F401, I001  before torch, since it says how torch's threads wait
 
 import pandas as pd
 import torch
 from transformers import pipeline
 
-from helpers.answers import inference
-from helpers.model import loading
+import helpers  # noqa: F401, I001  before torch, since it says how torch's threads wait
 from helpers import prompts
+from helpers.answers import inference
 from helpers.config import Config
+from helpers.model import loading
 
 RESULTS = Path(__file__).resolve().parent / "results" / "generation.json"
 

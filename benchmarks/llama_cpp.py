@@ -1,30 +1,27 @@
 """Ask llama.cpp what it makes of an exported GGUF: the same tokens, template and greedy answers?
 
     llama-server -m runs/demo/gguf/model.f16.gguf --port 8080
-    python benchmarks/llama_cpp.py f16 [--server http://127.0.0.1:8080] [--tokens 48]
+    python -m benchmarks.llama_cpp f16 [--server http://127.0.0.1:8080] [--tokens 48]
 
 transformers reads the file back in the tests; this is the other reader, the one that the file is
-for. Needs a finished `demo` run. Adds to results/llama_cpp.json.
+for. Needs a finished `demo` run, llama.cpp's server, and a few minutes on two cores. Adds to
+results/llama_cpp.json.
 """
 
 import argparse
 import json
-import sys
 import urllib.request
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import helpers  # noqa: F401, I001  before torch, since it says how torch's threads wait
-
 import torch
 
-from helpers.answers import evaluation, inference
-from helpers.model import loading
+import helpers  # noqa: F401, I001  before torch, since it says how torch's threads wait
 from helpers import prompts
-from helpers.training import training
+from helpers.answers import evaluation, inference
 from helpers.config import Config
+from helpers.model import loading
 from helpers.runs.runner import environment
+from helpers.training import training
 
 RESULTS = Path(__file__).resolve().parent / "results" / "llama_cpp.json"
 

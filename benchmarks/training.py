@@ -1,8 +1,8 @@
 """Measure a QLoRA training step at Llama-2-7B's shape on a GPU, against what else one could pick.
 
-    python benchmarks/training.py make FOLDER               write a checkpoint of random weights
-    python benchmarks/training.py run FOLDER NAME           measure one way, print one JSON line
-    python benchmarks/training.py compare FOLDER NAME...    measure several in turn, and put them
+    python -m benchmarks.training make FOLDER               write a checkpoint of random weights
+    python -m benchmarks.training run FOLDER NAME           measure one way, print one JSON line
+    python -m benchmarks.training compare FOLDER NAME...    measure several in turn, and put them
                                                             into results/training.json
 
 Names: ours, ours_plain (the same batches through trl's own step), article, unsloth (padded batches
@@ -12,10 +12,11 @@ process of its own. Unsloth must be installed to be measured; UNSLOTH_PATH may n
 holds it with its own dependencies. Its xformers is built for CUDA 12: beside a PyTorch for CUDA 13
 it loads where LD_LIBRARY_PATH leads to libcudart.so.12 (package nvidia-cuda-runtime-cu12), and the
 results say whether it did.
+
+Needs one NVIDIA GPU with 24 GB and 14 GB of disk; a way takes one to two minutes a turn.
 """
 
 import argparse
-import datetime
 import json
 import math
 import os
@@ -31,8 +32,6 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
-
 RESULTS = PROJECT / "benchmarks" / "results" / "training.json"
 WARM_UP, STEPS = 4, 24  # steps in all, and how many at the start are not counted
 
@@ -348,7 +347,7 @@ def compare(folder: Path, ways: list[str], options: argparse.Namespace) -> None:
     for way in ways * options.turns:
         name, shape = way.rstrip("+").split(":")
         rows, length = shape.split("x")
-        command = [sys.executable, __file__, "run", str(folder), name]
+        command = [sys.executable, "-m", "benchmarks.training", "run", str(folder), name]
         command += ["--rows", rows, "--length", length]
         command += ["--no-checkpointing"] if way.endswith("+") else []
         if name == "ours" and way[-1] != "+":
@@ -378,20 +377,14 @@ def medians(runs: list[dict]) -> dict[str, dict]:
 
 
 def circumstances() -> dict:
-    """The GPU, the date and the versions that a file of results must name."""
-    import torch
+    """Date, hardware and versions; where Unsloth was measured, also its own."""
+    from helpers.runs.report import environment  # sets how memory grows, and not for Unsloth
 
-    packages = ["torch", "transformers", "trl", "peft", "bitsandbytes"]
-    versions = {name: version(name) for name in packages}
-    if "unsloth" in sys.modules:
-        from unsloth.models._utils import xformers_version  # None where it does not load
+    if "unsloth" not in sys.modules:
+        return environment()
+    from unsloth.models._utils import xformers_version  # None where it does not load
 
-        versions |= {"unsloth": version("unsloth"), "xformers": xformers_version}
-    return {
-        "hardware": torch.cuda.get_device_name(),
-        "date": f"{datetime.date.today()}",
-        "versions": versions,
-    }
+    return {**environment(), "unsloth": version("unsloth"), "xformers": xformers_version}
 
 
 def main() -> None:

@@ -1,19 +1,16 @@
 """Train as a card before Ampere must (a T4): float16 compute, float32 adapters, a gradient scaler.
 
-    python benchmarks/turing.py RUN_DIR [--steps 300]
+    python -m benchmarks.turing RUN_DIR [--steps 300]
 
 Any GPU will do: it is told to compute in float16. RUN_DIR holds the dataset of notebook 02. Writes
 results/turing.json: the type of everything that holds numbers, the losses, and how often the scaler
-found an overflow and skipped a step.
+found an overflow and skipped a step. Needs 2 GB of a GPU; 300 steps took 261 s on an H100.
 """
 
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from transformers import TrainerCallback
