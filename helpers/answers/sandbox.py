@@ -9,7 +9,7 @@ level falls back to a weaker one.
 
 Limits of every level: time, memory, processes, open files, file size, printed text. Programs see
 Python's standard library alone. This module does not score answers and does not read code out of
-them. What happens in the other process stands in sandbox_inside.py.
+them. What happens on the other side stands in sandbox_supervisor.py and sandbox_program.py.
 """
 
 import ast
@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import secrets
-import selectors
 import shutil
 import subprocess
 import sys
@@ -29,9 +28,13 @@ from pathlib import Path
 
 LEVELS = ("isolated", "limits-only", "off")
 METHODS = {"isolated": ("namespaces", "bubblewrap"), "limits-only": ("none",)}
-INSIDE = Path(__file__).with_name("sandbox_inside.py")
+SUPERVISOR = Path(__file__).with_name("sandbox_supervisor.py")
+PROGRAM = Path(__file__).with_name("sandbox_program.py")
 GRACE_SECONDS = 3  # for the start, and for ending what a program started
 MIB = 2**20
+# Of one run, unless other values are named. Memory is the address space of each process and the
+# resident memory of all together.
+LIMITS = {"timeout_seconds": 10, "memory_bytes": 512 * MIB, "output_bytes": 64 * 1024}
 
 
 class SandboxUnavailable(RuntimeError):
@@ -68,30 +71,17 @@ def level(wanted: str = "isolated") -> str:
     return wanted
 
 
-def run(
-    program: str,
-    wanted: str = "isolated",
-    timeout_seconds: float = 10,
-    memory_bytes: int = 512 * MIB,
-    output_bytes: int = 64 * 1024,
-) -> Outcome:
+def run(program: str, wanted: str = "isolated", **limits) -> Outcome:
     """Run a program as `__main__`. It passes when it ends by itself with exit code 0.
 
-    memory_bytes limits the address space of each process and the resident memory of all together.
-    Raises SandboxUnavailable when the level cannot be had or is "off".
+    Raises SandboxUnavailable when the level cannot be had or is "off", ValueError for a limit that
+    is none of LIMITS or not greater than 0.
     """
-    limits = _limits(timeout_seconds, memory_bytes, output_bytes)
+    limits = _limits(limits)
     return _execute(program, None, wanted, _method(wanted), limits)
 
 
-def run_tests(
-    solution: str,
-    tests: str,
-    wanted: str = "isolated",
-    timeout_seconds: float = 10,
-    memory_bytes: int = 512 * MIB,
-    output_bytes: int = 64 * 1024,
-) -> Outcome:
+def run_tests(solution: str, tests: str, wanted: str = "isolated", **limits) -> Outcome:
     """Run a solution and then its tests. It passes only when the last statement of the tests ended.
 
     `sys.exit(0)` or `os._exit(0)` is no pass: a random token has to come back, which the process
@@ -100,23 +90,20 @@ def run_tests(
     a process all the same: this stops code that cheats, not an attack on Python itself, and an
     object that claims to equal everything does pass `==`.
 
-    Raises ValueError when the tests assert nothing, SyntaxError when they do not parse.
+    Raises what `run` does, ValueError also when the tests assert nothing, SyntaxError when they do
+    not parse.
     """
     if not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(tests))):
         raise ValueError(f"the tests hold no assert statement, so nothing can fail: {tests[:80]!r}")
-    limits = _limits(timeout_seconds, memory_bytes, output_bytes)
+    limits = _limits(limits)
     return _execute(solution, tests, wanted, _method(wanted), limits)
 
 
-def _limits(timeout_seconds: float, memory_bytes: int, output_bytes: int) -> dict:
-    values = {
-        "timeout_seconds": timeout_seconds,
-        "memory_bytes": memory_bytes,
-        "output_bytes": output_bytes,
-    }
-    if bad := {name: value for name, value in values.items() if not value > 0}:
-        raise ValueError(f"limits must be greater than 0, not {bad}")
-    return values
+def _limits(changes: dict) -> dict:
+    limits = LIMITS | changes
+    if bad := {name: value for name, value in limits.items() if name not in LIMITS or value <= 0}:
+        raise ValueError(f"limits are {', '.join(LIMITS)}, each greater than 0, and not {bad}")
+    return limits
 
 
 def _method(wanted: str) -> str:
@@ -148,28 +135,22 @@ def probe(method: str) -> str:
     checks = "import os, socket\n"
     if method != "none":
         checks += (
-            f"assert not os.path.exists({str(INSIDE)!r}), 'the project is visible'\n"
+            f"assert not os.path.exists({str(SUPERVISOR)!r}), 'the project is visible'\n"
             "assert [n for _, n in socket.if_nameindex()] in ([], ['lo']), 'there is a network'\n"
         )
-    outcome = _execute(checks, None, "probe", method, _limits(10, 512 * MIB, 64 * 1024))
+    outcome = _execute(checks, None, "probe", method, LIMITS)
     last_line = (outcome.output.strip().splitlines() or ["no output"])[-1]
     return "" if outcome.passed else f"{outcome.reason}, {last_line}"
 
 
 def _execute(program: str, tests: str | None, name: str, method: str, limits: dict) -> Outcome:
-    """Start the supervisor, follow the output, and judge its report. `name` is the level's."""
+    """Have a supervisor run a job, and judge its report. `name` is the level's."""
     started = time.monotonic()
-    folder = tempfile.mkdtemp(prefix="sandbox-")
     token = secrets.token_hex(32)
-    job = _job(method, folder) | limits | {"program": program, "tests": tests, "token": token}
-    try:
-        text, too_much, report = _converse(job)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    reason, exit_code, sent = report or ["killed", None, ""]
-    if too_much:
-        reason = "output"
-    elif reason is None and exit_code == 0 and tests is not None and sent != token:
+    with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder:
+        job = _job(method, folder) | limits | {"program": program, "tests": tests, "token": token}
+        reason, exit_code, sent, text = _report(_converse(job))
+    if reason is None and exit_code == 0 and tests is not None and sent != token:
         reason, text = "failed", text + "\nThe tests did not run to their end."
     reason = reason or _reason(exit_code, text)
     return Outcome(reason == "passed", exit_code, reason, text, time.monotonic() - started, name)
@@ -191,19 +172,18 @@ def _job(method: str, folder: str) -> dict:
     python = os.path.realpath(sys.executable)
     wanted = [f"{base}/lib", f"{base}/lib64", python, "/lib", "/lib64", "/usr/lib", "/usr/lib64"]
     wanted += ["/etc/ld.so.cache", "/dev/null", "/dev/urandom"]
-    visible = [path for path in dict.fromkeys(wanted) if os.path.exists(path)]
     packages = f"{os.path.realpath(sysconfig.get_path('stdlib'))}/site-packages"
     return {
         "method": method,
         "folder": "/box" if method == "bubblewrap" else folder,
         "python": python,
-        "visible": visible,
+        "visible": [path for path in dict.fromkeys(wanted) if os.path.exists(path)],
         "hidden": [packages] if os.path.isdir(packages) else [],
-        "source": INSIDE.read_text(encoding="utf-8"),
+        "source": PROGRAM.read_text(encoding="utf-8"),
     }
 
 
-def _command(job: dict, report: int) -> list[str]:
+def _command(job: dict) -> list[str]:
     """The command line of the supervisor, inside bubblewrap where that is the method."""
     prefix = []
     if job["method"] == "bubblewrap":
@@ -217,60 +197,45 @@ def _command(job: dict, report: int) -> list[str]:
             prefix += ["--tmpfs", path, "--remount-ro", path]
         prefix += ["--proc", "/proc", "--size", str(16 * MIB), "--tmpfs", "/box"]
         prefix += ["--remount-ro", "/", "--chdir", "/box"]
-    return prefix + [job["python"], "-I", "-S", "-B", "-c", job["source"], "supervise", str(report)]
+    source = SUPERVISOR.read_text(encoding="utf-8")
+    return prefix + [job["python"], "-I", "-S", "-B", "-c", source]
 
 
-def _converse(job: dict) -> tuple[str, bool, list | None]:
-    """Run a job. Returns the end of its output, whether it printed too much, and the report."""
-    report, report_end = os.pipe()
-    command = _command(job, report_end)
-    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(
-        command, **streams, env={}, pass_fds=(report_end,), start_new_session=True
-    )
-    os.close(report_end)
+def _converse(job: dict) -> bytes:
+    """Start a supervisor, hand it a job, and return all that it says; b"" if it does not end."""
+    job_end, our_end = os.pipe()
+    streams = {"stdin": job_end, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(_command(job), **streams, env={}, start_new_session=True)
+    os.close(job_end)
     try:
-        text, too_much = _follow(process, job)
-        process.stdin.close()  # an open standard input is what keeps the supervisor going
-        process.wait(GRACE_SECONDS)
+        # An open standard input is what keeps the supervisor going: it ends when this closes.
+        with os.fdopen(our_end, "wb") as file:
+            file.write(json.dumps(job).encode() + b"\n")
+            file.flush()
+            return process.communicate(timeout=job["timeout_seconds"] + GRACE_SECONDS)[0]
     except (BrokenPipeError, subprocess.TimeoutExpired):
-        text, too_much = "the supervisor did not answer", False
+        return b""
     finally:
-        _kill_group(process)
-        with os.fdopen(report, "rb") as file:
-            answer = file.read(10_000)
-    return text, too_much, _parse_report(answer)
+        _end(process)
 
 
-def _parse_report(answer: bytes) -> list | None:
-    """[why it was ended, exit code, token], or None for what no supervisor wrote."""
+def _end(process: subprocess.Popen) -> None:
+    """Wait for a supervisor that has no standard input any more, or end its group of processes."""
     try:
-        report = json.loads(answer)
-    except ValueError:
-        return None
-    return report if isinstance(report, list) and len(report) == 3 else None
-
-
-def _kill_group(process: subprocess.Popen):
-    """End the supervisor's process group. With process 1 of a namespace, all in it ends."""
-    if process.poll() is None:
-        os.killpg(process.pid, 9)
-    process.wait()
+        process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)  # with process 1 of a namespace, all in it ends
+        process.wait()
     process.stdout.close()
 
 
-def _follow(process: subprocess.Popen, job: dict) -> tuple[str, bool]:
-    """Hand over the job and read the output. Returns (its end, whether it was too much)."""
-    deadline = time.monotonic() + job["timeout_seconds"] + GRACE_SECONDS
-    process.stdin.write(json.dumps(job).encode() + b"\n")
-    process.stdin.flush()
-    kept, limit = b"", job["output_bytes"]
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while len(kept) <= limit and time.monotonic() < deadline:
-            if not selector.select(0.1):
-                continue
-            if not (chunk := os.read(process.stdout.fileno(), 65536)):
-                break
-            kept += chunk
-    return kept[-limit:].decode("utf-8", "replace"), len(kept) > limit
+def _report(said: bytes) -> list:
+    """[why it was ended, exit code, token, output] as the supervisor says, or that it did not."""
+    try:
+        report = json.loads(said)
+    except ValueError:
+        report = None
+    if isinstance(report, list) and len(report) == 4:
+        return report
+    text = said.decode("utf-8", "replace") or "the supervisor did not answer"
+    return ["killed", None, "", text]

@@ -25,7 +25,8 @@ SANDBOX = (
     "helpers/__init__.py",
     "helpers/answers/__init__.py",
     "helpers/answers/sandbox.py",
-    "helpers/answers/sandbox_inside.py",
+    "helpers/answers/sandbox_supervisor.py",
+    "helpers/answers/sandbox_program.py",
 )
 SANDBOX += ("tests/unit/test_sandbox.py",)
 ONE_METHOD = """

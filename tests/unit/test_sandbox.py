@@ -171,7 +171,7 @@ for path in ("/proc/1/root", "/proc/self/root/../..", "/proc/1/cwd", "/proc/1/fd
 
 def test_no_write_outside_its_folder(isolated, canary):
     name = "sandbox-test-" + secrets.token_hex(8)
-    folders = [canary.parent, sandbox.INSIDE.parent, Path(os.__file__).parent, Path.home()]
+    folders = [canary.parent, sandbox.SUPERVISOR.parent, Path(os.__file__).parent, Path.home()]
     targets = [*folders, Path("/"), Path("/etc"), Path("/usr/lib"), Path("/dev"), Path("/var/tmp")]
     new = [str(folder / name) for folder in targets]
     program = f"""
@@ -300,7 +300,7 @@ def test_the_environment_is_empty(level, monkeypatch):
 
 
 def test_it_runs_in_another_process_with_no_way_to_the_helpers(level, monkeypatch):
-    monkeypatch.chdir(sandbox.INSIDE.parent.parent)
+    monkeypatch.chdir(sandbox.SUPERVISOR.parent.parent)
     outcome = run(
         "import os; print(os.getpid(), os.listdir())\nimport helpers.answers.sandbox", level
     )
@@ -309,7 +309,7 @@ def test_it_runs_in_another_process_with_no_way_to_the_helpers(level, monkeypatc
 
 
 def test_the_helpers_cannot_be_imported_by_path_either(isolated):
-    path = str(sandbox.INSIDE.parent.parent)
+    path = str(sandbox.SUPERVISOR.parent.parent)
     outcome = run(
         f"import sys; sys.path[:0] = [{path!r}]\nimport helpers.answers.sandbox", isolated
     )
@@ -320,7 +320,8 @@ def test_an_endless_loop_times_out(level):
     outcome = run("while True: pass", level, timeout_seconds=0.5)
     assert (outcome.passed, outcome.reason, outcome.exit_code) == (False, "timeout", None)
     assert outcome.seconds < 2
-    assert run_tests("def f():\n  while 1: pass", "assert f()", level, 0.5).reason == "timeout"
+    loop = run_tests("def f():\n  while 1: pass", "assert f()", level, timeout_seconds=0.5)
+    assert loop.reason == "timeout"
 
 
 def test_endless_output_is_cut(level):
@@ -606,7 +607,7 @@ def test_the_probe_refuses_isolation_that_shows_the_project(isolated, monkeypatc
 
     def too_open(method, folder):
         made = job(method, folder)
-        return made | {"visible": [*made["visible"], str(sandbox.INSIDE.parent)]}
+        return made | {"visible": [*made["visible"], str(sandbox.SUPERVISOR.parent)]}
 
     monkeypatch.setattr(sandbox, "_job", too_open)
     method = sandbox._method("isolated")
@@ -614,9 +615,9 @@ def test_the_probe_refuses_isolation_that_shows_the_project(isolated, monkeypatc
 
 
 def test_the_probe_reports_a_machine_that_forbids_namespaces(isolated, monkeypatch, tmp_path):
-    source = sandbox.INSIDE.read_text("utf-8").replace(
+    source = sandbox.SUPERVISOR.read_text("utf-8").replace(
         'libc("unshare", parts', 'libc("unshare", -1'
     )
-    (tmp_path / "inside.py").write_text(source, encoding="utf-8")
-    monkeypatch.setattr(sandbox, "INSIDE", tmp_path / "inside.py")
+    (tmp_path / "supervisor.py").write_text(source, encoding="utf-8")
+    monkeypatch.setattr(sandbox, "SUPERVISOR", tmp_path / "supervisor.py")
     assert "unshare" in sandbox.probe.__wrapped__("namespaces")

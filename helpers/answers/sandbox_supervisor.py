@@ -1,14 +1,19 @@
-"""The far side of helpers.answers.sandbox: what its own process does. Nothing imports this module.
+"""The far side of helpers.answers.sandbox: what starts a program, watches it and reports.
 
-`sandbox` hands this text to `python -I -S -c`, first as `supervise`: enter the namespaces, lower
-the limits, start the program in a further process, watch it, report. The program's process runs the
-same text as `program`. The supervisor is process 1 of the isolated level: the kernel lets nobody
-inside kill it, and all inside end with it. It is not dumpable, so no program can read its memory or
-take its descriptors, the one to the notebook's side among them.
+`sandbox` hands this text to `python -I -S -c`; nothing imports it. The supervisor enters the
+namespaces, lowers the limits, and starts the program in a further process, from the text of
+sandbox_program.py. At the isolated level it is process 1: the kernel lets nobody inside kill it,
+and all inside end with it. It is not dumpable, so no program can read its memory or take its
+descriptors, and its standard output, which leads to the notebook's side, is not the program's.
 """
 
+import contextlib
+import ctypes
 import json
 import os
+import resource
+import select
+import signal
 import sys
 import time
 
@@ -24,14 +29,8 @@ NEW_PIDS, NEW_NETWORK = 0x20000000, 0x40000000
 DEATH_SIGNAL, DUMPABLE, SECURE_BITS, SUBREAPER, NO_NEW_PRIVILEGES = 1, 4, 28, 36, 38
 
 
-# -- The supervisor.
-
-
-def supervise(report: int):
+def supervise():
     """Read the job from standard input, run it to its end, and write the report as JSON."""
-    import signal
-
-    os.set_inheritable(report, False)  # the program must not inherit it
     # Process 1 gets only signals that it has a handler for, and Python has one for this.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     job = json.loads(sys.stdin.buffer.readline())
@@ -47,21 +46,19 @@ def supervise(report: int):
         others = running_tasks(processes, os.getuid())
     lower_limits(job, TASKS + others)
     drop_privileges()
-    child, finished = start(job)
-    reason, exit_code = watch(job, child, processes)
-    text = read_some(finished) if reason is None else ""
-    os.write(report, json.dumps([reason, exit_code, text]).encode())
+    child, finished, output = start(job)
+    reason, exit_code, printed = watch(job, child, output, processes)
+    # Nobody is left to write, so that reading ends.
+    sent = os.read(finished, 200) if reason is None else b""
+    texts = [data.decode("utf-8", "replace") for data in (sent, printed)]
+    print(json.dumps([reason, exit_code, *texts]))
 
 
-def libc(function: str, *arguments) -> int:
+def libc(function: str, *arguments) -> None:
     """Call a function of the C library. OSError names it when it fails."""
-    import ctypes
-
-    result = getattr(ctypes.CDLL(None, use_errno=True), function)(*arguments)
-    if result != 0:
+    if getattr(ctypes.CDLL(None, use_errno=True), function)(*arguments) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{function}{arguments}: {os.strerror(number)}")
-    return result
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None):
@@ -148,8 +145,6 @@ def give_up_root():
 
 def lower_limits(job: dict, tasks: int):
     """Lower the limits of this process and its children, never raise one."""
-    import resource
-
     wanted = {
         resource.RLIMIT_AS: job["memory_bytes"],
         resource.RLIMIT_NPROC: tasks,
@@ -166,77 +161,86 @@ def lower_limits(job: dict, tasks: int):
 
 def drop_privileges():
     """Give up every capability, and the ways to win one back."""
-    import ctypes
-
     libc("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
     libc("prctl", NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     libc("prctl", SUBREAPER, 1, 0, 0, 0)
     libc("prctl", DUMPABLE, 0, 0, 0, 0)
 
 
-def start(job: dict) -> tuple[int, int]:
-    """Start the program's process. Returns its id and the descriptor on which it may report."""
+def start(job: dict) -> tuple[int, int, int]:
+    """Start the program's process.
+
+    Returns its id, the descriptor on which it may report, and the one on which it prints.
+    """
     finished, finished_end = os.pipe()
+    output, output_end = os.pipe()
     program, program_end = os.pipe()
     child = os.fork()
     if child == 0:
-        os.dup2(program, 0)
+        for inside, outside in enumerate((program, output_end, output_end)):
+            os.dup2(outside, inside)
         os.set_inheritable(finished_end, True)
-        options = ["-I", "-S", "-B", "-u", "-X", "utf8", "-c", job["source"]]
-        command = [job["python"], *options, "program", str(finished_end)]
+        options = ["-I", "-S", "-B", "-u", "-X", "utf8", "-c", job["source"], str(finished_end)]
         folder = os.getcwd()
-        os.execve(job["python"], command, {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"})
-    for descriptor in (finished_end, program):
+        environment = {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"}
+        os.execve(job["python"], [job["python"], *options], environment)
+    for descriptor in (finished_end, output_end, program):
         os.close(descriptor)
     with os.fdopen(program_end, "w", encoding="utf-8") as file:
         json.dump([job["program"], job["tests"], job["token"]], file)
-    os.set_blocking(finished, False)
-    return child, finished
+    return child, finished, output
 
 
-def watch(job: dict, child: int, processes: int) -> tuple[str | None, int | None]:
-    """Wait for the child and end all that it started. Returns (why it was ended, exit code)."""
-    import select
+def watch(job: dict, child: int, output: int, processes: int) -> tuple:
+    """Wait for the child and end all that it started.
 
-    deadline = time.monotonic() + job["timeout_seconds"]
-    ended, reason, codes = os.pidfd_open(child), None, {}
+    Returns why it was ended, its exit code, and the end of what was printed, as bytes.
+    """
+    deadline, limit = time.monotonic() + job["timeout_seconds"], job["output_bytes"]
+    ended, reason, codes, printed = os.pidfd_open(child), None, {}, b""
+    sources = [0, ended, output]
     while reason is None:
-        ready = select.select([0, ended], [], [], POLL_SECONDS)[0]
+        ready = select.select(sources, [], [], POLL_SECONDS)[0]
         if ended in ready:
             break
+        if output in ready:
+            printed += (data := os.read(output, 65536))
+            sources = sources if data else [0, ended]  # closed, and the child may go on
         if 0 in ready:  # the other side let go of standard input
             reason = "killed"
         elif used_bytes(processes) > job["memory_bytes"]:
             reason = "memory"
         elif time.monotonic() > deadline:
             reason = "timeout"
+        elif len(printed) > limit:
+            reason = "output"
         codes |= reap()
+    codes |= end_all(processes)
+    while data := os.read(output, 65536):
+        printed += data
+    if len(printed) > limit:
+        reason = "output"
+    return reason, codes.get(child) if reason is None else None, printed[-limit:]
+
+
+def end_all(processes: int) -> dict[int, int]:
+    """Kill all processes below this one; returns exit codes by process id."""
+    codes = {}
     while alive := descendants(processes):
         for number in alive:
-            signal_process(number)
+            with contextlib.suppress(ProcessLookupError):  # it ended on its own since it was listed
+                os.kill(number, 9)
         codes |= reap()
-    codes |= reap()
-    return reason, codes.get(child) if reason is None else None
+    return codes | reap()
 
 
 def reap() -> dict[int, int]:
     """Exit codes, by process id, of the children that ended since the last call."""
     codes = {}
-    while True:
-        try:
-            number, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return codes
-        if number == 0:
-            return codes
-        codes[number] = os.waitstatus_to_exitcode(status)
-
-
-def signal_process(number: int):
-    try:
-        os.kill(number, 9)
-    except ProcessLookupError:
-        pass  # it ended on its own since it was listed
+    with contextlib.suppress(ChildProcessError):  # there is none, ended or not
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            codes[found[0]] = os.waitstatus_to_exitcode(found[1])
+    return codes
 
 
 def descendants(processes: int) -> list[int]:
@@ -289,104 +293,11 @@ def read_text(path: str, folder: int) -> str:
         return ""
 
 
-def read_some(descriptor: int) -> str:
-    try:
-        return os.read(descriptor, 200).decode("utf-8", "replace")
-    except BlockingIOError:
-        return ""
-
-
 def write_text(path: str, text: str, folder: int | None = None):
     descriptor = os.open(path, os.O_WRONLY, dir_fd=folder)
     os.write(descriptor, text.encode())
     os.close(descriptor)
 
 
-# -- The program's own process.
-
-
-def run_program(finished: int):
-    """Run a program as `__main__`, or a solution and its tests, as standard input says."""
-    import types
-
-    os.environ["TMPDIR"] = os.getcwd()  # the loader drops it where real and effective user differ
-    program, tests, token = json.loads(sys.stdin.read())
-    name = "__main__" if tests is None else "solution"
-    module = sys.modules[name] = types.ModuleType(name)
-    if tests is None:
-        os.close(finished)
-        exec(compile(program, "<program>", "exec"), module.__dict__)
-    else:
-        judge(module.__dict__, program, tests, token.encode(), finished)
-
-
-def judge(names: dict, solution: str, tests: str, token: bytes, finished: int):
-    """Run solution and tests, and write the token when both came to their end.
-
-    The token is a local of the main thread, which runs nothing of the solution: no frame that the
-    solution can walk to holds it. Between the end of the tests and the lock stands no Python
-    code, so there is no function that a solution could call to get there early.
-    """
-    import _thread
-    import builtins
-    import itertools
-    import operator
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # or a solution could interrupt the main thread
-    # The main thread looks up no name after the start: a solution may replace what names mean.
-    write, leave = os.write, os._exit
-    lock = _thread.allocate_lock()
-    lock.acquire()
-    test_names = {"__name__": "tests", "__builtins__": dict(vars(builtins))}
-    steps = [
-        (exec, compile(solution, "<solution>", "exec"), names),
-        (copy_names, names, test_names),
-        (exec, compile(tests, "<tests>", "exec"), test_names),
-        (lock.release,),
-    ]
-    sys.addaudithook(refuse_inspection)
-    _thread.start_new_thread(run_steps, ([itertools.starmap(operator.call, steps)],))
-    del steps
-    lock.acquire()
-    write(finished, token)
-    leave(0)
-
-
-def run_steps(holder: list):
-    """Run the steps. They leave `holder` first: a frame shows its names, not what it works on."""
-    import collections
-
-    show, leave = sys.__excepthook__, os._exit  # as they are before the solution runs
-    try:
-        collections.deque(holder.pop(), 0)
-    except BaseException as error:
-        try:
-            show(type(error), error, error.__traceback__)
-        finally:
-            leave(1)
-
-
-def copy_names(names: dict, test_names: dict):
-    """Give the tests what the solution defined, without what would stand in for a builtin."""
-    known = {*test_names, *test_names["__builtins__"]}
-    test_names.update({name: value for name, value in names.items() if name not in known})
-
-
-def refuse_inspection(event: str, arguments: tuple):
-    """Audit hook: no look at other threads' frames, at all objects, or at raw memory."""
-    if event.startswith("ctypes.") or event in {
-        "gc.get_objects",
-        "gc.get_referents",
-        "gc.get_referrers",
-        "sys._current_exceptions",
-        "sys._current_frames",
-        "sys.monitoring.register_callback",
-        "sys.setprofile",
-        "sys.settrace",
-    }:
-        raise RuntimeError(f"{event} is not available to a solution under test")
-
-
 if __name__ == "__main__":
-    {"supervise": supervise, "program": run_program}[sys.argv[1]](int(sys.argv[2]))
+    supervise()
