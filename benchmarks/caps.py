@@ -48,9 +48,9 @@ def write_checkpoint(folder: Path, size: str) -> None:
     import math
 
     from benchmarks.training import word_tokenizer
-    from helpers.model import memory
+    from helpers.model import predict
 
-    shape = memory.llama2_config(size)
+    shape = predict.llama2_config(size)
     shape.architectures = ["LlamaForCausalLM"]
     shape.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
@@ -80,11 +80,11 @@ def one(size: str, cap: float, length: int, way: str) -> dict:
     import torch
 
     from helpers.config import Config, ConfigError
-    from helpers.model import memory
+    from helpers.model import measure, plan, predict
     from helpers.training import training
 
     whole = torch.cuda.get_device_properties(None).total_memory
-    torch.cuda.set_per_process_memory_fraction(cap * memory.GIB / whole)
+    torch.cuda.set_per_process_memory_fraction(cap * predict.GIB / whole)
     found = {"size": size, "cap_gib": cap, "length": length, "way": way}
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder) / "model", size)
@@ -93,18 +93,18 @@ def one(size: str, cap: float, length: int, way: str) -> dict:
             per_device_train_batch_size=TOKENS_PER_STEP[size] // length, grad_acc_steps=1,
             max_steps=STEPS, log_steps=10,
         )  # fmt: skip
-        shape, room = memory.llama2_config(size), memory.torch_bytes(config.device)
+        shape, room = predict.llama2_config(size), measure.torch_bytes(config.device)
         if way != "planned":
-            plan = memory.plan(shape, memory.Run.from_config(config), room, reserve_bytes=0)
-            found |= {"plan": plan.advice, "fits": plan.fits}
-            config = training.follow(config, plan.run)
+            planned = plan.for_card(shape, predict.Run.from_config(config), room, reserve_bytes=0)
+            found |= {"plan": planned.advice, "fits": planned.fits}
+            config = training.follow(config, planned.run)
         try:
             config = training.planned(config)
         except ConfigError as refusal:
             return {**found, "refusal": str(refusal)}
-        step = memory.Run.from_config(config)
+        step = predict.Run.from_config(config)
         found |= {"run": dataclasses.asdict(step)}
-        found |= {"predicted_bytes": memory.estimate(shape, step).total}
+        found |= {"predicted_bytes": predict.estimate(shape, step).total}
         try:
             return {**found, **train(config, size)}
         except torch.OutOfMemoryError as error:

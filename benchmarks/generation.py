@@ -107,7 +107,7 @@ def on_gpu(folder: Path, prompts_asked: int, tokens: int, turns: int) -> dict:
     from peft import get_peft_model
 
     from benchmarks.training import circumstances, random_rows
-    from helpers.model import memory
+    from helpers.model import measure
     from helpers.training import training
 
     config = Config.from_profile(
@@ -129,7 +129,7 @@ def on_gpu(folder: Path, prompts_asked: int, tokens: int, turns: int) -> dict:
         runs.append({"model": form, **tokens_per_second(model, tokenizer, texts, config)})
         print(json.dumps(runs[-1]), flush=True)
         del model
-        memory.free_memory()
+        measure.free_memory()
     medians = pd.DataFrame(runs).groupby("model", sort=False).median().reset_index()
     what = f"{prompts_asked} prompts of random words, {tokens} new tokens, greedy, {turns} turns"
     return {

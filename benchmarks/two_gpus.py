@@ -95,7 +95,7 @@ def work(model: Path, run_dir: Path, cap: float, forced: bool, settings: dict) -
     """
     import torch
 
-    from helpers.model import memory
+    from helpers.model import predict
     from helpers.runs import integrity
     from helpers.training import training
 
@@ -103,7 +103,7 @@ def work(model: Path, run_dir: Path, cap: float, forced: bool, settings: dict) -
     torch.cuda.set_device(rank)
     if cap:
         whole = torch.cuda.get_device_properties(rank).total_memory
-        torch.cuda.set_per_process_memory_fraction(cap * memory.GIB / whole)
+        torch.cuda.set_per_process_memory_fraction(cap * predict.GIB / whole)
     config = make_config(model, run_dir, settings)
     if forced:
         training.refuse_without_room = lambda config: None
@@ -136,10 +136,10 @@ def planned_bytes(model: Path, run_dir: Path, shards: int, settings: dict) -> in
     """What the planner says of a process off the fast path, before anything is loaded."""
     import dataclasses
 
-    from helpers.model import loading, memory
+    from helpers.model import loading, predict
 
-    run = memory.Run.from_config(make_config(model, run_dir, settings))
-    return memory.estimate(
+    run = predict.Run.from_config(make_config(model, run_dir, settings))
+    return predict.estimate(
         loading.load_shape(str(model)), dataclasses.replace(run, shards=shards)
     ).total
 

@@ -16,7 +16,7 @@ from helpers.answers.inference import Answer
 from helpers.answers.problem_sets import Problem
 from helpers.config import Config
 from helpers.data.markdown import FENCE, fenced_blocks, parse_python
-from helpers.model import memory
+from helpers.model import measure
 
 NUMBERED_STEP = re.compile(r"^\s*\d+[.)]\s+(\S.*)$", re.MULTILINE)
 SEQUENCE_WORD = re.compile(r"\b(first|second|then|next|after that|finally|lastly)\b", re.IGNORECASE)
@@ -191,7 +191,7 @@ def answerer(config: Config, which: str, tokenizer) -> Callable[[str], Iterator]
             given = yield from inference.stream(model, tokenizer, prompt, config)
         finally:
             del model
-            memory.free_memory()
+            measure.free_memory()
         yield score(given, None, "off")
 
     return answer

@@ -12,7 +12,7 @@ from transformers import TextIteratorStreamer
 from helpers import prompts
 from helpers.config import LINKED_LIST_PROMPT, Config
 from helpers.merging import merging
-from helpers.model import loading, memory
+from helpers.model import loading, measure, predict
 from helpers.runs import integrity
 from helpers.runs.integrity import check_merged
 
@@ -73,7 +73,7 @@ def answer_alone(
     model = load(config, which)
     answers = answer_all(model, tokenizer, rendered_prompts, config, temperature)
     del model
-    memory.free_memory()
+    measure.free_memory()
     return answers
 
 
@@ -133,8 +133,8 @@ def rows_at_a_time(model, tokens: int, config: Config) -> int:
     """
     if model.device.type != "cuda":
         return config.generation_batch_size
-    each = 1.5 * memory.cache_bytes(model.config, tokens, model.dtype.itemsize)
-    room = memory.free_bytes(model.device) - merging.WORK_BYTES
+    each = 1.5 * predict.cache_bytes(model.config, tokens, model.dtype.itemsize)
+    room = measure.free_bytes(model.device) - merging.WORK_BYTES
     return max(1, min(config.generation_batch_size, int(room / each)))
 
 

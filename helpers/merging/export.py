@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from helpers import prompts
 from helpers.config import Config
-from helpers.model import loading, memory
+from helpers.model import loading, predict
 from helpers.runs import folders
 from helpers.runs.integrity import check_merged, system_message
 
@@ -45,7 +45,7 @@ def disk_needed(config: Config) -> dict[str, int]:
     with torch.device("meta"):
         sizes = [list(p.shape) for p in AutoModelForCausalLM.from_config(shape).parameters()]
     if config.merge_into == "4bit":
-        merged = memory.weight_bytes(shape, memory.Run.from_config(config))
+        merged = predict.weight_bytes(shape, predict.Run.from_config(config))
     else:
         merged = 2 * sum(map(prod, sizes))
     files = {"merged/": merged}

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from helpers import prompts
 from helpers.config import PROJECT_DIR, Config
 from helpers.merging import publishing
-from helpers.model import loading, memory, precision
+from helpers.model import loading, measure, precision, predict
 from helpers.runs import folders
 from helpers.runs.integrity import (
     ADAPTER_WEIGHTS,
@@ -128,13 +128,13 @@ def place_of(config: Config, into: str) -> Config:
     """The Config of where a merge is made: on the CPU if 16 bits do not fit the GPU."""
     if into == "4bit":
         return config
-    memory.free_memory()  # else what torch keeps for its next use counts as taken
+    measure.free_memory()  # else what torch keeps for its next use counts as taken
     return with_room(config, bytes_needed(config) + WORK_BYTES)
 
 
 def with_room(config: Config, needed: int) -> Config:
     """The Config, moved to the CPU when its GPU has less than `needed` bytes free for torch."""
-    if config.device == "cpu" or memory.free_bytes(config.device) >= needed:
+    if config.device == "cpu" or measure.free_bytes(config.device) >= needed:
         return config
     return dataclasses.replace(config, device_map={"": "cpu"})
 
@@ -145,9 +145,9 @@ def bytes_needed(config: Config) -> int:
     On a CPU it may be less, for pages of a mapped file that nobody reads are not in memory.
     """
     shape = loading.load_shape(config.model_name)
-    run = dataclasses.replace(memory.Run.from_config(config), quantization="16bit")
+    run = dataclasses.replace(predict.Run.from_config(config), quantization="16bit")
     adapter = config.require(config.adapter_dir, "04") / ADAPTER_WEIGHTS
-    return memory.weight_bytes(shape, run) + adapter.stat().st_size
+    return predict.weight_bytes(shape, run) + adapter.stat().st_size
 
 
 @contextlib.contextmanager

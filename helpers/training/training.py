@@ -29,7 +29,7 @@ from trl import SFTConfig, SFTTrainer
 
 from helpers import prompts
 from helpers.config import Config, ConfigError
-from helpers.model import loading, memory, precision
+from helpers.model import loading, measure, plan, precision, predict
 from helpers.prompts import IGNORED_LABEL
 from helpers.runs import folders, integrity
 from helpers.training import checkpoints
@@ -69,9 +69,9 @@ def memory_decorator(function):
     @functools.wraps(function)
     def wrapper(trainer):
         device = trainer.model.device
-        memory.reset_peak_memory(device)
+        measure.reset_peak_memory(device)
         result, metrics = function(trainer)
-        return result, {**metrics, "peak_memory_bytes": memory.peak_memory_bytes(device)}
+        return result, {**metrics, "peak_memory_bytes": measure.peak_memory_bytes(device)}
 
     return wrapper
 
@@ -169,7 +169,7 @@ def planned(config: Config, folder: Path | None = None) -> Config:
     """The Config with the fastest way to take its step that its GPU has room for, which is printed.
 
     The rows of a step stay the same; how many go at a time, which layers keep or offload their
-    activations and the optimizer are `memory.plan`'s. A Config that is off the fast path or names
+    activations and the optimizer are `plan.for_card`'s. A Config that is off the fast path or names
     KEPT_LAYERS stays as it is. A run that has checkpoints in `folder` goes on as it began, or, in
     less memory, with the same rows at a time and the same optimizer. A model that is no Llama
     leaves the fast path. Raises ConfigError when nothing fits: only the model's shape was loaded by
@@ -188,25 +188,25 @@ def planned(config: Config, folder: Path | None = None) -> Config:
         return config
     room, host_room = rooms(config, shape)
     as_begun = dataclasses.replace(config, **begun)
-    if begun and memory.fits(shape, memory.Run.from_config(as_begun), room, host_room):
+    if begun and plan.fits(shape, predict.Run.from_config(as_begun), room, host_room):
         say_once(f"planned as when this run began: {in_words(begun)}")
         return as_begun
-    step, gib = memory.Run.from_config(config), f"{room / memory.GIB:.1f} GiB"
-    plan = memory.plan(shape, step, room, 0, host_room, same_step=bool(begun))
-    if begun and not plan.fits:
+    step, gib = predict.Run.from_config(config), f"{room / predict.GIB:.1f} GiB"
+    found = plan.for_card(shape, step, room, 0, host_room, same_step=bool(begun))
+    if begun and not found.fits:
         raise ConfigError(
             f"the run in {folder} began with {in_words(same)}, and in {gib} it cannot go on so: "
             "free the memory that it had, or remove that folder and training begins again"
         )
-    if not plan.fits:
+    if not found.fits:
         raise ConfigError(
             f"{config.model_name} does not train on the fast path in {gib} "
-            f"with rows of {config.max_length} tokens: {plan.advice}"
+            f"with rows of {config.max_length} tokens: {found.advice}"
         )
     if begun:
         say_once(f"{gib} do not hold this run as it began, with {in_words(begun)}")
-    say_once(f"planned for {gib}: {plan.advice}")
-    return follow(config, plan.run)
+    say_once(f"planned for {gib}: {found.advice}")
+    return follow(config, found.run)
 
 
 def rooms(config: Config, shape) -> tuple[int, int]:
@@ -214,15 +214,15 @@ def rooms(config: Config, shape) -> tuple[int, int]:
 
     Of what is free on the host that is half, a share for each process.
     """
-    room = checkpoints.least_of_all(memory.torch_bytes(config.device), config.device)
+    room = checkpoints.least_of_all(measure.torch_bytes(config.device), config.device)
     if "LOCAL_RANK" in os.environ:  # DDP keeps gradients a second time
-        room -= memory.estimate(shape, memory.Run.from_config(config)).gradients
+        room -= predict.estimate(shape, predict.Run.from_config(config)).gradients
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = psutil.virtual_memory().available // 2 // processes
     return room, checkpoints.least_of_all(free, config.device)
 
 
-def follow(config: Config, run: memory.Run) -> Config:
+def follow(config: Config, run: predict.Run) -> Config:
     """The Config that takes its step in the way of a plan's run."""
     return dataclasses.replace(
         config,
@@ -235,21 +235,21 @@ def follow(config: Config, run: memory.Run) -> Config:
     )
 
 
-def step_of(config: Config, length: int | None = None) -> memory.Run:
-    """What a step does, for `memory.estimate`; under FSDP on a share of the model."""
+def step_of(config: Config, length: int | None = None) -> predict.Run:
+    """What a step does, for `predict.estimate`; under FSDP on a share of the model."""
     shards = int(os.environ["WORLD_SIZE"]) if loading.is_sharded() else 1
-    return dataclasses.replace(memory.Run.from_config(config, length), shards=shards)
+    return dataclasses.replace(predict.Run.from_config(config, length), shards=shards)
 
 
 def refuse_without_room(config: Config) -> None:
     """Say what a share of the model and a step take of each GPU; ConfigError when it is too much.
 
-    A GiB is kept free for the allocator's gaps, as `memory.plan` does off the fast path.
+    A GiB is kept free for the allocator's gaps, as `plan.for_card` does off the fast path.
     """
-    step, room = step_of(config), memory.torch_bytes(config.device) - memory.GIB
-    needed = memory.estimate(loading.load_shape(config.model_name), step).total
-    says = f"each of {step.shards} GPUs needs {needed / memory.GIB:.1f} GiB"
-    says += f" of {room / memory.GIB:.1f}"
+    step, room = step_of(config), measure.torch_bytes(config.device) - predict.GIB
+    needed = predict.estimate(loading.load_shape(config.model_name), step).total
+    says = f"each of {step.shards} GPUs needs {needed / predict.GIB:.1f} GiB"
+    says += f" of {room / predict.GIB:.1f}"
     if needed > room:
         raise ConfigError(
             f"{config.model_name} does not train in {step.shards} shards, {says}: lower LORA_R, "
@@ -402,8 +402,8 @@ def build_trainer(
         trainer.data_collator = fixed_collator(config, tokenizer, packed)
         trainer.kept_layers = config.kept_layers or 0
         trainer.offload = config.activation_offloading
-        trainer.keep_weights = memory.weights_fit_in_place(
-            model.config, memory.Run.from_config(config)
+        trainer.keep_weights = plan.weights_fit_in_place(
+            model.config, predict.Run.from_config(config)
         )
     trainer.dataset_fingerprint = integrity.dataset_fingerprint(config)
     trainer.curation = integrity.curation_of(config, config.dataset_dir)
@@ -473,7 +473,7 @@ def out_of_memory_advice(trainer: SFTTrainer):
         if "max_length" in changes:
             longer = count_longer(row_lengths(tokenizer, dataset), changes["max_length"])
             lost = f"leaves out {longer} and "
-        saved = memory_saved(config, changes, trainer.model.config) / memory.GIB
+        saved = memory_saved(config, changes, trainer.model.config) / predict.GIB
         raise OutOfMemory(
             f"the GPU's memory is full: set {in_words(changes)}, which {lost}saves about "
             f"{saved:.1f} GiB; training goes on from the last checkpoint of the new settings",
@@ -494,7 +494,7 @@ def next_rung(config: Config, tokenizer, dataset: DatasetDict) -> dict:
     if config.kept_layers:
         return {"kept_layers": config.kept_layers // 2}
     if batch > 1:
-        smaller = memory.whole_batches(step_rows, most=batch - 1)[-1]
+        smaller = plan.whole_batches(step_rows, most=batch - 1)[-1]
         return {
             "per_device_train_batch_size": smaller,
             "grad_acc_steps": step_rows // smaller,
@@ -523,7 +523,7 @@ def in_words(changes: dict) -> str:
 def memory_saved(config: Config, changes: dict, model_config) -> int:
     """Predicted bytes by which the changes make a step smaller."""
     before, after = (
-        memory.estimate(model_config, memory.Run.from_config(each)).total
+        predict.estimate(model_config, predict.Run.from_config(each)).total
         for each in (config, dataclasses.replace(config, **changes))
     )
     return before - after
@@ -548,7 +548,7 @@ def made_anew(trainer: SFTTrainer, changes: dict, folder: Path | None) -> SFTTra
     # the old one.
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
-    memory.free_memory()
+    measure.free_memory()
     new = build_trainer(dataclasses.replace(config, **changes), base, tokenizer, dataset, folder)
     own = tuple(type(callback) for callback in new.callback_handler.callbacks)
     for callback in trainer.callback_handler.callbacks:
@@ -666,8 +666,8 @@ class StepLog(TrainerCallback, ExportableState):
                 "step": state.global_step,
                 "seconds": time.perf_counter() - self.begun[-1],
                 "tokens": state.num_input_tokens_seen - self.seen,
-                "memory_bytes": memory.current_memory_bytes(args.device),
-                "peak_memory_bytes": memory.peak_memory_bytes(args.device),
+                "memory_bytes": measure.current_memory_bytes(args.device),
+                "peak_memory_bytes": measure.peak_memory_bytes(args.device),
             }
         )
         self.seen = state.num_input_tokens_seen
@@ -788,7 +788,7 @@ def train(config: Config) -> dict:
     with sft_config(config).main_process_first():
         tokenizer = loading.load_tokenizer(config.model_name)
         dataset = load_dataset(config, tokenizer)
-    before = memory.current_memory_bytes(config.device)
+    before = measure.current_memory_bytes(config.device)
     folder = checkpoints.folder_of(config, tokenizer)
     # Here and not only in build_trainer: before the weights are loaded.
     config = planned(config, folder)
@@ -803,7 +803,7 @@ def train(config: Config) -> dict:
     metrics |= {
         "trainable_parameters": trainable,
         "trainable_percent": 100 * trainable / every,
-        "peak_memory_bytes_predicted": memory.estimate(trainer.model.config, run, before).total,
+        "peak_memory_bytes_predicted": predict.estimate(trainer.model.config, run, before).total,
     }
     if trainer.is_world_process_zero():
         config.record("04", metrics)

@@ -11,11 +11,11 @@ import ipywidgets
 import matplotlib.pyplot as plt
 from transformers import TrainerCallback
 
-from helpers.model.memory import GIB
 from helpers.training import training
 from helpers.view import plots, widgets
 
 SECONDS_BETWEEN_PICTURES = 1.0
+GIB = 2**30
 PANELS = (
     ("Training loss", "nats per token"),
     ("Validation loss", "nats per token"),

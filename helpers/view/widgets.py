@@ -26,10 +26,10 @@ from pygments.lexers import PythonLexer
 
 from helpers import prompts
 from helpers.data.markdown import FENCE
-from helpers.model import memory
 from helpers.view import plots
 from helpers.view.safe_text import visible
 
+GIB = 2**30
 # JupyterLab breaks such text within words, and nbconvert's pages set no fixed-width font for it.
 WRAPPED = "white-space:pre-wrap;overflow-wrap:anywhere;word-break:normal;font-family:monospace"
 WHOLE_WIDTH = "table-layout:fixed;width:100%"
@@ -172,19 +172,19 @@ def background(figure: Figure, moving: Sequence[Artist]) -> Callable[[], bytes]:
     return draw_over
 
 
-def fit_figure(plans: dict[str, memory.Plan], cards: Sequence[int]) -> Figure:
-    """Stacked bars of what plans (by name) hold at their peak; cards (bytes) as dashed lines."""
-    figure, axis = plt.subplots(figsize=(7, 2 + 0.5 * len(plans)))
-    starts = np.zeros(len(plans))
-    parts = [plan.estimate.parts for plan in plans.values()]
+def fit_figure(models: dict[str, dict[str, int]], cards: Sequence[int]) -> Figure:
+    """Stacked bars of what models hold (name -> part -> bytes); cards (bytes) as dashed lines."""
+    figure, axis = plt.subplots(figsize=(7, 2 + 0.5 * len(models)))
+    starts = np.zeros(len(models))
+    parts = list(models.values())
     colours = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.PURPLE, plots.SKY, "#777777")
     hatches = ("", "//", "xx", "..", "\\\\", "oo", "--")
     for name, colour, hatch in zip(parts[0], colours, hatches, strict=True):
-        sizes = np.array([part[name] for part in parts]) / memory.GIB
+        sizes = np.array([part[name] for part in parts]) / GIB
         style = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": name}
-        axis.barh(list(plans), sizes, left=starts, **style)
+        axis.barh(list(models), sizes, left=starts, **style)
         starts += sizes
-    for size in (card / memory.GIB for card in cards):
+    for size in (card / GIB for card in cards):
         axis.axvline(size, color=plots.BLACK, linestyle="--", linewidth=1)
         above = {"transform": axis.get_xaxis_transform(), "ha": "center", "va": "bottom"}
         axis.text(size, 1.0, f"{size:g}", fontsize=8, **above)
@@ -194,11 +194,11 @@ def fit_figure(plans: dict[str, memory.Plan], cards: Sequence[int]) -> Figure:
     return figure
 
 
-def will_it_fit(models: dict, cards: dict[str, int], run: memory.Run) -> ipywidgets.VBox:
-    """Sliders for a model (name -> transformers config) and a card (name -> bytes), and the plan.
+def will_it_fit(models: dict, cards: dict[str, int], plan: Callable) -> ipywidgets.VBox:
+    """Sliders for a model (name -> its shape) and a card (name -> bytes), and the plan for both.
 
-    Below them: the bar of the fastest plan for `run` that fits, or of the smallest step when
-    none does, and the plan's sentence. Its twin is `fit_figure` with all models and all cards.
+    `plan(shape, bytes)` says whether the model `fits`, its `advice`, and its `estimate` in `parts`,
+    of which a bar is drawn. Its twin is `fit_figure` with all models and all cards.
     """
     # Not menus: JupyterLab takes the arrow keys of a menu to move between cells. The choice stands
     # in the sentence, for beside a slider it would be cut off.
@@ -210,9 +210,9 @@ def will_it_fit(models: dict, cards: dict[str, int], run: memory.Run) -> ipywidg
     image, sentence = ipywidgets.HTML(), ipywidgets.HTML()
 
     def redraw(change=None):
-        plan = memory.plan(models[model.value], run, cards[card.value])
-        advice = ("fits: " if plan.fits else "does not fit: ") + plan.advice
-        png = figure_png(fit_figure({model.value: plan}, [cards[card.value]]))
+        found = plan(models[model.value], cards[card.value])
+        advice = ("fits: " if found.fits else "does not fit: ") + found.advice
+        png = figure_png(fit_figure({model.value: found.estimate.parts}, [cards[card.value]]))
         image.value = image_html(png, f"Predicted memory of {model.value}, {advice}")
         sentence.value = html.escape(f"{model.value} on {card.value} {advice}")
 

@@ -239,9 +239,9 @@ def test_curation_and_loading_never_ask_for_the_network(tiny_config, outside_cal
     """The six notebooks are watched in the same way in tests/notebooks/test_smoke.py."""
     command = [
         *(sys.executable, "-c"),
-        "import sys; from helpers import models; from helpers.config import Config;"
+        "import sys; from helpers.model import loading; from helpers.config import Config;"
         "from helpers.data.curation import curate; config = Config.from_profile('smoke',"
-        "run_dir=sys.argv[1]); curate(config); models.load_model(config)",
+        "run_dir=sys.argv[1]); curate(config); loading.load_model(config)",
         str(tiny_config.run_dir),
     ]
     done = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, encoding="utf-8")

@@ -53,7 +53,7 @@ def scores_and_gradient(model, batch):
 
 @pytest.mark.parametrize("tile", [7, 128])  # 170 graded positions: several tiles, the last short
 def test_scores_and_gradients_are_those_of_trl(plain, batch, monkeypatch, tile):
-    monkeypatch.setattr(answer_head, "TILE_TOKENS", tile)
+    monkeypatch.setattr(answer_head, "CPU_TILE_TOKENS", tile)
     theirs, their_gradient = scores_and_gradient(with_trl(plain), batch)
     ours, our_gradient = scores_and_gradient(with_ours(plain), batch)
     assert type(ours) is type(theirs)  # DDP finds the tensors in no other one

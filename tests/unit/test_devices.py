@@ -9,16 +9,16 @@ from transformers import TrainerControl, TrainerState
 
 from helpers.config import Config
 from helpers.merging import merging
-from helpers.model import loading, memory, precision
+from helpers.model import loading, measure, precision, predict
 from helpers.runs import report
 from helpers.training import training
 
 SECOND = {"": 1}
 ANSWERS = {
     "get_device_capability": (9, 0),
-    "get_device_properties": SimpleNamespace(total_memory=80 * memory.GIB, major=9),
+    "get_device_properties": SimpleNamespace(total_memory=80 * predict.GIB, major=9),
     "get_per_process_memory_fraction": 1.0,
-    "mem_get_info": (0, 80 * memory.GIB),
+    "mem_get_info": (0, 80 * predict.GIB),
     "memory_allocated": 7,
     "max_memory_allocated": 8,
     "reset_peak_memory_stats": None,
@@ -84,12 +84,12 @@ QUESTIONS = {
         Config.from_profile("demo", device_map=config.device_map)
     ),
     "fast path": training.uses_fast_path,
-    "room for a plan": lambda config: training.rooms(config, memory.llama2_config("7B")),
+    "room for a plan": lambda config: training.rooms(config, predict.llama2_config("7B")),
     "room in shards": training.refuse_without_room,
     "room for a merge": lambda config: merging.with_room(config, 1),
-    "now": lambda config: memory.current_memory_bytes(config.device),
-    "peak": lambda config: memory.peak_memory_bytes(config.device),
-    "new peak": lambda config: memory.reset_peak_memory(config.device),
+    "now": lambda config: measure.current_memory_bytes(config.device),
+    "peak": lambda config: measure.peak_memory_bytes(config.device),
+    "new peak": lambda config: measure.reset_peak_memory(config.device),
     "step log": after_a_step,
     "decorator": measured,
 }
@@ -98,14 +98,14 @@ QUESTIONS = {
 @pytest.mark.parametrize("place", [1, "cuda:1", 0, "cuda"])
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_question_is_put_to_the_gpu_of_the_model(gpus, monkeypatch, question, place):
-    monkeypatch.setattr(loading, "load_shape", lambda name: memory.llama2_config("7B"))
+    monkeypatch.setattr(loading, "load_shape", lambda name: predict.llama2_config("7B"))
     QUESTIONS[question](config_on(place))
     assert set(gpus.asked) == {1 if place in (1, "cuda:1") else 0}
 
 
 def test_before_a_model_lies_on_a_gpu_nothing_of_the_host_is_counted_for_it(gpus):
-    assert memory.current_memory_bytes("cuda:1") == 7
-    assert memory.current_memory_bytes("cpu") > 10**7
+    assert measure.current_memory_bytes("cuda:1") == 7
+    assert measure.current_memory_bytes("cpu") > 10**7
 
 
 @pytest.mark.parametrize(

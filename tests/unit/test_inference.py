@@ -11,7 +11,7 @@ import torch
 from helpers import prompts
 from helpers.answers import inference
 from helpers.config import Config
-from helpers.model import loading, memory
+from helpers.model import loading, measure, predict
 
 
 @pytest.fixture(scope="module")
@@ -100,17 +100,17 @@ def test_a_merged_model_that_the_gpu_has_no_room_for_answers_on_the_cpu(
     tiny_config.merged_dir.parent.mkdir(parents=True)
     tiny_config.merged_dir.symlink_to(tiny_model_dir)
     on_gpu = dataclasses.replace(tiny_config, device_map={"": 0})
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(measure, "free_bytes", lambda device: 1000)
     assert inference.load(on_gpu, "merged").device.type == "cpu"
 
 
 @pytest.mark.parametrize(("gigabytes", "rows"), [(0.1, 1), (1.5, 1), (4.2, 5), (100, 8)])
 def test_a_gpu_answers_as_many_requests_at_once_as_it_has_room_for(monkeypatch, gigabytes, rows):
     """7B in 16 bits: half a megabyte of keys and values for each token of each request."""
-    shape = memory.llama2_config("7B")
-    assert memory.cache_bytes(shape, tokens=1) == 2 * 32 * 4096 * 2
+    shape = predict.llama2_config("7B")
+    assert predict.cache_bytes(shape, tokens=1) == 2 * 32 * 4096 * 2
     model = SimpleNamespace(device=torch.device("cuda"), config=shape, dtype=torch.bfloat16)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: int(gigabytes * 1e9))
+    monkeypatch.setattr(measure, "free_bytes", lambda device: int(gigabytes * 1e9))
     config = Config.from_profile("article", generation_batch_size=8)
     assert inference.rows_at_a_time(model, 800, config) == rows
 

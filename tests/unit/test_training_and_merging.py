@@ -20,7 +20,7 @@ from transformers import TrainerControl, TrainerState
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
 from helpers.merging import merging
-from helpers.model import loading, memory, precision
+from helpers.model import loading, measure, precision, predict
 from helpers.runs import integrity
 from helpers.training import checkpoints, training
 from helpers.training.fast import fast_path
@@ -59,7 +59,7 @@ def test_only_the_adapter_is_trained_and_its_size_is_predicted(config, tokenizer
     trainer = trainer_for(config, tokenizer)
     named = [(n, p) for n, p in trainer.model.named_parameters() if p.requires_grad]
     assert all("lora_" in name for name, _ in named)
-    predicted = memory.lora_parameters(trainer.model.config, config.lora_r, config.target_modules)
+    predicted = predict.lora_parameters(trainer.model.config, config.lora_r, config.target_modules)
     assert sum(parameter.numel() for _, parameter in named) == predicted
 
 
@@ -411,9 +411,9 @@ def test_the_dequantized_base_is_the_4_bit_model_unpacked(config, double):
 def test_a_model_that_does_not_fit_the_gpu_is_merged_on_the_cpu(trained, config, monkeypatch):
     on_gpu = dataclasses.replace(config, device_map={"": 0})
     needed = merging.bytes_needed(on_gpu) + merging.WORK_BYTES
-    monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(measure, "free_bytes", lambda device: needed - 1)
     assert merging.load_base(on_gpu, "16bit").device.type == "cpu"
-    monkeypatch.setattr(memory, "free_bytes", lambda device: needed)
+    monkeypatch.setattr(measure, "free_bytes", lambda device: needed)
     with pytest.raises(loading.ModelUnavailable, match="torch sees no GPU"):
         merging.load_base(on_gpu, "16bit")
 

@@ -11,7 +11,8 @@ from pygments.styles import get_style_by_name
 from selectolax.lexbor import LexborHTMLParser
 
 from helpers.answers.evaluation import Score
-from helpers.model import memory
+from helpers.model import predict
+from helpers.model.plan import for_card
 from helpers.view import widgets
 
 PNG_AS_DATA = 'src="data:image/png;base64,iVBORw0KGgo'
@@ -90,9 +91,12 @@ def test_rank_out_of_range_is_named(picture, rank):
 
 
 def test_will_it_fit_follows_its_sliders():
-    shapes = {size: memory.llama2_config(size) for size in ("7B", "70B")}
-    cards = {f"{size} GB": size * memory.GIB for size in (8, 24)}
-    sliders, sentence, image = widgets.will_it_fit(shapes, cards, memory.Run()).children
+    shapes = {size: predict.llama2_config(size) for size in ("7B", "70B")}
+    cards = {f"{size} GB": size * predict.GIB for size in (8, 24)}
+    view = widgets.will_it_fit(
+        shapes, cards, lambda *pair: for_card(pair[0], predict.Run(), pair[1])
+    )
+    sliders, sentence, image = view.children
     model, card = sliders.children
     before = image.value
     assert sentence.value.startswith("7B on 8 GB fits: ")

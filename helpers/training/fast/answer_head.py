@@ -8,10 +8,10 @@ that is more than a third of a training step. It knows nothing of recipes or dat
 import functools
 
 import torch
+from trl.trainer.utils import FusedCausalLMOutput
 
+from helpers.model.predict import CPU_TILE_TOKENS
 from helpers.prompts import IGNORED_LABEL
-
-TILE_TOKENS = 128  # whose logits exist at one time: 25 MB in float32 for 49,152 words
 
 
 class AnswerLogProbs(torch.autograd.Function):
@@ -27,8 +27,8 @@ class AnswerLogProbs(torch.autograd.Function):
         log_probs, entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
         is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         derivative = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), TILE_TOKENS):
-            rows = slice(start, start + TILE_TOKENS)
+        for start in range(0, len(hidden), CPU_TILE_TOKENS):
+            rows = slice(start, start + CPU_TILE_TOKENS)
             target = targets[rows]
             logits = (hidden[rows] @ weight.T).float()
             is_top1[rows] = logits.argmax(-1) == target
@@ -68,9 +68,6 @@ def score_answers_alone(model) -> None:
     label_mask, each [rows, length - 1] and zero where the label is ignored, as trl's own head does.
     Other calls are left alone.
     """
-    # Imported here: model.memory reads the size of a tile from this module, and trl is slow.
-    from trl.trainer.utils import FusedCausalLMOutput
-
     if not has_plain_head(model):
         return
     forward = model.forward

@@ -16,7 +16,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch.nn.attention.varlen import varlen_attn
 from transformers.models.llama import modeling_llama
 
-from helpers.model.memory import LOSS_CHUNK
+from helpers.model.predict import LOSS_CHUNK
 from helpers.prompts import IGNORED_LABEL
 
 

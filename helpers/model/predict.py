@@ -7,32 +7,25 @@ or a Gemma it leaves out biases and the norms of queries and keys, thousandths o
 `footprint_bytes` counts them too.
 """
 
-import copy
 import dataclasses
-import gc
 import json
 import math
-import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import psutil
-import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from helpers.config import ALL_LINEAR_TARGETS, ATTENTION_TARGETS, PROJECT_DIR, Config
 from helpers.model import precision
-from helpers.training.fast import answer_head
 
 GIB = 2**30
 MEASURED_STEPS = PROJECT_DIR / "benchmarks" / "results" / "qlora_step_memory.json"
-PROCESS_STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 BLOCK, NESTED_BLOCK = 64, 256  # weights under one constant, constants under one second constant
 FLOAT32 = 4
 # trl 1.16 projects to the vocabulary in tiles of 4,096 tokens by 32,768 words
 # (kernels/chunked_logprob.py).
 TILE_TOKENS, TILE_WORDS = 4096, 32768
+CPU_TILE_TOKENS = 128  # training.fast.answer_head: 25 MB in float32 for 49,152 words
 LOSS_CHUNK = 1024  # tokens whose logits exist at one time on the fast path
 # Its two streams (of the recording and of all else) each give cuBLAS and cuBLASLt 32 MiB to work
 # in, the size that torch chooses on an H100; older cards get 8.
@@ -40,8 +33,7 @@ GRAPH_WORKSPACES = 2 * 2 * 32 * 2**20
 # A recorded step cannot give memory back, so gaps too small for the next tensor stay reserved.
 # Measured, in sizes of the widest weight when it is unpacked: 1 to 9, which is 3.5 % less to 2.7 %
 # more than is predicted (benchmarks/caps.py). The planner keeps 3 more, or such a share, free.
-GAPS, MORE_GAPS, SPARE = 4, 3, 0.027
-CONTEXT_BYTES = 2**29  # what CUDA itself takes of a GPU, 0.3 to 0.5 GiB
+GAPS = 4
 # Bytes of state a parameter needs: two moments. "torch" keeps them in the parameter's own type,
 # bitsandbytes in 32 bits, or in 8 bits with one 32-bit constant for 256 values.
 EIGHT_BIT_STATE = 2 * (1 + FLOAT32 / NESTED_BLOCK)
@@ -61,7 +53,6 @@ LLAMA2_SHAPES = {
     "13B": (5120, 13824, 40, 40, 40),
     "70B": (8192, 28672, 80, 64, 8),
 }
-PLANNED_OPTIMIZERS = ("adamw_bnb_8bit", "paged_adamw_8bit")  # faster first
 
 
 @dataclass(frozen=True)
@@ -182,16 +173,6 @@ class Estimate:
         return sum(self.parts.values())
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The fastest run that fits a card, or the smallest one if none does; `advice` says so."""
-
-    fits: bool
-    run: Run
-    estimate: Estimate
-    advice: str
-
-
 # -- Shapes and weights
 
 
@@ -211,53 +192,6 @@ def llama2_config(size: str = "7B") -> LlamaConfig:
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
     )
-
-
-def empty_4bit_model(model_config, quantization: BitsAndBytesConfig, dtype=torch.float16):
-    """A causal language model on the meta device: shapes and types, no numbers, in 4 bits.
-
-    Its packed weights still have their unpacked shape, because packing happens when numbers come.
-    """
-    # Imported here, as peft is below: it takes over a second, and one notebook alone needs it.
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-    return replace_with_bnb_linear(model, ["lm_head"], quantization)
-
-
-def count_trainable(model, rank: int, targets) -> tuple[int, int]:
-    """(trainable, all) parameters once peft has put an adapter on a meta model; the model stays."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    adapter = LoraConfig(r=rank, target_modules=list(targets))
-    with torch.device("meta"):
-        adapted = inject_adapter_in_model(adapter, copy.deepcopy(model))
-    sizes = [(p.numel(), p.requires_grad) for p in adapted.parameters()]
-    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
-
-
-def layer_table(model) -> list[dict]:
-    """Every distinct kind of layer that holds weights, in the order of the model.
-
-    For each: its name and shape, the type it is stored in, how often it occurs, how many weights it
-    stands for (a packed byte stands for two), and its bytes without quantization constants.
-    """
-    tied = model.config.tie_word_embeddings
-    table = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None or (tied and name == "lm_head"):
-            continue
-        shape = getattr(weight, "quant_state", None) or weight
-        row = table.setdefault(
-            (name.split(".")[-1], tuple(shape.shape)),
-            {"stored as": str(weight.dtype)[6:], "count": 0, "parameters": 0, "bytes": 0},
-        )
-        row["count"] += 1
-        row["parameters"] += shape.shape.numel()
-        row["bytes"] += weight.nbytes
-    return [{"layer": f"{name} {shape}", **row} for (name, shape), row in table.items()]
 
 
 def linear_shapes(model_config) -> dict[str, tuple[int, int]]:
@@ -307,21 +241,6 @@ def quantized_bytes(parameters: int, double: bool) -> int:
     if double:
         constants = blocks + FLOAT32 * math.ceil(blocks / NESTED_BLOCK) + FLOAT32
     return math.ceil(parameters / 2) + constants
-
-
-def footprint_bytes(model_config, quantization: BitsAndBytesConfig, dtype=torch.float16) -> int:
-    """What transformers' `get_memory_footprint()` says of a 4-bit model: parameters and buffers.
-
-    Counted on the meta device, so biases and further norms are in it: half a byte for each weight
-    that is packed, `dtype` for the others, and float32 tables of rotary frequencies. The
-    quantization constants are attributes of the packed weights, not parameters: it leaves them out.
-    """
-    import bitsandbytes as bnb  # here for the reason given in empty_4bit_model
-
-    shell = empty_4bit_model(model_config, quantization, dtype)
-    packed = [m.weight.numel() for m in shell.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    others = [p for p in shell.parameters() if not isinstance(p, bnb.nn.Params4bit)]
-    return sum(packed) // 2 + sum(tensor.nbytes for tensor in (*others, *shell.buffers()))
 
 
 def weight_bytes(model_config, run: Run) -> int:
@@ -532,7 +451,7 @@ def loss_bytes(model_config, run: Run) -> int:
     if run.loss == "full":
         return 3 * FLOAT32 * run.tokens * words
     if run.device == "cpu":
-        tile = min(run.tokens, answer_head.TILE_TOKENS) * words
+        tile = min(run.tokens, CPU_TILE_TOKENS) * words
         return run.tokens * width * run.compute_bytes + 3 * FLOAT32 * tile
     tile = min(run.tokens, TILE_TOKENS) * TILE_WORDS
     return run.tokens * width * FLOAT32 + tile * run.compute_bytes
@@ -556,18 +475,6 @@ def widest_weight_bytes(model_config, run: Run) -> int:
     """The largest linear layer's weight, unpacked to be multiplied with."""
     widest = max(outputs * inputs for outputs, inputs in linear_shapes(model_config).values())
     return widest * run.compute_bytes
-
-
-def weights_fit_in_place(model_config, run: Run) -> bool:
-    """Whether one layer's 16-bit weights take no more than what is free when they are kept.
-
-    Layers that keep their activations come first in the backward pass. When a checkpoint runs again
-    theirs are gone, and that layer's own are there.
-    """
-    one_layer = linear_parameters(model_config) // model_config.num_hidden_layers
-    free = run.kept_layers * kept_layer_bytes(model_config, run)
-    free -= layer_activation_bytes(model_config, run) + travelling_bytes(model_config, run)
-    return run.checkpointing and one_layer * run.compute_bytes <= free
 
 
 def evaluation_bytes(model_config, run: Run) -> int:
@@ -657,214 +564,8 @@ def measured_steps(path: Path = MEASURED_STEPS) -> dict[str, tuple[Run, int]]:
     return {row["name"]: (Run(**row["run"]), row["measured_bytes"]) for row in rows}
 
 
-# -- A plan for a card
-
-
-def torch_bytes(device: str) -> int:
-    """What torch may take of a GPU: all but CUDA's own, or the share of this process."""
-    whole = torch.cuda.get_device_properties(device).total_memory
-    share = round(whole * torch.cuda.get_per_process_memory_fraction(device))
-    return min(share, whole - CONTEXT_BYTES)
-
-
-def free_bytes(device: str | torch.device) -> int:
-    """What torch can still take of a GPU: what nobody has, within the share of this process."""
-    allocated = torch.cuda.memory_allocated(device)
-    unused = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated
-    return min(unused, torch_bytes(device) - allocated)
-
-
 def cache_bytes(model_config, tokens: int, width: int = 2) -> int:
     """Keys and values that answering keeps of `tokens` tokens, at `width` bytes a number."""
     heads = getattr(model_config, "num_key_value_heads", None) or model_config.num_attention_heads
     each = 2 * heads * head_width(model_config) * width
     return model_config.num_hidden_layers * each * tokens
-
-
-def plan(
-    model_config,
-    run: Run,
-    card_bytes: int,
-    reserve_bytes: int = GIB,
-    host_room: int = 0,
-    same_step: bool = False,
-) -> Plan:
-    """The fastest way to take `run`'s step of batch x accumulation rows on a card of `card_bytes`.
-
-    Tried: every batch up to `run.batch` that divides the step's rows, checkpointing on and off,
-    offloaded or not (on the fast path with any number of kept layers, if it takes no more than
-    `host_room` bytes there), the run's own optimizer and 8-bit AdamW, plain and paged.
-    `reserve_bytes` is kept free for the CUDA context, the desktop and, off the fast path, the
-    allocator's gaps: a margin, not a prediction. With `same_step` the batch and the optimizer stay.
-    """
-    room = card_bytes - reserve_bytes
-    layers = model_config.num_hidden_layers
-    candidates = [
-        candidate
-        for candidate in _candidates(run, layers)
-        if host_bytes(model_config, candidate) <= host_room
-        and (not same_step or (candidate.batch, candidate.optimizer) == (run.batch, run.optimizer))
-    ]
-    for candidate in sorted(candidates, key=partial(relative_cost, layers=layers)):
-        if _fits(model_config, candidate, room):
-            predicted = estimate(model_config, candidate)
-            return Plan(True, candidate, predicted, _summary(candidate, predicted, room))
-    smallest = min(candidates, key=lambda item: estimate(model_config, item).total)
-    return Plan(
-        False, smallest, estimate(model_config, smallest), _advice(model_config, smallest, room)
-    )
-
-
-def fits(model_config, run: Run, room: int, host_room: int) -> bool:
-    """Whether a run takes no more bytes of the GPU and of the host than there are for it."""
-    return host_bytes(model_config, run) <= host_room and _fits(model_config, run, room)
-
-
-def _fits(model_config, run: Run, room: int) -> bool:
-    total = estimate(model_config, run).total
-    return total + (spare_bytes(model_config, run, total) if run.fast else 0) <= room
-
-
-def spare_bytes(model_config, run: Run, total: int) -> int:
-    """What the planner keeps free of a prediction for the fast path, for gaps beyond it."""
-    return max(MORE_GAPS * widest_weight_bytes(model_config, run), round(SPARE * total))
-
-
-def relative_cost(run: Run, ridge: int = 500, layers: int = 32) -> tuple[float, bool, bool]:
-    """How slow a run is for each token, to rank plans; not a time.
-
-    A frozen weight is passed twice, forward and backward, a third time to recompute unless its
-    layer is one of those that keep their activations or, on the fast path, offload them. Moving
-    all checkpoints to the host counts as one more. A pass costs its tokens plus `ridge`, the tokens
-    at which the arithmetic takes as long as unpacking the weights: (operations a byte) x 4.5
-    bytes / 2 operations, at 160 to 300 operations a byte for cards from a T4 to an H100 (roofline
-    model, Williams et al. 2009).
-    """
-    once = run.kept_layers + offloaded_count(run, layers)
-    passes = 2 + run.checkpointing * (1 - once / layers) + (run.offload and not run.fast)
-    paged = run.optimizer.startswith("paged")
-    return passes * (1 + ridge / run.tokens), paged, run.offload
-
-
-def _candidates(run: Run, layers: int) -> list[Run]:
-    # checkpointing, kept layers, offload
-    ways = [(False, 0, False), (True, 0, False), (True, 0, True)]
-    if run.fast:  # where most layers keep theirs there is little to gain by moving the rest
-        ways = [(False, 0, False), *((True, kept, False) for kept in range(layers + 1))]
-        ways += [(True, kept, True) for kept in range(layers // 2)]
-    rows = run.batch * run.accumulation
-    return [
-        dataclasses.replace(
-            run,
-            batch=batch,
-            accumulation=rows // batch,
-            checkpointing=checkpointing,
-            kept_layers=kept,
-            offload=offload,
-            optimizer=optimizer,
-        )
-        for batch in whole_batches(rows, most=run.batch)
-        for checkpointing, kept, offload in ways
-        for optimizer in dict.fromkeys((run.optimizer, *PLANNED_OPTIMIZERS))
-    ]
-
-
-def whole_batches(rows: int, most: int) -> list[int]:
-    """The batches of up to `most` rows that a step of `rows` rows is made of without a rest."""
-    return [batch for batch in range(1, most + 1) if rows % batch == 0]
-
-
-def _summary(run: Run, predicted: Estimate, room: int) -> str:
-    checkpoints = "with checkpointing" if run.checkpointing else "without checkpointing"
-    if run.kept_layers:
-        checkpoints += f" but for {run.kept_layers} layers"
-    moved = "every second of the others" if run.fast else "checkpoints"
-    offloaded = f", {moved} offloaded to the host" if run.offload else ""
-    return (
-        f"batch {run.batch} x {run.accumulation} accumulated, {checkpoints}{offloaded}, "
-        f"{run.optimizer}: {predicted.total / GIB:.1f} GiB of {room / GIB:.1f}"
-    )
-
-
-def _advice(model_config, smallest: Run, room: int) -> str:
-    """What to change first when nothing fits: the first change, cheap to dear, that is enough."""
-    weights = weight_bytes(model_config, smallest)
-    if smallest.quantization == "16bit":
-        return f"the weights take {weights / GIB:.1f} GiB in 16 bits: load them in 4 bits first"
-    if weights >= room:
-        return (
-            f"the 4-bit weights alone take {weights / GIB:.1f} GiB of {room / GIB:.1f}: "
-            "choose a smaller model or a larger card"
-        )
-    length = smallest.length // 2
-    while length >= 64:
-        shorter = dataclasses.replace(smallest, length=length)
-        if _fits(model_config, shorter, room):
-            return f"set MAX_LENGTH = {length}, which leaves out rows that are longer"
-        length //= 2
-    small = dataclasses.replace(smallest, rank=8, targets=ATTENTION_TARGETS, length=64)
-    if _fits(model_config, small, room):
-        return "train fewer parameters: rank 8 on q_proj and v_proj, with short rows"
-    return "the weights leave no room for a step: choose a smaller model or a larger card"
-
-
-# -- Measuring
-
-
-def current_memory_bytes(device: str | torch.device) -> int:
-    """What torch has allocated on a GPU; for "cpu" the process's resident memory."""
-    if _is_gpu(device):
-        return torch.cuda.memory_allocated(device)
-    return psutil.Process().memory_info().rss
-
-
-def peak_memory_bytes(device: str | torch.device) -> int:
-    """The most that `current_memory_bytes` has been since `reset_peak_memory`.
-
-    Where the system cannot reset its mark (see there), since the process began.
-    """
-    if _is_gpu(device):
-        return torch.cuda.max_memory_allocated(device)
-    if PROCESS_STATUS.exists():
-        # "VmHWM:   123456 kB": the high-water mark of resident memory, proc(5)
-        (peak,) = [
-            w[6:] for w in PROCESS_STATUS.read_text("utf-8").splitlines() if w[:6] == "VmHWM:"
-        ]
-        return int(peak.split()[0]) * 1024
-    return _peak_of_process()
-
-
-def reset_peak_memory(device: str | torch.device) -> bool:
-    """Start a new peak from here. True when it could be done: on a GPU, and on Linux for a process.
-
-    Writing 5 to /proc/self/clear_refs resets VmHWM (proc(5)); some containers forbid it.
-    """
-    if _is_gpu(device):
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        CLEAR_REFS.write_text("5", encoding="utf-8")
-    except OSError:
-        return False
-    return True
-
-
-def free_memory() -> None:
-    """Give back what deleted models and tensors held, also on a GPU."""
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing without a GPU
-
-
-def _is_gpu(device: str | torch.device) -> bool:
-    return torch.device(device).type == "cuda"
-
-
-def _peak_of_process() -> int:
-    """Peak resident bytes where there is no /proc: Windows through psutil, else getrusage."""
-    windows_peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
-    if windows_peak is not None:
-        return windows_peak
-    import resource  # a Unix module
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB

@@ -1,0 +1,175 @@
+"""The fastest way to take a training step on a card, from predictions alone."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+
+from helpers.config import ATTENTION_TARGETS
+from helpers.model.predict import (
+    GIB,
+    Estimate,
+    Run,
+    estimate,
+    host_bytes,
+    kept_layer_bytes,
+    layer_activation_bytes,
+    linear_parameters,
+    offloaded_count,
+    travelling_bytes,
+    weight_bytes,
+    widest_weight_bytes,
+)
+
+# What is kept free of a prediction for the fast path, in sizes of the widest weight when it is
+# unpacked, or as a share of it, whichever is more: gaps beyond those predicted.
+MORE_GAPS, SPARE = 3, 0.027
+PLANNED_OPTIMIZERS = ("adamw_bnb_8bit", "paged_adamw_8bit")  # faster first
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The fastest run that fits a card, or the smallest one if none does; `advice` says so."""
+
+    fits: bool
+    run: Run
+    estimate: Estimate
+    advice: str
+
+
+def for_card(
+    model_config,
+    run: Run,
+    card_bytes: int,
+    reserve_bytes: int = GIB,
+    host_room: int = 0,
+    same_step: bool = False,
+) -> Plan:
+    """The fastest way to take `run`'s step of batch x accumulation rows on a card of `card_bytes`.
+
+    Tried: every batch up to `run.batch` that divides the step's rows, checkpointing on and off,
+    offloaded or not (on the fast path with any number of kept layers, if it takes no more than
+    `host_room` bytes there), the run's own optimizer and 8-bit AdamW, plain and paged.
+    `reserve_bytes` is kept free for the CUDA context, the desktop and, off the fast path, the
+    allocator's gaps: a margin, not a prediction. With `same_step` the batch and the optimizer stay.
+    """
+    room = card_bytes - reserve_bytes
+    layers = model_config.num_hidden_layers
+    tried = [
+        candidate
+        for candidate in candidates(run, layers)
+        if host_bytes(model_config, candidate) <= host_room
+        and (not same_step or (candidate.batch, candidate.optimizer) == (run.batch, run.optimizer))
+    ]
+    for candidate in sorted(tried, key=partial(relative_cost, layers=layers)):
+        if _fits(model_config, candidate, room):
+            predicted = estimate(model_config, candidate)
+            return Plan(True, candidate, predicted, _summary(candidate, predicted, room))
+    smallest = min(tried, key=lambda item: estimate(model_config, item).total)
+    return Plan(
+        False, smallest, estimate(model_config, smallest), _advice(model_config, smallest, room)
+    )
+
+
+def fits(model_config, run: Run, room: int, host_room: int) -> bool:
+    """Whether a run takes no more bytes of the GPU and of the host than there are for it."""
+    return host_bytes(model_config, run) <= host_room and _fits(model_config, run, room)
+
+
+def _fits(model_config, run: Run, room: int) -> bool:
+    total = estimate(model_config, run).total
+    return total + (spare_bytes(model_config, run, total) if run.fast else 0) <= room
+
+
+def spare_bytes(model_config, run: Run, total: int) -> int:
+    """What the planner keeps free of a prediction for the fast path, for gaps beyond it."""
+    return max(MORE_GAPS * widest_weight_bytes(model_config, run), round(SPARE * total))
+
+
+def relative_cost(run: Run, ridge: int = 500, layers: int = 32) -> tuple[float, bool, bool]:
+    """How slow a run is for each token, to rank plans; not a time.
+
+    A frozen weight is passed twice, forward and backward, a third time to recompute unless its
+    layer is one of those that keep their activations or, on the fast path, offload them. Moving
+    all checkpoints to the host counts as one more. A pass costs its tokens plus `ridge`, the tokens
+    at which the arithmetic takes as long as unpacking the weights: (operations a byte) x 4.5
+    bytes / 2 operations, at 160 to 300 operations a byte for cards from a T4 to an H100 (roofline
+    model, Williams et al. 2009).
+    """
+    once = run.kept_layers + offloaded_count(run, layers)
+    passes = 2 + run.checkpointing * (1 - once / layers) + (run.offload and not run.fast)
+    paged = run.optimizer.startswith("paged")
+    return passes * (1 + ridge / run.tokens), paged, run.offload
+
+
+def candidates(run: Run, layers: int) -> list[Run]:
+    # checkpointing, kept layers, offload
+    ways = [(False, 0, False), (True, 0, False), (True, 0, True)]
+    if run.fast:  # where most layers keep theirs there is little to gain by moving the rest
+        ways = [(False, 0, False), *((True, kept, False) for kept in range(layers + 1))]
+        ways += [(True, kept, True) for kept in range(layers // 2)]
+    rows = run.batch * run.accumulation
+    return [
+        dataclasses.replace(
+            run,
+            batch=batch,
+            accumulation=rows // batch,
+            checkpointing=checkpointing,
+            kept_layers=kept,
+            offload=offload,
+            optimizer=optimizer,
+        )
+        for batch in whole_batches(rows, most=run.batch)
+        for checkpointing, kept, offload in ways
+        for optimizer in dict.fromkeys((run.optimizer, *PLANNED_OPTIMIZERS))
+    ]
+
+
+def whole_batches(rows: int, most: int) -> list[int]:
+    """The batches of up to `most` rows that a step of `rows` rows is made of without a rest."""
+    return [batch for batch in range(1, most + 1) if rows % batch == 0]
+
+
+def _summary(run: Run, predicted: Estimate, room: int) -> str:
+    checkpoints = "with checkpointing" if run.checkpointing else "without checkpointing"
+    if run.kept_layers:
+        checkpoints += f" but for {run.kept_layers} layers"
+    moved = "every second of the others" if run.fast else "checkpoints"
+    offloaded = f", {moved} offloaded to the host" if run.offload else ""
+    return (
+        f"batch {run.batch} x {run.accumulation} accumulated, {checkpoints}{offloaded}, "
+        f"{run.optimizer}: {predicted.total / GIB:.1f} GiB of {room / GIB:.1f}"
+    )
+
+
+def _advice(model_config, smallest: Run, room: int) -> str:
+    """What to change first when nothing fits: the first change, cheap to dear, that is enough."""
+    weights = weight_bytes(model_config, smallest)
+    if smallest.quantization == "16bit":
+        return f"the weights take {weights / GIB:.1f} GiB in 16 bits: load them in 4 bits first"
+    if weights >= room:
+        return (
+            f"the 4-bit weights alone take {weights / GIB:.1f} GiB of {room / GIB:.1f}: "
+            "choose a smaller model or a larger card"
+        )
+    length = smallest.length // 2
+    while length >= 64:
+        shorter = dataclasses.replace(smallest, length=length)
+        if _fits(model_config, shorter, room):
+            return f"set MAX_LENGTH = {length}, which leaves out rows that are longer"
+        length //= 2
+    small = dataclasses.replace(smallest, rank=8, targets=ATTENTION_TARGETS, length=64)
+    if _fits(model_config, small, room):
+        return "train fewer parameters: rank 8 on q_proj and v_proj, with short rows"
+    return "the weights leave no room for a step: choose a smaller model or a larger card"
+
+
+def weights_fit_in_place(model_config, run: Run) -> bool:
+    """Whether one layer's 16-bit weights take no more than what is free when they are kept.
+
+    Layers that keep their activations come first in the backward pass. When a checkpoint runs again
+    theirs are gone, and that layer's own are there.
+    """
+    one_layer = linear_parameters(model_config) // model_config.num_hidden_layers
+    free = run.kept_layers * kept_layer_bytes(model_config, run)
+    free -= layer_activation_bytes(model_config, run) + travelling_bytes(model_config, run)
+    return run.checkpointing and one_layer * run.compute_bytes <= free
