@@ -175,7 +175,9 @@ def main() -> None:
     if options.command == "one":
         print(json.dumps(one(options.what, options.cap, options.length, options.way)))
         return
-    from helpers.runs.report import environment  # with torch, which no other process here needs
+    from helpers.runs.environment import (
+        environment,  # with torch, which no other process here needs
+    )
 
     facts = {"what": f"Llama 2's shapes, planned for a cap, {STEPS} steps", **environment()}
     rows = json.loads(RESULTS.read_text("utf-8"))["rows"] if RESULTS.exists() else []

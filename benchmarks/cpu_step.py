@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 from helpers.config import Config
 from helpers.model import loading, precision
-from helpers.runs.report import environment
+from helpers.runs.environment import environment
 from helpers.training import training
 
 RESULT = Path(__file__).parent / "results" / "cpu_step.json"

@@ -348,7 +348,7 @@ COMPARED = 0.05  # the share at which the article's way and one worker are measu
 def measure_all(folder: Path, shares: list[float]) -> None:
     """Every share with two workers, and at COMPARED one worker and the article's way beside it."""
     # Here, for it imports torch, which a process that is measured must not pay for.
-    from helpers.runs.report import environment
+    from helpers.runs.environment import environment
 
     runs = []
     for share in shares:

@@ -156,7 +156,7 @@ def main() -> None:
         )
         return
     from helpers.answers import problem_sets
-    from helpers.runs.runner import environment
+    from helpers.runs.environment import environment
 
     config = Config.from_profile(
         "demo", evaluation_problems=options.prompts, max_new_tokens=options.tokens

@@ -20,7 +20,7 @@ from helpers import prompts
 from helpers.answers import inference, problem_sets
 from helpers.config import Config
 from helpers.model import loading
-from helpers.runs.runner import environment
+from helpers.runs.environment import environment
 from helpers.training import training
 
 RESULTS = Path(__file__).resolve().parent / "results" / "llama_cpp.json"

@@ -28,7 +28,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from helpers.runs.report import environment
+from helpers.runs.environment import environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "series.json"
 NUMBERS = ("01", "02", "03", "04", "05", "06")

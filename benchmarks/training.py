@@ -378,7 +378,7 @@ def medians(runs: list[dict]) -> dict[str, dict]:
 
 def circumstances() -> dict:
     """Date, hardware and versions; where Unsloth was measured, also its own."""
-    from helpers.runs.report import environment  # sets how memory grows, and not for Unsloth
+    from helpers.runs.environment import environment  # sets how memory grows, and not for Unsloth
 
     if "unsloth" not in sys.modules:
         return environment()

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from helpers.config import Config
 from helpers.model import loading
-from helpers.runs.report import environment
+from helpers.runs.environment import environment
 from helpers.training import training
 
 RESULTS = Path(__file__).resolve().parent / "results" / "turing.json"

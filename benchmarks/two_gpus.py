@@ -58,7 +58,7 @@ def write_rows(run_dir: Path, longest: int) -> None:
     from datasets import Dataset, DatasetDict
 
     from benchmarks.training import row_lengths
-    from helpers.runs import integrity
+    from helpers.runs import inventory
 
     chance = random.Random(0)
     few = chance.sample(range(3, 32000), 200)
@@ -75,7 +75,7 @@ def write_rows(run_dir: Path, longest: int) -> None:
     ]
     splits = {"train": Dataset.from_list(pairs[16:]), "validation": Dataset.from_list(pairs[:16])}
     DatasetDict(splits).save_to_disk(run_dir / "dataset")
-    integrity.seal(run_dir / "dataset")
+    inventory.seal(run_dir / "dataset")
 
 
 def make_config(model: Path, run_dir: Path, settings: dict):
@@ -96,7 +96,7 @@ def work(model: Path, run_dir: Path, cap: float, forced: bool, settings: dict) -
     import torch
 
     from helpers.model import predict
-    from helpers.runs import integrity
+    from helpers.runs import inventory
     from helpers.training import training
 
     rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -113,7 +113,7 @@ def work(model: Path, run_dir: Path, cap: float, forced: bool, settings: dict) -
     except Exception as error:  # what kept it from training is the result
         said = f"{type(error).__name__}: {error}".replace(str(model), model.name)
         return {**found, "refused": said[:600]}
-    log = json.loads((config.adapter_dir / integrity.TRAINING_LOG).read_text("utf-8"))
+    log = json.loads((config.adapter_dir / inventory.TRAINING_LOG).read_text("utf-8"))
     losses = [round(float(e["loss"]), 4) for e in log["history"] if "loss" in e]
     return {
         **found,

@@ -148,9 +148,9 @@ def _compare_recipes(options) -> None:
 
 
 def _record(options) -> None:
-    from helpers.runs import runner
+    from helpers.runs import recording
 
-    runner.record(_config(options))
+    recording.record(_config(options))
 
 
 def _fetch_model(options) -> None:

@@ -17,6 +17,7 @@ from helpers.answers.problem_sets import Problem
 from helpers.config import Config
 from helpers.data.markdown import FENCE, fenced_blocks, parse_python
 from helpers.model import measure
+from helpers.runs.scores import interval
 
 NUMBERED_STEP = re.compile(r"^\s*\d+[.)]\s+(\S.*)$", re.MULTILINE)
 SEQUENCE_WORD = re.compile(r"\b(first|second|then|next|after that|finally|lastly)\b", re.IGNORECASE)
@@ -109,12 +110,6 @@ def rates(scores: list[Score], suffix: str) -> dict[str, float]:
         for name, field in RATES.items()
         if all(getattr(score, field) is not None for score in scores)
     }
-
-
-def interval(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a rate (Wilson 1927)."""
-    found = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
-    return found.low, found.high
 
 
 def paired_p_value(before: list[bool], after: list[bool]) -> float:

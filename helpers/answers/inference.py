@@ -11,10 +11,10 @@ from transformers import TextIteratorStreamer
 
 from helpers import prompts
 from helpers.config import LINKED_LIST_PROMPT, Config
+from helpers.data import curation_note
 from helpers.merging import merging
+from helpers.merging.merged_folder import check_merged
 from helpers.model import loading, measure, predict
-from helpers.runs import integrity
-from helpers.runs.integrity import check_merged
 
 # What `ask` calls a model, and the article's two names for the first two.
 MODELS = {
@@ -63,7 +63,7 @@ def load(config: Config, which: str):
 def system_message(config: Config, which: str) -> str:
     """The one to ask one of MODELS with: that of its training, unless SYSTEM_MESSAGE is given."""
     merged = which in ("merged", "requantized")
-    return integrity.system_message(config, config.merged_dir if merged else config.adapter_dir)
+    return curation_note.system_message(config, config.merged_dir if merged else config.adapter_dir)
 
 
 def answer_alone(

@@ -28,6 +28,8 @@ import pyarrow.compute as pc
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.data.contamination import problem_index
+from helpers.data.curation_note import tokenizer_note, write_curation
+from helpers.data.dataset_folder import check_dataset
 from helpers.data.markdown import code_kind, fenced_blocks, html_to_markdown
 from helpers.data.similarity import (
     PERMUTATIONS,
@@ -52,7 +54,7 @@ from helpers.data.sources import (
 )
 from helpers.data.workers import Workers, bar
 from helpers.runs import folders
-from helpers.runs.integrity import check_dataset, seal, tokenizer_note, write_curation
+from helpers.runs.inventory import seal
 
 # Why a question or pair is removed, in the order in which the rules are asked: cheap ones first.
 RULES = {

@@ -19,9 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from helpers import prompts
 from helpers.config import Config
+from helpers.data.curation_note import system_message
+from helpers.merging.merged_folder import check_merged
 from helpers.model import loading, predict
 from helpers.runs import folders
-from helpers.runs.integrity import check_merged, system_message
 
 # File name -> how matrices are stored, and the number by which a file says so.
 TYPES = {

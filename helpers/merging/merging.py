@@ -27,17 +27,13 @@ from safetensors.torch import load_file
 
 from helpers import prompts
 from helpers.config import PROJECT_DIR, Config
+from helpers.data.curation_note import system_message
 from helpers.merging import publishing
+from helpers.merging.adapter_folder import ADAPTER_WEIGHTS, check_adapter
+from helpers.merging.merged_folder import check_merged, seal_merged
 from helpers.model import loading, measure, precision, predict
 from helpers.runs import folders
-from helpers.runs.integrity import (
-    ADAPTER_WEIGHTS,
-    ArtefactError,
-    check_adapter,
-    check_merged,
-    seal_merged,
-    system_message,
-)
+from helpers.runs.inventory import ArtefactError
 
 MERGES = ("16bit", "dequantized", "4bit")
 GENERAL_TEXT = PROJECT_DIR / "data" / "general.txt"

@@ -6,9 +6,11 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 
 from helpers.config import Config
+from helpers.data.curation_note import curation_of, system_message
 from helpers.model import precision
 from helpers.runs import folders
-from helpers.runs.integrity import curation_of, read_metrics, system_message
+from helpers.runs.inventory import read_metrics
+from helpers.runs.scores import score_rows
 
 # Part of a base model's name -> its licence as the Hub calls it, and in words.
 LICENCES = {
@@ -128,14 +130,12 @@ def _recipe(config: Config) -> list[tuple]:
 
 def _scores(metrics: dict) -> str:
     """What notebook 06 counted, with intervals; "" before it has run."""
-    from helpers.runs import report
-
     models = [
         name for name in ("base", "base_chat", "tuned", "merged") if f"stop_rate_{name}" in metrics
     ]
     if not models:
         return ""
-    rows = report.score_rows(metrics, models)
+    rows = score_rows(metrics, models)
     return f"""{_table(("share of greedy answers that", *models), rows)}
 
 On {metrics["problems"]} problems that are in no training row, of which the merged model answered

@@ -20,7 +20,7 @@ from huggingface_hub import constants, hf_hub_url, model_info
 from huggingface_hub.file_download import are_symlinks_supported, http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
-from helpers.runs import folders
+from helpers.runs import folders, inventory
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")  # what transformers loads
 
@@ -102,7 +102,7 @@ def _fetch(file: _File) -> None:
             http_get(
                 file.url, to, resume_size=file.size - left, expected_size=file.size, headers=headers
             )
-    if (found := folders.sha256(partial)) != file.sha256:
+    if (found := inventory.sha256(partial)) != file.sha256:
         partial.unlink()
         raise DamagedDownload(f"{file.name} came through with SHA-256 {found}, not {file.sha256}")
     # Without symbolic links the library would copy a blob, and keep both.

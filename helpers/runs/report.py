@@ -7,25 +7,21 @@ it lie the executed notebooks as pages of their own.
 
 import base64
 import dataclasses
-import datetime
 import html
-import os
-import platform
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
-import psutil
 from nbconvert import HTMLExporter
 
 from helpers.config import PROJECT_DIR, Config
 from helpers.runs import folders
-from helpers.runs.integrity import read_metrics
+from helpers.runs.environment import environment
+from helpers.runs.inventory import read_metrics
+from helpers.runs.scores import score_rows
 from helpers.view.safe_text import visible
 
 README_PICTURE = PROJECT_DIR / "notebooks" / "images" / "base_and_tuned.png"
-RECORDED_VERSIONS = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
 
 # Lesson, metric, what a reader calls it: the headline numbers of a run, in order.
 HEADLINES = (
@@ -46,12 +42,6 @@ HEADLINES = (
     ("06", "pass_rate_base", "answers that pass their tests, base"),
     ("06", "pass_rate_tuned", "answers that pass their tests, tuned"),
 )
-SCORES = {
-    "stop": "stop by themselves",
-    "parse": "hold code that parses",
-    "steps": "explain in steps",
-    "pass": "pass their tests",
-}
 
 
 def headline_rows(config: Config) -> list[tuple[str, str, str]]:
@@ -66,21 +56,6 @@ def headline_rows(config: Config) -> list[tuple[str, str, str]]:
 
 def _as_text(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def environment() -> dict[str, str]:
-    """Date, hardware and versions, for a reader who wants to know where numbers come from."""
-    import torch
-
-    kinds = dict.fromkeys(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
-    gpu = ", ".join(kinds) or "no GPU"
-    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB of memory"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} {platform.machine()} CPU cores, {memory}, {gpu}",
-        "python": platform.python_version(),
-        **{name: version(name) for name in RECORDED_VERSIONS},
-    }
 
 
 def write_report(config: Config, stopped: str = "") -> Path:
@@ -166,25 +141,6 @@ def _merge_rows(metrics: dict) -> list[tuple]:
         if name.startswith("kl_merged_")
     }
     return [(name, f"{value:.4f}") for name, value in found.items()]
-
-
-def score_rows(metrics: dict, models: Sequence[str] = ("base", "tuned")) -> list[tuple]:
-    """(what, a text such as 0.50 [0.30, 0.70] for each model) of the scores that were taken."""
-    taken = [name for name in SCORES if f"{name}_rate_base" in metrics]
-    if not taken:
-        return []
-    from helpers.answers import evaluation  # loads torch, so only a run that has scores does it
-
-    def with_interval(rate: float, model: str) -> str:
-        fewer = model in ("merged", "requantized")
-        problems = metrics["problems_merged" if fewer else "problems"]
-        low, high = evaluation.interval(round(rate * problems), problems)
-        return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
-
-    return [
-        (SCORES[name], *(with_interval(metrics[f"{name}_rate_{model}"], model) for model in models))
-        for name in taken
-    ]
 
 
 def _outputs(config: Config, number: str) -> list[tuple[str, dict, dict]]:

@@ -19,8 +19,9 @@ from traitlets.config import Config as Traits
 
 from helpers.config import PROJECT_DIR, Config, ConfigError
 from helpers.runs import folders, manifest
+from helpers.runs.environment import environment
 from helpers.runs.manifest import code_hash
-from helpers.runs.report import environment, write_report
+from helpers.runs.report import write_report
 
 # papermill warns of each parameter that a notebook's own cell does not list, such as MAX_STEPS in
 # 01. Config knows which exist. And asyncio adds a traceback to the sentence of a run that stopped.
@@ -200,42 +201,3 @@ def _check_reached_the_end(notebook, source: Path) -> None:
     if missing:
         first_line = missing[0].source.strip().splitlines()[0]
         raise RunStopped(f"{source.stem} ended before its cell ({first_line}) ran")
-
-
-def record(config: Config) -> None:
-    """Put the outputs of a finished run into the committed notebooks, cleaned.
-
-    Kept: results, figures, printed text. Removed: stderr, widget views, papermill's traces.
-    Raises ConfigError when a notebook's code is no longer the code that was run.
-    """
-    for source in notebooks():
-        executed = config.require(config.executed_dir / source.name, source.stem)
-        ran = {cell.id: cell for cell in nbformat.read(executed, as_version=4).cells}
-        notebook = nbformat.read(source, as_version=4)
-        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        for count, cell in enumerate(code, start=1):
-            if cell.id not in ran or ran[cell.id].source != cell.source:
-                raise ConfigError(f"{source.name} has changed since it ran: run it again first")
-            cell.execution_count = count
-            cell.outputs = [_cleaned(output, count) for output in ran[cell.id].outputs]
-            cell.outputs = [output for output in cell.outputs if output is not None]
-        notebook.metadata.pop("widgets", None)
-        notebook.metadata["recorded"] = {
-            "code_sha256": code_hash(source),
-            "profile": config.profile,
-            **environment(),
-        }
-        nbformat.validate(notebook)
-        folders.write_text(source, nbformat.writes(notebook) + "\n")
-
-
-def _cleaned(output, count: int):
-    """The output as it is committed, or None for one that is not."""
-    if output.get("name") == "stderr":
-        return None
-    data = output.get("data", {})
-    if "application/vnd.jupyter.widget-view+json" in data:
-        return None
-    if "execution_count" in output:
-        output.execution_count = count
-    return output

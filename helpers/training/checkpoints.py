@@ -17,8 +17,9 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from helpers.config import Config
-from helpers.model import loading
-from helpers.runs import folders, integrity, manifest
+from helpers.data import curation_note, dataset_folder
+from helpers.model import identity, loading
+from helpers.runs import folders, inventory
 
 STATE = "trainer_state.json"
 PLAN = "plan.json"
@@ -67,7 +68,7 @@ class SealCheckpoints(TrainerCallback):
         wait_for_all()  # each process of DDP adds its own random numbers
         if state.is_world_process_zero:
             folders.follow_umask(folder_of_step(args, state))
-            integrity.seal(folder_of_step(args, state))
+            inventory.seal(folder_of_step(args, state))
 
 
 class StopAtStepEdge(TrainerCallback):
@@ -174,9 +175,9 @@ def folder_of(config: Config, tokenizer) -> Path:
         "planned": config.kept_layers is None,
         "device": config.device.split(":")[0],
         "processes": [os.environ.get("WORLD_SIZE", "1"), loading.is_sharded()],
-        "dataset": integrity.dataset_fingerprint(config),
-        "tokenizer": [integrity.tokenizer_rules(tokenizer), tokenizer.eos_token],
-        "base_model": [*manifest.base_model(config.model_name).items()],
+        "dataset": dataset_folder.dataset_fingerprint(config),
+        "tokenizer": [curation_note.tokenizer_rules(tokenizer), tokenizer.eos_token],
+        "base_model": [*identity.base_model(config.model_name).items()],
     }
     text = json.dumps(named_by, sort_keys=True)
     return config.checkpoints_dir / hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -190,7 +191,7 @@ def record_plan(folder: Path, config: Config) -> None:
 
 def recorded_plan(folder: Path) -> dict:
     """The fields of a Config with which the run in a folder began; {} if it has no checkpoint."""
-    if not any(folder.glob(f"checkpoint-*/{integrity.SEAL}")) or not (folder / PLAN).is_file():
+    if not any(folder.glob(f"checkpoint-*/{inventory.SEAL}")) or not (folder / PLAN).is_file():
         return {}
     return json.loads((folder / PLAN).read_text(encoding="utf-8"))
 
@@ -213,11 +214,11 @@ def latest(folder: Path) -> Path | None:
 
 def what_is_wrong(checkpoint: Path) -> str | None:
     """Why a run cannot go on from a checkpoint, or None when it can."""
-    if not (checkpoint / integrity.SEAL).is_file():
+    if not (checkpoint / inventory.SEAL).is_file():
         return "it was cut off while it was written"
     try:
-        integrity.check_seal(checkpoint, "04")
-    except integrity.ArtefactError as error:
+        inventory.check_seal(checkpoint, "04")
+    except inventory.ArtefactError as error:
         return str(error)
     return None
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from helpers import prompts
 from helpers.answers import evaluation, inference, problem_sets
 from helpers.config import PROJECT_DIR, RECIPES, Config, ConfigError
+from helpers.data import curation_note
 from helpers.merging import merging
 from helpers.model import loading
-from helpers.runs import folders, integrity
-from helpers.runs.report import environment
+from helpers.runs import folders
+from helpers.runs.environment import environment
 from helpers.training import training
 
 RESULTS = PROJECT_DIR / "benchmarks" / "results" / "recipes.json"
@@ -127,7 +128,7 @@ def measure(config: Config) -> dict:
 def _rates(model, tokenizer, config: Config) -> dict[str, float]:
     """The scores of notebook 06 for the answers to `config.evaluation_problems` problems."""
     problems = problem_sets.load_problems(config.evaluation_problems)
-    system = integrity.system_message(config, config.dataset_dir)
+    system = curation_note.system_message(config, config.dataset_dir)
     asked = [prompts.render_prompt(problem.prompt, system) for problem in problems]
     answers, _ = inference.answer_all(model, tokenizer, asked, config)
     pairs = zip(answers, problems, strict=True)

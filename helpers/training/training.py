@@ -29,9 +29,10 @@ from trl import SFTConfig, SFTTrainer
 
 from helpers import prompts
 from helpers.config import Config, ConfigError
+from helpers.data import curation_note, dataset_folder
 from helpers.model import loading, measure, plan, precision, predict
 from helpers.prompts import IGNORED_LABEL
-from helpers.runs import folders, integrity
+from helpers.runs import folders, inventory
 from helpers.training import checkpoints
 from helpers.training.fast import answer_head, fast_path
 from helpers.training.fast.kernels import fused_kernels, in_place_adapters
@@ -281,18 +282,18 @@ def load_dataset(config: Config, tokenizer=None) -> DatasetDict:
     tokenizer and fail with that of MODEL_NAME. Warns, ArtefactWarning, when none of these fails,
     and of another SYSTEM_MESSAGE.
     """
-    dataset = load_from_disk(str(integrity.check_dataset(config)))
+    dataset = load_from_disk(str(dataset_folder.check_dataset(config)))
     dataset = dataset.select_columns(["prompt", "completion"])
-    integrity.system_message(config, config.dataset_dir)
-    note = integrity.curation_of(config, config.dataset_dir)
+    curation_note.system_message(config, config.dataset_dir)
+    note = curation_note.curation_of(config, config.dataset_dir)
     if note and note["template"] != prompts.TEMPLATE:
-        raise integrity.ArtefactError(
+        raise inventory.ArtefactError(
             f"the rows are in the template {note['template']!r}, and the one here is "
             f"{prompts.TEMPLATE!r}: run notebook 02 again"
         )
     if note:
         own = loading.load_tokenizer(config.model_name)
-        if not integrity.tokenizer_note(own).items() <= note["tokenizer"].items():
+        if not curation_note.tokenizer_note(own).items() <= note["tokenizer"].items():
             _check_rows(config, dataset, own, note["tokenizer"]["name"])
     return dataset if tokenizer is None else rows_that_fit(config, tokenizer, dataset)
 
@@ -308,13 +309,13 @@ def _check_rows(config: Config, dataset: DatasetDict, tokenizer, made_with: str)
     other = f"the rows were made with the tokenizer of {made_with}, and with that of MODEL_NAME "
     other += f"({config.model_name})"
     if failing:
-        raise integrity.ArtefactError(
+        raise inventory.ArtefactError(
             f"{other} {len(failing)} of {len(rows)} fail, the first for {failing[0][0]}: run "
             "notebook 02 again with this MODEL_NAME"
         )
     warnings.warn(
         f"{other} all {len(rows)} verify and fit as well",
-        integrity.ArtefactWarning,
+        inventory.ArtefactWarning,
         stacklevel=3,
     )
 
@@ -405,8 +406,8 @@ def build_trainer(
         trainer.keep_weights = plan.weights_fit_in_place(
             model.config, predict.Run.from_config(config)
         )
-    trainer.dataset_fingerprint = integrity.dataset_fingerprint(config)
-    trainer.curation = integrity.curation_of(config, config.dataset_dir)
+    trainer.dataset_fingerprint = dataset_folder.dataset_fingerprint(config)
+    trainer.curation = curation_note.curation_of(config, config.dataset_dir)
     trainer.made_from = (config, tokenizer, dataset)
     checkpoints.load_in_own_type(trainer.model)
     trainer.remove_callback(PrinterCallback)  # LogLines prints the same numbers, readable
@@ -752,11 +753,11 @@ def _write_adapter(trainer: SFTTrainer, tokenizer, config: Config, weights: dict
         tokenizer.save_pretrained(draft)
         log = {"history": trainer.state.log_history, "steps": step_log(trainer)}
         log |= {"dataset": trainer.dataset_fingerprint, "recipe": config.recipe}
-        (draft / integrity.TRAINING_LOG).write_text(
+        (draft / inventory.TRAINING_LOG).write_text(
             json.dumps(log, indent=1, default=float), encoding="utf-8"
         )
-        integrity.write_curation(trainer.curation, draft)
-        integrity.seal(draft)
+        curation_note.write_curation(trainer.curation, draft)
+        inventory.seal(draft)
     shutil.rmtree(config.checkpoints_dir, ignore_errors=True)
 
 

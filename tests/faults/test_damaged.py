@@ -13,11 +13,11 @@ import pytest
 from helpers import prompts
 from helpers.answers import inference
 from helpers.config import SYSTEM_MESSAGE, Config
-from helpers.data import curation
-from helpers.merging import export, merging, publishing
+from helpers.data import curation, curation_note
+from helpers.merging import adapter_folder, export, merged_folder, merging, publishing
 from helpers.model import loading
-from helpers.runs import integrity
-from helpers.runs.integrity import ArtefactError, ArtefactWarning
+from helpers.runs import inventory
+from helpers.runs.inventory import ArtefactError, ArtefactWarning
 from helpers.training import training
 from tests.conftest import write_bos_twice
 from tests.faults.finished_run import contents, copy_run, make_run
@@ -78,7 +78,7 @@ def test_an_undamaged_run_loads_without_a_word(config):
 
 def test_the_seal_is_what_sha256sum_checks(config):
     for folder in (config.adapter_dir, config.dataset_dir):
-        command = ["sha256sum", "--check", "--strict", "--quiet", integrity.SEAL]
+        command = ["sha256sum", "--check", "--strict", "--quiet", inventory.SEAL]
         assert subprocess.run(command, cwd=folder).returncode == 0
 
 
@@ -118,7 +118,7 @@ def test_an_adapter_of_another_base_is_refused(config, tmp_path):
 
 def test_a_base_that_was_moved_is_the_same_base(config, tmp_path):
     moved = shutil.copytree(config.model_name, tmp_path / "moved" / Path(config.model_name).name)
-    integrity.check_adapter(dataclasses.replace(config, model_name=str(moved)))
+    adapter_folder.check_adapter(dataclasses.replace(config, model_name=str(moved)))
 
 
 def test_an_adapter_of_another_tokenizer_is_refused(config, tmp_path):
@@ -157,7 +157,7 @@ def test_an_adapter_of_another_recipe_is_named_by_its_recipe(tiny_model_dir, tok
 
 
 def test_an_adapter_from_elsewhere_has_no_seal_and_loads(config):
-    for name in (integrity.SEAL, integrity.TRAINING_LOG):
+    for name in (inventory.SEAL, inventory.TRAINING_LOG):
         (config.adapter_dir / name).unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("error", ArtefactWarning)
@@ -229,7 +229,7 @@ def test_an_adapter_keeps_its_message_when_the_rows_get_another(own, tmp_path):
     config = copy_run(own, tmp_path / "run")
     curation.curate(dataclasses.replace(config, data_source="sample"))
     assert inference.system_message(config, "tuned") == OWN_MESSAGE
-    assert integrity.system_message(config, config.dataset_dir) == SYSTEM_MESSAGE
+    assert curation_note.system_message(config, config.dataset_dir) == SYSTEM_MESSAGE
 
 
 @pytest.mark.parametrize("given", [SYSTEM_MESSAGE, "Be brief."])
@@ -246,9 +246,9 @@ def test_another_message_is_used_where_it_is_named_and_both_are_told(own, given)
 def test_a_run_from_before_has_no_note_and_works(own, tmp_path):
     config = copy_run(own, tmp_path / "run")
     for folder in (config.dataset_dir, config.adapter_dir, config.merged_dir):
-        for name in (integrity.CURATION, integrity.SEAL):
+        for name in (curation_note.CURATION, inventory.SEAL):
             (folder / name).unlink()
-        integrity.seal(folder)
+        inventory.seal(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ArtefactWarning)
         assert inference.system_message(config, "merged") == SYSTEM_MESSAGE
@@ -259,7 +259,7 @@ def test_a_run_from_before_has_no_note_and_works(own, tmp_path):
 
 def test_a_note_that_was_changed_is_found(own, tmp_path):
     config = copy_run(own, tmp_path / "run")
-    path = config.dataset_dir / integrity.CURATION
+    path = config.dataset_dir / curation_note.CURATION
     path.write_text(path.read_text("utf-8").replace("vers", "prose"), encoding="utf-8")
     refuses(config, load_dataset, "curation.json is damaged or changed .*: run notebook 02 again")
 
@@ -317,7 +317,7 @@ def test_rows_that_verify_with_another_tokenizer_are_taken_with_a_sentence(confi
 def train_again(config):
     """Another adapter over the one that lies there, as notebook 04 writes it."""
     flip_a_bit(config.run_dir / ADAPTER, 1)
-    integrity.seal(config.adapter_dir)
+    inventory.seal(config.adapter_dir)
 
 
 @pytest.fixture
@@ -327,15 +327,15 @@ def merged(config, tokenizer):
 
 
 def test_a_merged_model_is_sealed_and_accepted(merged):
-    command = ["sha256sum", "--check", "--strict", "--quiet", integrity.SEAL]
+    command = ["sha256sum", "--check", "--strict", "--quiet", inventory.SEAL]
     assert subprocess.run(command, cwd=merged.merged_dir).returncode == 0
-    assert integrity.check_merged(merged) == merged.merged_dir
+    assert merged_folder.check_merged(merged) == merged.merged_dir
 
 
 @pytest.mark.parametrize(
     "use",
     [
-        integrity.check_merged,
+        merged_folder.check_merged,
         lambda config: inference.load(config, "merged"),
         lambda config: inference.load(config, "requantized"),
         merging.push_model,
@@ -358,7 +358,7 @@ def test_one_flipped_bit_in_the_merged_model_is_found(merged, name, seed):
 
 def test_a_merged_model_from_elsewhere_has_no_record_and_loads(merged):
     train_again(merged)
-    for name in (integrity.SEAL, integrity.MERGE_RECORD):
+    for name in (inventory.SEAL, merged_folder.MERGE_RECORD):
         (merged.merged_dir / name).unlink()
     inference.load(merged, "merged")
 
@@ -413,7 +413,7 @@ def test_what_a_library_leaves_beside_the_dataset_is_no_damage(config):
 )
 def test_damaged_metrics_are_named_and_the_others_stay(config, data, words):
     (config.metrics_dir / "04.json").write_bytes(data)
-    refuses(config, integrity.read_metrics, words)
+    refuses(config, inventory.read_metrics, words)
     refuses(config, publishing.model_card, words)
     assert json.loads((config.metrics_dir / "05.json").read_text("utf-8")) == {
         "eval_loss_merged": 1.6

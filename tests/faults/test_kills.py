@@ -18,7 +18,7 @@ from peft import get_peft_model
 from helpers.config import Config
 from helpers.data.curation import curate
 from helpers.model import loading
-from helpers.runs import runner
+from helpers.runs import recording, runner
 from helpers.training import training
 from tests.faults.staging import (
     die_at,
@@ -186,7 +186,7 @@ def record_job(folder):
     runner.NOTEBOOKS_DIR = folder / "notebooks"
     config = Config.from_profile("smoke", run_dir=folder / "run")
     config.record("01", {"value": 1})
-    runner.record(config)
+    recording.record(config)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from helpers.__main__ import main
 from helpers.config import PROJECT_DIR, Config
-from helpers.runs import folders, manifest
+from helpers.runs import inventory, manifest
 from tests.faults.staging import record_cell, run_notebooks, write_notebook
 
 SAVE = """from helpers.config import Config
@@ -47,7 +47,7 @@ def test_it_records_versions_hardware_parameters_and_hashes(finished):
         *("metrics/01.json", "executed/01_one.ipynb"),
     }
     assert record["artefacts"].keys() == files
-    sample = folders.sha256(PROJECT_DIR / "data" / "sample" / "Answers.csv")
+    sample = inventory.sha256(PROJECT_DIR / "data" / "sample" / "Answers.csv")
     assert record["data"]["Answers.csv"] == sample
     assert record["base_model"]["model.safetensors"].startswith("7ef915c9")
     assert {"helpers/training/training.py", "constraints.txt", "notebooks/05_merging.ipynb"} <= set(

@@ -14,7 +14,7 @@ from huggingface_hub import scan_cache_dir
 
 from helpers.config import PROJECT_DIR
 from helpers.model import downloads, loading
-from helpers.runs import folders
+from helpers.runs import folders, inventory
 from tests.faults.bad_hub import CUT_ABOVE, BadHub
 from tests.faults.test_secrets import CANARY
 
@@ -158,9 +158,9 @@ def test_after_a_kill_the_next_process_goes_on(tmp_path, tiny_model_dir):
     blob = (
         tmp_path
         / "hub/models--any--held/blobs"
-        / folders.sha256(tiny_model_dir / "model.safetensors")
+        / inventory.sha256(tiny_model_dir / "model.safetensors")
     )
-    assert folders.sha256(blob) == blob.name
+    assert inventory.sha256(blob) == blob.name
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def test_two_processes_at_once_download_it_once(tmp_path, tiny_model_dir):
             assert answers_of(client)[0] == {"any/held": ["NoneType", ""]}
     assert downloads_of(server.requests, "held") == [0]
     (blob,) = (tmp_path / "hub/models--any--held/blobs").iterdir()
-    assert folders.sha256(blob) == blob.name
+    assert inventory.sha256(blob) == blob.name
 
 
 @pytest.mark.slow

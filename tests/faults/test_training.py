@@ -17,8 +17,9 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainerState
 
+from helpers.data import dataset_folder
 from helpers.model import loading
-from helpers.runs import integrity
+from helpers.runs import inventory
 from helpers.runs.folders import DiskFull
 from helpers.training import checkpoints, training
 from helpers.view import live_chart
@@ -442,12 +443,12 @@ def test_what_training_does_not_depend_on_changes_nothing(config):
 
 def test_the_log_names_the_data_that_was_trained_on(config):
     trainer, _ = training.fine_tune(build(config))
-    trained_on = integrity.dataset_fingerprint(config)
+    trained_on = dataset_folder.dataset_fingerprint(config)
     shutil.rmtree(config.dataset_dir)
     write_dataset(config, rows=30)
     training.save_adapter(trainer, trainer.processing_class, config)
-    log = json.loads((config.adapter_dir / integrity.TRAINING_LOG).read_text(encoding="utf-8"))
-    assert log["dataset"] == trained_on != integrity.dataset_fingerprint(config)
+    log = json.loads((config.adapter_dir / inventory.TRAINING_LOG).read_text(encoding="utf-8"))
+    assert log["dataset"] == trained_on != dataset_folder.dataset_fingerprint(config)
 
 
 # -- A process that is killed.

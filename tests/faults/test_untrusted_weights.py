@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from helpers.config import PROJECT_DIR
-from helpers.merging import merging
+from helpers.merging import adapter_folder, merging
 from helpers.model import loading
-from helpers.runs import integrity
-from helpers.runs.integrity import ArtefactError
+from helpers.runs.inventory import ArtefactError
 from helpers.training import checkpoints, training
 from tests.faults.finished_run import contents, copy_run, make_run
 from tests.notebook_code import NOTEBOOKS, notebook_source
@@ -130,7 +129,7 @@ def test_code_that_a_model_brings_is_not_run(config, canary, name, kind):
 
 def test_an_adapter_as_a_pickle_is_refused(config, canary):
     poison(config.adapter_dir, "adapter_model.bin", canary)
-    (config.adapter_dir / integrity.ADAPTER_WEIGHTS).unlink()
+    (config.adapter_dir / adapter_folder.ADAPTER_WEIGHTS).unlink()
     before = contents(config.adapter_dir)
     with pytest.raises(ArtefactError, match="no other form is read: run notebook 04 again"):
         merging.load_tuned(config)

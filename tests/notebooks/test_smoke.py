@@ -9,7 +9,7 @@ import pytest
 from datasets import load_from_disk
 
 from helpers.config import PROBLEMS_FILE
-from helpers.runs import integrity, manifest, runner
+from helpers.runs import inventory, manifest, runner
 from tests.conftest import watch_the_network
 
 # Names that must be there, notebook by notebook.
@@ -57,7 +57,7 @@ def smoke(watched):
 
 @pytest.fixture(scope="module")
 def metrics(smoke):
-    return integrity.read_metrics(smoke)
+    return inventory.read_metrics(smoke)
 
 
 @pytest.mark.parametrize("number", NAMES)

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from helpers.config import RECIPES, Config
-from helpers.runs import integrity
+from helpers.runs import inventory
 from tests.notebooks.test_smoke import NAMES
 from tests.walking import SHORT, first_tokens, save_random_model, walk, write_corpus
 
@@ -65,7 +65,7 @@ def parameters(curated, tmp_path):
 
 def missing_names(config: Config, *numbers: str) -> dict[str, set[str]]:
     """What these notebooks promise to record and did not, but for a GGUF that none asked for."""
-    metrics = integrity.read_metrics(config)
+    metrics = inventory.read_metrics(config)
     not_asked = () if "f16" in config.gguf_types else "gguf_f16"
     promised = {n: {x for x in NAMES[n].split() if not x.startswith(not_asked)} for n in numbers}
     return {number: promised[number] - set(metrics[number]) for number in numbers}

@@ -6,7 +6,7 @@ import pytest
 
 from helpers.config import Config, ConfigError
 from helpers.model import loading
-from helpers.runs import integrity
+from helpers.runs import inventory
 from tests.notebooks.test_smoke import NAMES
 from tests.walking import (
     SHORT,
@@ -62,7 +62,7 @@ def test_a_model_walks_all_notebooks(curated, tmp_path, architecture, tokens):
     walk("04", **parameters, MAX_STEPS=2)
     walk("05", **parameters)
     walk("06", **parameters)
-    metrics = integrity.read_metrics(Config.from_notebook(parameters))
+    metrics = inventory.read_metrics(Config.from_notebook(parameters))
     trained = metrics["04"]["trainable_parameters"]
     assert trained == lora_parameters(tmp_path / "model")
     assert set(NAMES["06"].split()) - set(metrics["06"]) <= {

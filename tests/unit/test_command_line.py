@@ -9,14 +9,14 @@ from helpers.answers import inference
 from helpers.config import Config
 from helpers.data import curation
 from helpers.merging import export, merging
-from helpers.runs import runner
+from helpers.runs import recording
 from helpers.training import recipes, training
 
 # Command -> the function that it calls with a Config, and what it needs besides.
 COMMANDS = {
     "ask": (inference, "ask", ["tuned"]),
     "train": (training, "train", []),
-    "record": (runner, "record", []),
+    "record": (recording, "record", []),
     "export-gguf": (export, "export_gguf", []),
     "push-dataset": (curation, "push_dataset", []),
     "push-model": (merging, "push_model", []),

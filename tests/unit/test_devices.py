@@ -10,7 +10,7 @@ from transformers import TrainerControl, TrainerState
 from helpers.config import Config
 from helpers.merging import merging
 from helpers.model import loading, measure, precision, predict
-from helpers.runs import report
+from helpers.runs import environment
 from helpers.training import training
 
 SECOND = {"": 1}
@@ -115,7 +115,7 @@ def test_before_a_model_lies_on_a_gpu_nothing_of_the_host_is_counted_for_it(gpus
 def test_every_kind_of_gpu_is_named(monkeypatch, names, shown):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
     monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
-    assert report.environment()["hardware"].endswith(f"of memory, {shown}")
+    assert environment.environment()["hardware"].endswith(f"of memory, {shown}")
 
 
 @pytest.mark.parametrize("place", [1, "cuda:1"])

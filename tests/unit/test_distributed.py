@@ -16,8 +16,9 @@ from transformers.models.llama import modeling_llama
 from trl import SFTConfig
 
 from helpers.config import PROJECT_DIR, Config, ConfigError
+from helpers.merging import adapter_folder
 from helpers.model import loading, measure, predict
-from helpers.runs import integrity
+from helpers.runs import inventory
 from helpers.training import checkpoints, training
 from tests.faults.train_tiny import tiny_config, write_dataset
 from tests.unit.shard_tiny import sharded_config
@@ -39,7 +40,7 @@ def launch(config, *parameters, processes):
         command, capture_output=True, encoding="utf-8", env=os.environ, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    log = json.loads((config.adapter_dir / integrity.TRAINING_LOG).read_text("utf-8"))
+    log = json.loads((config.adapter_dir / inventory.TRAINING_LOG).read_text("utf-8"))
     return done.stdout, [entry["loss"] for entry in log["history"] if "loss" in entry]
 
 
@@ -51,7 +52,7 @@ def test_two_processes_train_as_one_does_on_the_same_rows(tmp_path, tiny_model_d
         write_dataset(config, rows=20, held_out=4)
         given = ("PER_DEVICE_TRAIN_BATCH_SIZE", rows)
         lines[processes], losses[processes] = launch(config, given, processes=processes)
-        integrity.check_seal(config.adapter_dir, "04")
+        inventory.check_seal(config.adapter_dir, "04")
         metrics = json.loads((config.metrics_dir / "04.json").read_text("utf-8"))
         assert metrics["eval_loss_after"] < metrics["eval_loss_before"]
         assert not config.checkpoints_dir.exists()
@@ -84,11 +85,11 @@ def test_two_shards_train_as_one_model_does(tmp_path, tiny_model_dir):
             command, capture_output=True, encoding="utf-8", env=environment, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        integrity.check_seal(config.adapter_dir, "04")
-        log = json.loads((config.adapter_dir / integrity.TRAINING_LOG).read_text("utf-8"))
+        inventory.check_seal(config.adapter_dir, "04")
+        log = json.loads((config.adapter_dir / inventory.TRAINING_LOG).read_text("utf-8"))
         history = [entry for entry in log["history"] if entry["step"] > 0]
         logs[processes] = [e[key] for e in history for key in ("loss", "eval_loss") if key in e]
-        adapters[processes] = load_file(config.adapter_dir / integrity.ADAPTER_WEIGHTS)
+        adapters[processes] = load_file(config.adapter_dir / adapter_folder.ADAPTER_WEIGHTS)
         assert not config.checkpoints_dir.exists()
     assert logs[2] == pytest.approx(logs[1], abs=1e-4)
     assert logs[1][-1] < logs[1][0] - 1

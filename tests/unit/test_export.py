@@ -16,7 +16,7 @@ from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.merging import export
 from helpers.model import loading, predict
-from helpers.runs import folders, integrity
+from helpers.runs import folders, inventory
 from tests import notebook_code
 
 SYSTEM, QUESTION = "Be brief.\nAnswer in Python.", 'How do I reverse "abc"?'
@@ -291,7 +291,7 @@ def test_an_unknown_tokenizer_is_named():
 )
 def test_what_cannot_be_written_is_refused_before_anything_is(merged, change, message):
     config, _ = merged
-    (config.merged_dir / integrity.SEAL).unlink()  # as of a model from elsewhere
+    (config.merged_dir / inventory.SEAL).unlink()  # as of a model from elsewhere
     described = json.loads((config.merged_dir / "config.json").read_text("utf-8"))
     (config.merged_dir / "config.json").write_text(
         json.dumps({**described, **change}), encoding="utf-8"

@@ -16,7 +16,7 @@ from transformers import Qwen2Config, TrainerState
 from helpers.config import PROBLEMS_FILE, Config, ConfigError
 from helpers.data.sources import SAMPLE_DIR
 from helpers.model import loading, measure, predict
-from helpers.runs import integrity
+from helpers.runs import inventory
 from helpers.training import checkpoints, training
 from helpers.training.fast import fast_path, kernels
 from tests.conftest import fill_adapters, relative_error
@@ -186,7 +186,7 @@ def begun(tmp_path, config):
     """A folder of a run that began with this Config, and has a checkpoint."""
     checkpoints.record_plan(tmp_path / "begun", config)
     (tmp_path / "begun" / "checkpoint-7").mkdir()
-    (tmp_path / "begun" / "checkpoint-7" / integrity.SEAL).touch()
+    (tmp_path / "begun" / "checkpoint-7" / inventory.SEAL).touch()
     return tmp_path / "begun"
 
 

@@ -5,7 +5,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from helpers.config import ConfigError
-from helpers.runs import integrity, report, runner
+from helpers.runs import inventory, recording, report, runner
 
 
 def write_notebook(folder, name, *sources):
@@ -59,7 +59,7 @@ def test_a_parameter_that_only_other_notebooks_list_is_not_called_unknown(run, c
 def test_runs_in_order_and_writes_the_report(run):
     config = run(parameters={"MAX_STEPS": 7})
     assert executed(config) == ["01_one.ipynb", "02_two.ipynb"]
-    assert integrity.read_metrics(config) == {"01": {"value": 1}, "02": {"value": 7}}
+    assert inventory.read_metrics(config) == {"01": {"value": 1}, "02": {"value": 7}}
     report = (config.run_dir / "report.html").read_text("utf-8")
     assert "executed/01_one.html" in report and "executed/02_two.html" in report
     assert "first" in (config.executed_dir / "01_one.html").read_text("utf-8")
@@ -145,7 +145,7 @@ def test_record_copies_outputs_and_drops_what_must_not_be_committed(run, folder)
     noisy = "import sys\nprint('kept')\nprint('dropped', file=sys.stderr)"
     write_notebook(folder, "01_one.ipynb", noisy, record_cell("01"))
     config = run()
-    runner.record(config)
+    recording.record(config)
     notebook = nbformat.read(folder / "01_one.ipynb", 4)
     text = str([cell.get("outputs") for cell in notebook.cells])
     assert "kept" in text and "'text': 'dropped" not in text and "stderr" not in text
@@ -157,4 +157,4 @@ def test_record_refuses_a_notebook_that_changed_since(run, folder):
     config = run()
     write_notebook(folder, "01_one.ipynb", "print('other')")
     with pytest.raises(ConfigError, match="01_one.ipynb has changed since it ran"):
-        runner.record(config)
+        recording.record(config)

@@ -21,7 +21,7 @@ from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
 from helpers.merging import merging
 from helpers.model import loading, measure, precision, predict
-from helpers.runs import integrity
+from helpers.runs import inventory
 from helpers.training import checkpoints, training
 from helpers.training.fast import fast_path
 from tests.conftest import fill_adapters, relative_error
@@ -313,7 +313,7 @@ def with_adapter(config, std=0.02, **settings):
     return weights
 
 
-@pytest.mark.filterwarnings("ignore::helpers.runs.integrity.ArtefactWarning")
+@pytest.mark.filterwarnings("ignore::helpers.runs.inventory.ArtefactWarning")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -354,11 +354,11 @@ def _adapted(config, settings):
 )
 def test_an_adapter_that_adds_something_else_is_refused_by_name(tiny_config, settings, name):
     with_adapter(tiny_config, **settings)
-    with pytest.raises(integrity.ArtefactError, match=f"holds .*{name}.*, which is no A or B"):
+    with pytest.raises(inventory.ArtefactError, match=f"holds .*{name}.*, which is no A or B"):
         merging.Adapter(tiny_config.adapter_dir)
 
 
-@pytest.mark.filterwarnings("ignore::helpers.runs.integrity.ArtefactWarning")
+@pytest.mark.filterwarnings("ignore::helpers.runs.inventory.ArtefactWarning")
 @pytest.mark.parametrize("std", [0.02, 0.002])  # 0.002: as small, next to the weights, as in `demo`
 def test_merging_by_hand_is_pefts_merge_and_an_unmerged_matrix_is_not(tiny_config, std):
     with_adapter(tiny_config, std, lora_alpha=8)
