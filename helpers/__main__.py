@@ -173,9 +173,9 @@ def _push_dataset(options) -> None:
 
 
 def _push_model(options) -> None:
-    from helpers.merging import merging
+    from helpers.merging import publishing
 
-    merging.push_model(_config(options))
+    publishing.push_model(_config(options))
 
 
 if __name__ == "__main__":

@@ -45,9 +45,9 @@ def merge(config, into: str):
     return lesson["merge"](into)
 
 
-def save_merged(model, tokenizer, config) -> Path:
+def save_merged(model, tokenizer, config, into: str = "16bit") -> Path:
     """A merged model saved as notebook 05 saves it; the folder."""
-    with merging.saving(model, config) as folder:
+    with merging.saving(model, into, config) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return config.merged_dir

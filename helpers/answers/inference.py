@@ -41,23 +41,21 @@ def load(config: Config, which: str):
     """One of MODELS, else ValueError.
 
     "base" in 4 bits, "tuned" the same with its adapter, "merged" the one that notebook 05 saved, in
-    the bits that it was saved in, "requantized" the merged one in 4 bits. A 16-bit model that the
+    the bits that it was saved in, "requantized" the merged one in 4 bits. A merged model that the
     GPU has no room for answers on the CPU. On a CPU the weights of the first two are unpacked here,
     once and not for every token: the same numbers in less time.
     """
     if which not in MODELS:
         raise ValueError(f"no model is called {which!r}: choose one of {', '.join(MODELS)}")
-    if MODELS[which] in ("base", "tuned"):
-        base = loading.load_model(config)
-        if config.use_4bit and config.device == "cpu":
-            base = base.dequantize()
-        return base if MODELS[which] == "base" else merging.load_tuned(config, base)
-    in_4_bits = which == "requantized" or config.merge_into == "4bit"
-    folder = check_merged(config)
-    if not in_4_bits:
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        config = merging.with_room(config, size + merging.WORK_BYTES)
-    return loading.load_model(config, quantized=in_4_bits, source=folder)
+    if which in ("merged", "requantized"):
+        folder = check_merged(config)
+        if which == "requantized":
+            return loading.load_model(config, source=folder)
+        return merging.load_merged(config)
+    base = loading.load_model(config)
+    if config.use_4bit and config.device == "cpu":
+        base = base.dequantize()
+    return base if MODELS[which] == "base" else merging.load_tuned(config, base)
 
 
 def system_message(config: Config, which: str) -> str:

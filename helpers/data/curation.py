@@ -838,7 +838,7 @@ def push_dataset(config: Config) -> list[str]:
                 split.to_parquet(Path(folder) / "data" / f"{name}-00000-of-00001.parquet")
             own_card = _card_of_part(card, rows, len(train), len(validation))
             (Path(folder) / "README.md").write_text(own_card, encoding="utf-8")
-            publishing.upload_dataset(repository, folder)
+            publishing.upload(repository, folder, "dataset")
     return list(repositories)
 
 

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from peft.utils import CONFIG_NAME
+
 from helpers.config import Config
 from helpers.data.curation_note import curation_of, write_curation
 from helpers.merging.adapter_folder import ADAPTER_WEIGHTS
@@ -12,16 +14,25 @@ from helpers.runs.inventory import ArtefactError, again, check_seal, read_json, 
 MERGE_RECORD = "merge.json"
 
 
-def seal_merged(folder: Path, config: Config) -> None:
-    """Seal a merged model, with the SHA-256 of the adapter in it, if the run folder has one.
+def seal_merged(folder: Path, into: str, config: Config) -> None:
+    """Seal a merged model, with a record of how it was merged and of the adapter that is in it.
 
-    With it goes what is noted of the rows that the adapter was trained on.
+    With it goes what is noted of the rows that the adapter was trained on. Without an adapter in
+    the run folder the model came from elsewhere.
     """
     write_curation(curation_of(config, config.adapter_dir), folder)
+    record: dict = {"merged_into": into}
     adapter = config.adapter_dir / ADAPTER_WEIGHTS
     if adapter.is_file():
-        record = json.dumps({"adapter_sha256": sha256(adapter)})
-        (folder / MERGE_RECORD).write_text(record, encoding="utf-8")
+        said = read_json(config.adapter_dir / CONFIG_NAME, again("04"))
+        targets = said["target_modules"]  # one name may stand for several
+        record |= {
+            "adapter_sha256": sha256(adapter),
+            "rank": said["r"],
+            "alpha": said["lora_alpha"],
+            "target_modules": [targets] if isinstance(targets, str) else sorted(targets),
+        }
+    (folder / MERGE_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
     seal(folder)
 
 
@@ -34,11 +45,17 @@ def check_merged(config: Config) -> Path:
     folder = config.require(config.merged_dir, "05")
     check_seal(folder, "05")
     check_model(str(folder))
-    record, adapter = folder / MERGE_RECORD, config.adapter_dir / ADAPTER_WEIGHTS
-    if record.is_file() and adapter.is_file():
-        if read_json(record, again("05")).get("adapter_sha256") != sha256(adapter):
-            raise ArtefactError(
-                f"the model in {folder} was merged from another adapter than notebook 04 has "
-                f"written since: {again('05')}"
-            )
+    adapter = config.adapter_dir / ADAPTER_WEIGHTS
+    merged_from = merge_record(folder).get("adapter_sha256")
+    if merged_from and adapter.is_file() and merged_from != sha256(adapter):
+        raise ArtefactError(
+            f"the model in {folder} was merged from another adapter than notebook 04 has "
+            f"written since: {again('05')}"
+        )
     return folder
+
+
+def merge_record(folder: Path) -> dict:
+    """What `seal_merged` noted in a folder; {} for a model that came from elsewhere."""
+    record = folder / MERGE_RECORD
+    return read_json(record, again("05")) if record.is_file() else {}

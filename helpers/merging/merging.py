@@ -11,10 +11,10 @@ import contextlib
 import dataclasses
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import torch
 from accelerate.big_modeling import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
@@ -26,17 +26,15 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from helpers import prompts
-from helpers.config import PROJECT_DIR, Config
+from helpers.config import Config
 from helpers.data.curation_note import system_message
-from helpers.merging import publishing
 from helpers.merging.adapter_folder import ADAPTER_WEIGHTS, check_adapter
-from helpers.merging.merged_folder import check_merged, seal_merged
+from helpers.merging.merged_folder import seal_merged
 from helpers.model import loading, measure, precision, predict
 from helpers.runs import folders
 from helpers.runs.inventory import ArtefactError
 
 MERGES = ("16bit", "dequantized", "4bit")
-GENERAL_TEXT = PROJECT_DIR / "data" / "general.txt"
 # What merging and some hundred tokens of answers take beside the weights.
 WORK_BYTES = 500_000_000
 
@@ -122,14 +120,12 @@ def as_saved(model, config: Config):
 
 def place_of(config: Config, into: str) -> Config:
     """The Config of where a merge is made: on the CPU if 16 bits do not fit the GPU."""
-    if into == "4bit":
-        return config
-    measure.free_memory()  # else what torch keeps for its next use counts as taken
-    return with_room(config, bytes_needed(config) + WORK_BYTES)
+    return config if into == "4bit" else with_room(config, bytes_needed(config) + WORK_BYTES)
 
 
 def with_room(config: Config, needed: int) -> Config:
     """The Config, moved to the CPU when its GPU has less than `needed` bytes free for torch."""
+    measure.free_memory()  # else what torch keeps for its next use counts as taken
     if config.device == "cpu" or measure.free_bytes(config.device) >= needed:
         return config
     return dataclasses.replace(config, device_map={"": "cpu"})
@@ -147,12 +143,13 @@ def bytes_needed(config: Config) -> int:
 
 
 @contextlib.contextmanager
-def saving(model, config: Config) -> Iterator[Path]:
+def saving(model, into: str, config: Config) -> Iterator[Path]:
     """A draft of run_dir/merged to save a merged model and its tokenizer to, in a with-statement.
 
-    At its end come the chat template of training and the seal, and the draft takes its name, whole
-    or not at all. Never over the adapter, as in the article: the adapter is what a later merge
-    starts from. Raises DiskFull and InUse.
+    `into` is the one of MERGES that it is. At the end come the chat template of training and the
+    seal, and the draft takes its name, whole or not at all; GGUF files of the model that it
+    replaces go. Never over the adapter, as in the article: the adapter is what a later merge starts
+    from. Raises DiskFull and InUse.
     """
     stored = precision.storage_dtype(config)
     remove_hook_from_submodules(model)  # of `as_saved`: the weights are back in the model
@@ -162,15 +159,21 @@ def saving(model, config: Config) -> Iterator[Path]:
         yield draft
         template = prompts.chat_template(system_message(config, config.adapter_dir))
         (draft / "chat_template.jinja").write_text(template, encoding="utf-8")
-        seal_merged(draft, config)
+        seal_merged(draft, into, config)
+        shutil.rmtree(config.gguf_dir, ignore_errors=True)
     as_saved(model, config)
 
 
 def load_merged(config: Config):
-    """The model in run_dir/merged as `as_saved` had it: where it fits, in the bits it has."""
-    into = config.merge_into
-    place, packed = place_of(config, into), into == "4bit"
-    return as_saved(loading.load_model(place, quantized=packed, source=config.merged_dir), config)
+    """The model in run_dir/merged, in the bits it has; on the CPU if it does not fit the GPU."""
+    computed = precision.compute_dtype(config)
+    size = sum(file.stat().st_size for file in config.merged_dir.glob("*.safetensors"))
+    widened = size * computed.itemsize // precision.storage_dtype(config).itemsize
+    place = with_room(config, widened + WORK_BYTES)
+    # Not asked to pack, transformers goes by what the folder says: 4 bits stay 4 bits.
+    model = loading.load_model(place, quantized=False, source=config.merged_dir)
+    precision.cast(model.parameters(), computed)  # a packed model comes in the format it was saved
+    return model
 
 
 def weight_of(model, layer: str) -> torch.Tensor:
@@ -185,72 +188,3 @@ def through_4_bits(W: torch.Tensor, config: Config) -> torch.Tensor:
     kind, double = config.bnb_4bit_compute_quant_type, config.use_nested_quant
     packed, state = quantize_4bit(W, quant_type=kind, compress_statistics=double)
     return dequantize_4bit(packed, state)
-
-
-def general_rows() -> list[dict]:
-    """Plain prose, a row for each paragraph, for `answer_logits`: nothing to do with the task."""
-    paragraphs = GENERAL_TEXT.read_text(encoding="utf-8").split("\n\n")
-    return [{"prompt": "", "completion": paragraph.strip()} for paragraph in paragraphs]
-
-
-@torch.no_grad()
-def answer_logits(model, tokenizer, rows) -> list[torch.Tensor]:
-    """For each row with prompt and completion: logits of the completion, [tokens, vocabulary]."""
-    logits = []
-    for row in rows:
-        encoded = prompts.encode(tokenizer, row["prompt"], row["completion"])
-        labels = torch.tensor(encoded["labels"])
-        # A model whose weights travel to the GPU takes its input there by itself.
-        device = "cpu" if model.device.type == "meta" else model.device
-        ids = torch.tensor([encoded["input_ids"]], device=device)
-        # Position t predicts the token at t + 1.
-        predicts_answer = labels[1:] != prompts.IGNORED_LABEL
-        logits.append(model(input_ids=ids).logits[0, :-1].cpu()[predicts_answer].float())
-    return logits
-
-
-def kl_divergence(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """Mean KL(reference || other) in nats per token, over lists of logits [tokens, vocabulary]."""
-    total = tokens = 0
-    for p_logits, q_logits in zip(reference, other, strict=True):
-        p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
-        total += (p.exp() * (p - q)).sum().item()
-        tokens += len(p)
-    return total / tokens
-
-
-def top_token_agreement(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """Share of positions on which both models find the same token the most likely."""
-    same = [(p.argmax(-1) == q.argmax(-1)) for p, q in zip(reference, other, strict=True)]
-    return torch.cat(same).float().mean().item()
-
-
-def text_loss(model, tokenizer, rows) -> float:
-    """`answer_loss` of a model, for rows whose logits nobody else needs."""
-    return answer_loss(answer_logits(model, tokenizer, rows), tokenizer, rows)
-
-
-def answer_loss(logits: list[torch.Tensor], tokenizer, rows) -> float:
-    """Mean negative log-likelihood of the completions in nats per token, from `answer_logits`."""
-    total = tokens = 0
-    for row_logits, row in zip(logits, rows, strict=True):
-        labels = torch.tensor(prompts.encode(tokenizer, row["prompt"], row["completion"])["labels"])
-        # Nothing predicts a first token; where there is a BOS, that is never a label.
-        targets = labels[1:][labels[1:] != prompts.IGNORED_LABEL]
-        total += torch.nn.functional.cross_entropy(row_logits, targets, reduction="sum").item()
-        tokens += len(targets)
-    return total / tokens
-
-
-def push_model(config: Config) -> str:
-    """Upload the merged model, its tokenizer and a card; returns the repository's id.
-
-    In one commit, so that nothing is left half-uploaded. Raises NotLoggedIn without a login.
-    """
-    folder = check_merged(config)
-    name = publishing.own_repository(config.hf_hub_model_name)
-    (folder / "README.md").write_text(publishing.model_card(config), encoding="utf-8")
-    api = huggingface_hub.HfApi()
-    api.create_repo(name, exist_ok=True)
-    api.upload_folder(repo_id=name, folder_path=folder, commit_message="Merged model and tokenizer")
-    return name

@@ -1,17 +1,21 @@
 """Uploads to the Hugging Face Hub, under the name of the user who is logged in; a model's card."""
 
-from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import datasets
 import huggingface_hub
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from helpers.config import Config
 from helpers.data.curation_note import curation_of, system_message
+from helpers.merging.merged_folder import check_merged, merge_record
 from helpers.model import precision
 from helpers.runs import folders
 from helpers.runs.inventory import read_metrics
 from helpers.runs.scores import score_rows
 
+CARD = Path(__file__).with_name("model_card.md")
 # Part of a base model's name -> its licence as the Hub calls it, and in words.
 LICENCES = {
     "smollm": ("apache-2.0", "Apache-2.0"),
@@ -48,117 +52,100 @@ def own_repository(name: str) -> str:
     return f"{user}/{name.split('/')[-1]}"
 
 
-def upload_dataset(repository: str, folder: str) -> None:
-    """Upload a folder with rows in `data/` and their card, in one commit: both or neither."""
+def upload(repository: str, folder: Path | str, kind: str) -> None:
+    """Upload a folder in one commit, all of it or nothing; `kind` is "model" or "dataset".
+
+    The rows in `data/` of an earlier upload of a dataset are removed by the same commit.
+    """
     api = huggingface_hub.HfApi()
-    api.create_repo(repository, repo_type="dataset", exist_ok=True)
+    api.create_repo(repository, repo_type=kind, exist_ok=True)
     api.upload_folder(
         repo_id=repository,
-        repo_type="dataset",
+        repo_type=kind,
         folder_path=folder,
-        delete_patterns="data/*",  # of an earlier upload
-        commit_message="Rows and their card",
+        delete_patterns="data/*" if kind == "dataset" else None,
+        commit_message=f"The {kind} and its card",
     )
+
+
+def push_model(config: Config) -> str:
+    """Upload the merged model, its tokenizer and a card; returns the repository's id.
+
+    Raises NotLoggedIn without a login.
+    """
+    folder, name = check_merged(config), own_repository(config.hf_hub_model_name)
+    (folder / "README.md").write_text(model_card(config), encoding="utf-8")
+    upload(name, folder, "model")
+    return name
 
 
 def model_card(config: Config) -> str:
     """The README.md of the merged model: recipe, numbers of the run, limits and licences."""
     metrics, base = read_metrics(config), folders.public_name(config.model_name)
-    longest = curation_of(config, config.merged_dir).get("max_length", config.max_length)
     known = (both for part, both in LICENCES.items() if part in base.lower())
     tag, licence = next(known, UNKNOWN_LICENCE)
-    numbers = [
-        (name, f"{value:.4g}")
-        for lesson in ("04", "05")
-        for name, value in metrics.get(lesson, {}).items()
+    asked = metrics.get("06", {})
+    models = [
+        name for name in ("base", "base_chat", "tuned", "merged") if f"stop_rate_{name}" in asked
     ]
-    return f"""---
-license: {tag}
-base_model: {base}
-language: [en]
-pipeline_tag: text-generation
-tags: [qlora, code, python]
----
-# {config.new_model_name}
-
-{base}, tuned by QLoRA to answer questions about Python step by step, and merged. The prompt is
-Llama 2's template (`apply_chat_template` writes it) with the
-system message "{system_message(config, config.merged_dir)}"
-
-## Recipe
-
-{_table(("setting", "value"), _recipe(config))}
-
-## Measured
-
-{_table(("what", "value"), numbers)}
-
-{_scores(metrics.get("06", {}))}
-
-## Limits
-
-- It answers in the form of its training data; whether its code is right has to be tested. Run it
-  only where it can do no harm: nobody has looked at what it may write.
-- One model of one run with one seed: read small differences as chance.
-- English questions about Python, in the template above, of up to {longest} tokens with
-  their answers; anything else was not tried.
-
-## Licences
-
-- Base model: {licence}.
-- Training data: {_data_licence(config)}
-"""
+    facts = ModelCardData(
+        license=tag,
+        base_model=base,
+        language="en",
+        pipeline_tag="text-generation",
+        tags=["qlora", "code", "python"],
+    )
+    card = ModelCard.from_template(
+        facts,
+        template_path=str(CARD),
+        name=config.new_model_name,
+        base=base,
+        system_message=system_message(config, config.merged_dir),
+        recipe=_recipe(config),
+        numbers=[
+            (name, f"{value:.4g}")
+            for lesson in ("04", "05")
+            for name, value in metrics.get(lesson, {}).items()
+        ],
+        models=models,
+        scores=score_rows(asked, models),
+        asked=asked,
+        longest=curation_of(config, config.merged_dir).get("max_length", config.max_length),
+        licence=licence,
+        data_licence=_data_licence(config),
+    )
+    return card.content + "\n"
 
 
 def _recipe(config: Config) -> list[tuple]:
+    """(setting, value) of how the model was made; what the merged folder notes comes from there."""
+    noted = merge_record(config.merged_dir)
     double = ", double quantization" if config.use_nested_quant else ""
     computed = str(precision.compute_dtype(config)).removeprefix("torch.")
-    packed = f"{config.bnb_4bit_compute_quant_type}{double}, computed in {computed}"
     steps = "" if config.max_steps == -1 else f", at most {config.max_steps} steps"
     rows = config.per_device_train_batch_size * config.grad_acc_steps
-    return [
-        ("base in 4 bits", packed),
-        ("adapter", f"rank {config.lora_r}, alpha {config.lora_alpha}"),
-        ("adapter on", ", ".join(config.target_modules)),
-        ("length of training", f"{config.num_epochs} epoch(s){steps}, {rows} rows a step"),
-        ("optimizer", f"{config.optim}, {config.learning_rate:g}, {config.scheduler_type}"),
-        ("loss on", "answers" if config.completion_only_loss else "questions and answers"),
-        ("merged into", config.merge_into),
-        ("seed", config.seed),
-    ]
-
-
-def _scores(metrics: dict) -> str:
-    """What notebook 06 counted, with intervals; "" before it has run."""
-    models = [
-        name for name in ("base", "base_chat", "tuned", "merged") if f"stop_rate_{name}" in metrics
-    ]
-    if not models:
-        return ""
-    rows = score_rows(metrics, models)
-    return f"""{_table(("share of greedy answers that", *models), rows)}
-
-On {metrics["problems"]} problems that are in no training row, of which the merged model answered
-{metrics["problems_merged"]}; `base_chat` is the base in its own template. In brackets 95 %
-intervals (Wilson)."""
+    recipe = {
+        "base in 4 bits": f"{config.bnb_4bit_compute_quant_type}{double}, computed in {computed}",
+        "adapter": "rank {rank}, alpha {alpha}".format(**noted) if "rank" in noted else "",
+        "adapter on": ", ".join(noted.get("target_modules", ())),
+        "length of training": f"{config.num_epochs} epoch(s){steps}, {rows} rows a step",
+        "optimizer": f"{config.optim}, {config.learning_rate:g}, {config.scheduler_type}",
+        "loss on": "answers" if config.completion_only_loss else "questions and answers",
+        "merged into": noted.get("merged_into", ""),
+        "seed": config.seed,
+    }
+    return [(setting, value) for setting, value in recipe.items() if value != ""]
 
 
 def _data_licence(config: Config) -> str:
     """What the rows that were trained on say of their licence, and how it is met."""
-    from datasets import load_from_disk
-
     noted = curation_of(config, config.merged_dir).get("source")
     source = f"`{noted or folders.public_name(config.data_source)}`"
     if not config.dataset_dir.exists():
         return f"{source}, under the licence of its source."
-    rows = load_from_disk(str(config.dataset_dir))["train"]
+    rows = datasets.load_from_disk(str(config.dataset_dir))["train"]
     posts = "posts of Stack Overflow, " if rows[0]["url"] else ""
     return (
         f"{source}, {posts}{', '.join(rows.unique('licence'))}. Every row of the dataset names its "
         "authors (`question_author`, `answer_author`, `question_id`, `url`): share it too."
     )
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -18,7 +18,7 @@ from helpers import prompts
 from helpers.answers import evaluation, inference, problem_sets
 from helpers.config import PROJECT_DIR, RECIPES, Config, ConfigError
 from helpers.data import curation_note
-from helpers.merging import merging
+from helpers.merging import comparison
 from helpers.model import loading
 from helpers.runs import folders
 from helpers.runs.environment import environment
@@ -105,7 +105,7 @@ def measure(config: Config) -> dict:
     tokenizer = loading.load_tokenizer(config.model_name)
     dataset = training.load_dataset(config, tokenizer)
     model = loading.load_model(config)
-    before = merging.text_loss(model, tokenizer, dataset["validation"])
+    before = comparison.text_loss(model, tokenizer, dataset["validation"])
     trainer = training.build_trainer(config, model, tokenizer, dataset)
     trainer, metrics = training.fine_tune(trainer)
     numbers = {
@@ -116,7 +116,7 @@ def measure(config: Config) -> dict:
         "best_step": trainer.state.best_global_step,
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
         "answer_loss_before": before,
-        "answer_loss_after": merging.text_loss(trainer.model, tokenizer, dataset["validation"]),
+        "answer_loss_after": comparison.text_loss(trainer.model, tokenizer, dataset["validation"]),
         **_rates(trainer.model, tokenizer, config),
         **{n: metrics[n] for n in ("train_tokens_per_second", "peak_memory_bytes")},
         "exec_time_seconds": metrics["exec_time_seconds"],

@@ -338,7 +338,7 @@ def test_a_merged_model_is_sealed_and_accepted(merged):
         merged_folder.check_merged,
         lambda config: inference.load(config, "merged"),
         lambda config: inference.load(config, "requantized"),
-        merging.push_model,
+        publishing.push_model,
         export.export_gguf,
     ],
 )

@@ -8,7 +8,7 @@ from helpers.__main__ import _parser, main
 from helpers.answers import inference
 from helpers.config import Config
 from helpers.data import curation
-from helpers.merging import export, merging
+from helpers.merging import export, publishing
 from helpers.runs import recording
 from helpers.training import recipes, training
 
@@ -19,7 +19,7 @@ COMMANDS = {
     "record": (recording, "record", []),
     "export-gguf": (export, "export_gguf", []),
     "push-dataset": (curation, "push_dataset", []),
-    "push-model": (merging, "push_model", []),
+    "push-model": (publishing, "push_model", []),
 }
 WITHOUT_SETTINGS = {"verify", "fetch-model"}
 

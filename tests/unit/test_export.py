@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaToke
 
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
-from helpers.merging import export
+from helpers.merging import export, gguf_writer
 from helpers.model import loading, predict
 from helpers.runs import folders, inventory
 from tests import notebook_code
@@ -130,7 +130,7 @@ def test_the_output_matrix_is_left_out_when_it_is_the_embedding(tiny_config, sho
     stored = load_file(folder / "model.safetensors")
     stored["lm_head.weight"] = model.lm_head.weight.detach()  # some files hold a tied one too
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    export.write_gguf(folder, {"f16": tiny_config.run_dir / "model.gguf"})
+    gguf_writer.write_gguf(folder, {"f16": tiny_config.run_dir / "model.gguf"})
     _, tensors = fields_and_tensors(tiny_config.run_dir / "model.gguf")
     assert ("output.weight" in tensors) != tied
     again = loading.load_gguf(tiny_config.run_dir / "model.gguf", torch.float32)
@@ -148,7 +148,7 @@ def test_blocks_are_those_of_gguf_bit_for_bit(device):
     rows[3, 0] = 127
     rows[4] *= 1e-6
     for kind in (Kind.F32, Kind.F16, Kind.Q8_0):
-        ours = export.in_blocks(rows.to(device), kind).cpu().numpy()
+        ours = gguf_writer.in_blocks(rows.to(device), kind).cpu().numpy()
         with np.errstate(over="ignore", invalid="ignore"):
             theirs = gguf.quantize(rows.numpy(), kind)
         assert ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes(), kind
@@ -170,7 +170,7 @@ def test_a_file_is_read_back_within_its_rounding_and_a_wrong_number_is_seen(merg
 def test_all_of_three_layers_are_read_back(tiny_config, short_tokenizer):
     save_llama(tiny_config.run_dir, short_tokenizer, layers=8)
     path = tiny_config.run_dir / "model.gguf"
-    export.write_gguf(tiny_config.run_dir, {"q8_0": path})
+    gguf_writer.write_gguf(tiny_config.run_dir, {"q8_0": path})
     checked, count, _ = export.read_back(path, tiny_config.run_dir)
     assert (checked, count) == (3 * 9 + 3, 8 * 9 + 3)  # embedding, last norm and head besides
 
@@ -219,13 +219,13 @@ def test_only_the_types_that_are_asked_for_are_written(merged):
 
 
 def test_a_row_that_blocks_do_not_fill_stays_in_16_bits():
-    assert export._stored_as([8, 64], gguf.GGMLQuantizationType.Q8_0).name == "Q8_0"
-    assert export._stored_as([8, 65], gguf.GGMLQuantizationType.Q8_0).name == "F16"
+    assert gguf_writer.stored_as([8, 64], gguf.GGMLQuantizationType.Q8_0).name == "Q8_0"
+    assert gguf_writer.stored_as([8, 65], gguf.GGMLQuantizationType.Q8_0).name == "F16"
 
 
 def test_rotary_pairs_become_neighbours():
     rows = np.arange(2 * 6)[:, None]  # two heads of width 6: 0 turns with 3, 1 with 4, 2 with 5
-    assert export.to_neighbours(rows, 2).ravel().tolist() == [
+    assert gguf_writer.to_neighbours(rows, 2).ravel().tolist() == [
         *(0, 3, 1, 4, 2, 5),
         *(6, 9, 7, 10, 8, 11),
     ]
@@ -261,7 +261,7 @@ def pieces(request):
 
 def test_scores_keep_the_order_of_the_merges(pieces, tmp_path):
     save_llama(tmp_path / "random", pieces, vocab_size=len(pieces) + 3)
-    export.write_gguf(tmp_path / "random", {"f16": tmp_path / "model.gguf"})
+    gguf_writer.write_gguf(tmp_path / "random", {"f16": tmp_path / "model.gguf"})
     again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     for text in ("lower low", "owlow", "lowlowé"):
         assert again(text)["input_ids"] == pieces(text)["input_ids"]
@@ -275,10 +275,10 @@ def test_scores_keep_the_order_of_the_merges(pieces, tmp_path):
 
 def test_an_unknown_tokenizer_is_named():
     described = {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel"}]}
-    with pytest.raises(export.NoGGUF, match="Split and ByteLevel, whose name in llama.cpp"):
-        export.pre_tokenizer(described)
+    with pytest.raises(gguf_writer.NoGGUF, match="Split and ByteLevel, whose name in llama.cpp"):
+        gguf_writer.pre_tokenizer(described)
     described["pretokenizers"][0]["type"] = "Digits"
-    assert export.pre_tokenizer(described) == "smollm"
+    assert gguf_writer.pre_tokenizer(described) == "smollm"
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is(merged, change, me
     (config.merged_dir / "config.json").write_text(
         json.dumps({**described, **change}), encoding="utf-8"
     )
-    with pytest.raises(export.NoGGUF, match=message):
+    with pytest.raises(gguf_writer.NoGGUF, match=message):
         export.export_gguf(config)
     assert not config.gguf_dir.exists()
 
@@ -310,6 +310,13 @@ def test_an_export_that_fails_leaves_the_former_one(merged, monkeypatch):
     with pytest.raises(ValueError, match="Duplicated tensor"):
         export.export_gguf(config)
     assert {p.name: p.read_bytes()[:64] for p in config.gguf_dir.iterdir()} == before
+
+
+def test_a_new_merge_takes_away_what_was_written_of_the_one_before(merged, short_tokenizer):
+    config, model = merged
+    export.export_gguf(config)
+    notebook_code.save_merged(model, short_tokenizer, config, "4bit")  # of which none is written
+    assert config.merged_dir.exists() and not config.gguf_dir.exists()
 
 
 def test_without_a_merged_model_the_notebook_is_named(tiny_config):

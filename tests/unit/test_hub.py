@@ -1,6 +1,7 @@
 """Uploads: under one's own name, with a card, and nothing without a login."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -8,9 +9,10 @@ import datasets
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
+from peft import LoraConfig, get_peft_model
 
 from helpers.data.curation import curate
-from helpers.merging import merging, publishing
+from helpers.merging import publishing
 from helpers.model import loading, precision
 from tests.notebook_code import save_merged
 
@@ -35,7 +37,7 @@ def api(monkeypatch):
 def test_without_a_token_nothing_is_sent(merged, api, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(publishing.NotLoggedIn, match="nothing was uploaded: run `hf auth login`"):
-        merging.push_model(merged)
+        publishing.push_model(merged)
     assert api.mock_calls == []
 
 
@@ -46,7 +48,7 @@ def test_with_a_token_the_hub_refuses_nothing_is_sent_and_the_token_is_not_shown
     refusal = MagicMock(side_effect=HfHubHTTPError("401 hf_secret", response=MagicMock()))
     monkeypatch.setattr(huggingface_hub, "whoami", refusal)
     with pytest.raises(publishing.NotLoggedIn, match="did not accept the login") as caught:
-        merging.push_model(merged)
+        publishing.push_model(merged)
     assert "hf_secret" not in str(caught.value)
     assert api.mock_calls == []
 
@@ -54,23 +56,23 @@ def test_with_a_token_the_hub_refuses_nothing_is_sent_and_the_token_is_not_shown
 def test_the_model_goes_up_in_one_commit_under_ones_own_name(merged, api, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
     monkeypatch.setattr(huggingface_hub, "whoami", lambda: {"name": "reader"})
-    name = merging.push_model(merged)
+    name = publishing.push_model(merged)
     assert name == "reader/Llama-2-7b-minipython-instruct"
     assert api.upload_folder.call_count == 1
     assert api.upload_folder.call_args.kwargs["repo_id"] == name
     card = (merged.merged_dir / "README.md").read_text("utf-8")
-    assert "| eval_loss_after | 1.5 |" in card and "| adapter | rank 64, alpha 16 |" in card
+    assert "| eval_loss_after | 1.5 |" in card
 
 
 def test_without_a_merged_model_the_notebook_is_named(tiny_config):
     with pytest.raises(FileNotFoundError, match="run notebook 05"):
-        merging.push_model(tiny_config)
+        publishing.push_model(tiny_config)
 
 
 def test_a_folder_that_has_lost_its_weights_is_not_uploaded(merged, api):
     (merged.merged_dir / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="model.safetensors is gone .* run notebook 05 again"):
-        merging.push_model(merged)
+        publishing.push_model(merged)
     assert api.mock_calls == []
 
 
@@ -87,6 +89,29 @@ def test_the_card_gives_each_rate_with_its_interval(merged):
     assert "On 32 problems" in card and "merged model answered\n16" in card
     for line in card.splitlines():
         assert "_rate" not in line, "no rate without its interval"
+
+
+def test_the_card_says_how_the_model_was_made_and_not_what_the_config_says_now(
+    tiny_config, tokenizer
+):
+    settings = LoraConfig(r=8, lora_alpha=12, target_modules=["q_proj", "down_proj"])
+    tuned = get_peft_model(loading.load_model(tiny_config, quantized=False), settings)
+    tuned.save_pretrained(tiny_config.adapter_dir)
+    save_merged(tuned.merge_and_unload(), tokenizer, tiny_config, "dequantized")
+    assert (tiny_config.lora_r, tiny_config.lora_alpha) == (64, 16)
+    for merge_into in ("16bit", "4bit"):
+        card = publishing.model_card(dataclasses.replace(tiny_config, merge_into=merge_into))
+        assert "| adapter | rank 8, alpha 12 |" in card
+        assert "| adapter on | down_proj, q_proj |" in card and "gate_proj" not in card
+        assert "| merged into | dequantized |" in card
+    shutil.rmtree(tiny_config.adapter_dir)
+    assert "| adapter | rank 8, alpha 12 |" in publishing.model_card(tiny_config)
+
+
+def test_the_card_of_a_model_from_elsewhere_leaves_out_what_nobody_noted(merged):
+    (merged.merged_dir / "merge.json").unlink()
+    card = publishing.model_card(merged)
+    assert "| adapter" not in card and "| merged into" not in card and "| optimizer |" in card
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from helpers import prompts
 from helpers.answers import inference
 from helpers.config import Config
 from helpers.model import loading, measure, predict
+from tests.notebook_code import save_merged
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,19 @@ def test_the_merged_model_comes_in_its_own_bits_or_in_4(
     assert getattr(loaded, "is_loaded_in_4bit", False) == in_4_bits
     alone, _ = inference.answer_alone(tiny_config, which, tokenizer, ["hello"])
     assert alone == inference.answer_all(loaded, tokenizer, ["hello"], tiny_config)[0]
+
+
+@pytest.mark.parametrize("saved", ["16bit", "4bit"])
+def test_the_bits_of_the_merged_model_are_those_of_its_folder(tiny_config, tokenizer, saved):
+    model = loading.load_model(tiny_config, quantized=saved == "4bit")
+    save_merged(model, tokenizer, tiny_config, saved)
+    for merge_into in ("16bit", "4bit"):
+        config = dataclasses.replace(tiny_config, merge_into=merge_into)
+        loaded = inference.load(config, "merged")
+        assert getattr(loaded, "is_loaded_in_4bit", False) == (saved == "4bit")
+        ids = torch.tensor([tokenizer("Reverse a linked list.")["input_ids"]])
+        with torch.no_grad():
+            assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_a_merged_model_that_the_gpu_has_no_room_for_answers_on_the_cpu(

@@ -19,7 +19,7 @@ from transformers import TrainerControl, TrainerState
 
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
-from helpers.merging import merging
+from helpers.merging import comparison, merging
 from helpers.model import loading, measure, precision, predict
 from helpers.runs import inventory
 from helpers.training import checkpoints, training
@@ -291,10 +291,10 @@ def test_tensorboard_gets_the_log(config, tokenizer, monkeypatch):
 
 def test_merges_differ_from_the_trained_model_as_little_as_they_should(trained, config, tokenizer):
     rows = training.load_dataset(config)["validation"]
-    reference = merging.answer_logits(merging.load_tuned(config), tokenizer, rows)
+    reference = comparison.answer_logits(merging.load_tuned(config), tokenizer, rows)
     distance = {
-        into: merging.kl_divergence(
-            reference, merging.answer_logits(merge(config, into), tokenizer, rows)
+        into: comparison.kl_divergence(
+            reference, comparison.answer_logits(merge(config, into), tokenizer, rows)
         )
         for into in merging.MERGES
     }
@@ -390,8 +390,8 @@ def test_a_merged_model_is_saved_beside_the_adapter_and_comes_back_equal(
     assert folder == config.merged_dir and (config.adapter_dir / "adapter_config.json").exists()
     again = loading.load_model(config, quantized=False, source=folder)
     for saved, loaded in zip(
-        merging.answer_logits(merged, tokenizer, rows),
-        merging.answer_logits(again, tokenizer, rows),
+        comparison.answer_logits(merged, tokenizer, rows),
+        comparison.answer_logits(again, tokenizer, rows),
         strict=True,
     ):
         assert torch.equal(saved, loaded)
@@ -424,11 +424,13 @@ def test_layers_that_travel_answer_and_are_saved_as_those_that_stay(
     """What a GPU without room does; here the layers travel from the CPU to itself."""
     rows = training.load_dataset(config)["validation"]
     stays = merge(config, "16bit")
-    expected = merging.answer_logits(stays, tokenizer, rows)
+    expected = comparison.answer_logits(stays, tokenizer, rows)
     layer = "model.layers.0.self_attn.q_proj"
     travels = merging.cpu_offload(merge(config, "16bit"), torch.device("cpu"))
     assert {p.device.type for p in travels.parameters()} == {"meta"}
-    for ours, theirs in zip(merging.answer_logits(travels, tokenizer, rows), expected, strict=True):
+    for ours, theirs in zip(
+        comparison.answer_logits(travels, tokenizer, rows), expected, strict=True
+    ):
         assert torch.equal(ours, theirs)
     assert torch.equal(merging.weight_of(travels, layer), merging.weight_of(stays, layer))
     travelled = load_file(save_merged(travels, tokenizer, config) / "model.safetensors")
@@ -444,12 +446,12 @@ def test_the_memory_of_a_merge_is_that_of_its_weights_and_the_adapter(trained, c
 
 
 def test_the_general_text_is_prose_that_is_read_whole(config, tokenizer):
-    rows = merging.general_rows()
+    rows = comparison.general_rows()
     assert len(rows) == 4 and all("def " not in row["completion"] for row in rows)
     model = loading.load_model(config, quantized=False)
     lengths = [len(tokenizer(row["completion"])["input_ids"]) for row in rows]
     # BOS predicts the first token, and the last one predicts EOS.
-    assert [len(each) for each in merging.answer_logits(model, tokenizer, rows)] == lengths
+    assert [len(each) for each in comparison.answer_logits(model, tokenizer, rows)] == lengths
 
 
 def test_an_unknown_merge_is_named(config):
@@ -467,10 +469,10 @@ def test_kl_divergence_is_that_of_known_distributions():
     p = torch.tensor([[0.5, 0.5]]).log()
     q = torch.tensor([[0.25, 0.75]]).log()
     expected = 0.5 * torch.log(torch.tensor(2.0)) + 0.5 * torch.log(torch.tensor(2 / 3))
-    assert merging.kl_divergence([p], [q]) == pytest.approx(expected.item(), rel=1e-5)
-    assert merging.kl_divergence([p], [p]) == 0
+    assert comparison.kl_divergence([p], [q]) == pytest.approx(expected.item(), rel=1e-5)
+    assert comparison.kl_divergence([p], [p]) == 0
     assert (
-        merging.top_token_agreement(
+        comparison.top_token_agreement(
             [torch.tensor([[0.0, 1.0], [1.0, 0.0]])] * 2,
             2 * [torch.tensor([[0.0, 1.0], [0.0, 1.0]])],
         )

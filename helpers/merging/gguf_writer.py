@@ -1,0 +1,222 @@
+"""A Llama in the GGUF format that llama.cpp and Ollama read, from a folder of safetensors.
+
+The gguf package knows the format but no Hugging Face model: what a Llama needs stands here. Other
+architectures are refused by name, and so is a model whose weights are 4-bit.
+"""
+
+import json
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import TokenType
+from transformers import AutoConfig, AutoTokenizer
+
+from helpers.model import loading
+
+# File name -> how matrices are stored, and the number by which a file says so.
+TYPES = {
+    "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+# How a tokenizer cuts text before it merges, as llama.cpp calls it.
+PRE_TOKENIZERS = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}
+CONVERTER = "use llama.cpp's own converter, `python convert_hf_to_gguf.py` and the merged folder"
+
+
+class NoGGUF(ValueError):
+    """A model that this writer cannot write. The message says why, and what can."""
+
+
+def write_gguf(source: Path, paths: dict[str, Path], device: str = "cpu") -> None:
+    """Write a Llama model in a folder of safetensors as one GGUF file for each type of TYPES.
+
+    Tensors are read once and one at a time, and converted on the device. Raises NoGGUF.
+    """
+    shape = AutoConfig.from_pretrained(source)
+    if reason := why_not(shape):
+        raise NoGGUF(reason)
+    writers = {name: _begin(source, path, name, shape) for name, path in paths.items()}
+    for name, tensor in tensors_of(source, shape):
+        rows = in_ggml_order(name, tensor[:].to(device).float(), shape)
+        for type_name, writer in writers.items():
+            kind = stored_as(list(rows.shape), TYPES[type_name][0])
+            writer.write_tensor_data(in_blocks(rows, kind).cpu().numpy())
+    for writer in writers.values():
+        writer.close()
+
+
+def _begin(source: Path, path: Path, type_name: str, shape) -> gguf.GGUFWriter:
+    """A file with all but the numbers of its tensors, open for those."""
+    kind, file_type = TYPES[type_name]
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
+    _add_shape(writer, shape, file_type)
+    _add_tokenizer(writer, source, shape.vocab_size)
+    for name, tensor in tensors_of(source, shape):
+        size = tensor.get_shape()
+        stored, bytes_needed = stored_as(size, kind), stored_bytes(size, kind)
+        writer.add_tensor_info(name, size, np.dtype(np.float32), bytes_needed, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return writer
+
+
+def why_not(shape) -> str:
+    """Why a model of this shape cannot be written, and what can write it; "" if it can."""
+    rope_type = (shape.rope_parameters or {}).get("rope_type", "default")
+    if shape.model_type != "llama" or rope_type != "default":
+        return (
+            f"only Llama models with plain rotary positions are written as GGUF here; this one is "
+            f"{shape.model_type!r} with positions {rope_type!r}: {CONVERTER}"
+        )
+    if getattr(shape, "quantization_config", None):
+        return (
+            "the merged model is stored in the 4 bits of bitsandbytes, which GGUF does not know: "
+            'merge once more with MERGE_INTO = "dequantized"'
+        )
+    return ""
+
+
+def _add_shape(writer: gguf.GGUFWriter, shape, file_type: int) -> None:
+    writer.add_vocab_size(shape.vocab_size)
+    writer.add_context_length(shape.max_position_embeddings)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_block_count(shape.num_hidden_layers)
+    writer.add_feed_forward_length(shape.intermediate_size)
+    writer.add_head_count(shape.num_attention_heads)
+    writer.add_head_count_kv(shape.num_key_value_heads)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(shape.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def tensors_of(source: Path, shape) -> Iterator[tuple]:
+    """(name in GGUF, lazily read tensor) of all files; NoGGUF for one with no name there."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.num_hidden_layers)
+    for name, tensor in loading.stored_tensors(source):
+        if name == "lm_head.weight" and shape.tie_word_embeddings:
+            continue  # a reader takes the embedding where there is no output matrix
+        stem, _, suffix = name.rpartition(".")
+        if names.get_name(stem) is None:
+            raise NoGGUF(f"{source} holds {name}, which no Llama in GGUF has: {CONVERTER}")
+        yield f"{names.get_name(stem)}.{suffix}", tensor
+
+
+def stored_as(size, kind: Kind) -> Kind:
+    """Vectors stay in 32 bits; a row that no whole number of blocks makes up stays in 16."""
+    if len(size) == 1:
+        return Kind.F32
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    return kind if size[-1] % block == 0 else Kind.F16
+
+
+def stored_bytes(size, kind: Kind) -> int:
+    """Bytes of a tensor of a size in a file whose matrices are of a kind."""
+    return prod(gguf.quant_shape_to_byte_shape(size, stored_as(size, kind)))
+
+
+def in_blocks(rows: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """float32 rows as a file holds them; those of q8_0 as bytes, bit for bit `gguf.quantize`.
+
+    Here and not there because a GPU does it in no time, and numpy takes minutes for 7B.
+    """
+    if kind != Kind.Q8_0:
+        return rows if kind == Kind.F32 else rows.half()
+    blocks = rows.reshape(-1, 32)
+    largest = blocks.abs().amax(dim=1, keepdim=True)
+    # By a tensor, for on a GPU torch multiplies by the rounded inverse of a plain number.
+    scale = largest / torch.full_like(largest, 127)
+    inverse = torch.where(scale == 0, 0, scale.reciprocal())
+    scaled = blocks * inverse
+    # Halves go away from zero, as in C; torch.round takes them to the even neighbour.
+    down = scaled.abs().floor()
+    whole = scaled.sign() * (down + (2 * (scaled.abs() - down)).floor())
+    packed = torch.cat([scale.half().view(torch.uint8), whole.to(torch.int8).view(torch.uint8)], 1)
+    return packed.reshape(*rows.shape[:-1], -1)
+
+
+def in_ggml_order(name: str, rows: torch.Tensor, shape) -> torch.Tensor:
+    """Query and key rows as ggml rotates them, everything else as it is."""
+    if ".attn_q." in name:
+        return to_neighbours(rows, shape.num_attention_heads)
+    if ".attn_k." in name:
+        return to_neighbours(rows, shape.num_key_value_heads)
+    return rows
+
+
+def to_neighbours(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Put the two rows that a rotary position turns together next to each other, head by head.
+
+    transformers keeps a pair half a head apart, row i and row i + width / 2; ggml keeps it at 2 i
+    and 2 i + 1. rows: (heads * width, ...).
+    """
+    halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, source: Path, vocabulary_size: int) -> None:
+    """Tokens with types, merges or scores, special tokens, BOS flag, chat template."""
+    described = json.loads((source / "tokenizer.json").read_text("utf-8"))
+    model = described["model"]
+    pieces = bool(model.get("byte_fallback"))  # a converted SentencePiece vocabulary, as Llama 2's
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokens, types = tokens_and_types(tokenizer, vocabulary_size, pieces)
+    writer.add_tokenizer_model("llama" if pieces else "gpt2")
+    writer.add_tokenizer_pre("default" if pieces else pre_tokenizer(described["pre_tokenizer"]))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if pieces:
+        writer.add_token_scores(scores(tokens, model["merges"]))
+    special = gguf.SpecialVocab(source, load_merges=not pieces, n_vocab=vocabulary_size)
+    begins = tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+    special.add_special_token["bos"] = begins  # a reader that finds no flag guesses
+    special.add_to_gguf(writer, quiet=True)
+
+
+def tokens_and_types(tokenizer, vocabulary_size: int, pieces: bool) -> tuple[list[str], list[int]]:
+    """Every token's text and kind by id. A row of the embedding without a token is unused."""
+    by_id = {number: token for token, number in tokenizer.get_vocab().items()}
+    tokens = [by_id.get(number, f"[PAD{number}]") for number in range(vocabulary_size)]
+
+    def kind(number: int, token: str) -> TokenType:
+        added = tokenizer.added_tokens_decoder.get(number)
+        if number not in by_id:
+            return TokenType.UNUSED
+        if pieces and token == tokenizer.unk_token:
+            return TokenType.UNKNOWN
+        if added is not None:
+            return TokenType.CONTROL if added.special else TokenType.USER_DEFINED
+        is_byte = pieces and len(token) == 6 and token.startswith("<0x")
+        return TokenType.BYTE if is_byte else TokenType.NORMAL
+
+    return tokens, [kind(number, token) for number, token in enumerate(tokens)]
+
+
+def scores(tokens: list[str], merges: list) -> list[float]:
+    """SentencePiece's scores, from the order of the merges: the earlier, the higher.
+
+    llama.cpp merges by score. With one score for all, as gguf's own LlamaHfVocab gives, it would
+    cut words in other places than the model was trained on.
+    """
+    rank: dict[str, int] = {}
+    for place, pair in enumerate(merges):
+        rank.setdefault("".join(pair.split(" ") if isinstance(pair, str) else pair), place)
+    return [-float(rank.get(token, 0)) for token in tokens]
+
+
+def pre_tokenizer(described: dict) -> str:
+    """llama.cpp's name for the first cut that tokenizer.json describes; NoGGUF if unknown."""
+    parts = tuple(part["type"] for part in described.get("pretokenizers", [described]))
+    if parts not in PRE_TOKENIZERS:
+        raise NoGGUF(
+            f"the tokenizer cuts text by {' and '.join(parts)}, whose name in llama.cpp is not "
+            f"known here: {CONVERTER}"
+        )
+    return PRE_TOKENIZERS[parts]
