@@ -106,7 +106,7 @@ def write(repository: str, project: Path = PROJECT) -> None:
 def _write_notebook(path: Path, repository: str) -> None:
     import nbformat
 
-    from helpers.runs.manifest import code_hash
+    from helpers.runs.lessons import code_hash
 
     notebook = nbformat.read(path, as_version=4)
     recorded = notebook.metadata.get("recorded", {})

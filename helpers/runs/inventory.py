@@ -5,12 +5,15 @@ A folder is sealed when it is complete: SHA256SUMS lists its files, in the form 
 checked.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from helpers.config import Config
+from helpers.runs import folders
 
 SEAL = "SHA256SUMS"
 # Beside the adapter: by what it was trained. Here, since training writes it and merging reads it.
@@ -46,9 +49,40 @@ def _is_lasting(name: str) -> bool:
     return not (cache or name.endswith(".md") or any(p.startswith(".") for p in name.split("/")))
 
 
-def hashes(folder: Path, patterns: Iterable[str] = ("**/*",)) -> dict[str, str]:
+def hashes(
+    folder: Path, patterns: Iterable[str] = ("**/*",), of: Callable[[Path], str] = sha256
+) -> dict[str, str]:
     """SHA-256 of each of `files`, by name."""
-    return {name: sha256(path) for name, path in files(folder, patterns).items()}
+    return {name: of(path) for name, path in files(folder, patterns).items()}
+
+
+class Remembered:
+    """`sha256` that reads a file again only when its size or one of its times is another.
+
+    A file that was changed less than two seconds ago is not remembered: not every clock of a disk
+    tells two changes in one second apart. What is known stands in the file `store`.
+    """
+
+    def __init__(self, store: Path):
+        self.store = store
+        self.known: dict = {}
+        if store.is_file():
+            with contextlib.suppress(ArtefactError):  # then every file is read again
+                self.known = read_json(store, "")
+
+    def __call__(self, path: Path) -> str:
+        status, now = path.stat(), time.time_ns()
+        marks = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        *known, found = self.known.get(str(path), [None])
+        if known != marks:
+            found = sha256(path)
+            if now - max(status.st_mtime_ns, status.st_ctime_ns) > 2e9:
+                self.known[str(path)] = [*marks, found]
+        return found
+
+    def save(self) -> None:
+        """Write down what is known, for the next process."""
+        folders.write_text(self.store, json.dumps(self.known) + "\n")
 
 
 def seal(folder: Path) -> None:

@@ -3,33 +3,37 @@
 import nbformat
 
 from helpers.config import Config, ConfigError
-from helpers.runs import folders, runner
-from helpers.runs.environment import environment
-from helpers.runs.manifest import code_hash
+from helpers.runs import folders, provenance
+from helpers.runs.inventory import sha256
+from helpers.runs.lessons import code_hash, notebooks
 
 
 def record(config: Config) -> None:
     """Put the outputs of a finished run into the committed notebooks, cleaned.
 
     Kept: results, figures, printed text. Removed: stderr, widget views, papermill's traces.
-    Raises ConfigError when a notebook's code is no longer the code that was run.
+    Raises ConfigError, before any is written, when one of them would run again today.
     """
-    for source in runner.notebooks():
-        executed = config.require(config.executed_dir / source.name, source.stem)
-        ran = {cell.id: cell for cell in nbformat.read(executed, as_version=4).cells}
+    for source in notebooks():
+        if reason := provenance.why_unfinished(config, source, sha256):
+            raise ConfigError(
+                f"{source.name} would not be recorded as it ran ({reason}), so none is: run it "
+                "again first"
+            )
+    for source in notebooks():
         notebook = nbformat.read(source, as_version=4)
+        executed = nbformat.read(config.executed_dir / source.name, as_version=4)
+        ran = {cell.id: cell for cell in executed.cells}
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         for count, cell in enumerate(code, start=1):
-            if cell.id not in ran or ran[cell.id].source != cell.source:
-                raise ConfigError(f"{source.name} has changed since it ran: run it again first")
             cell.execution_count = count
-            cell.outputs = [_cleaned(output, count) for output in ran[cell.id].outputs]
-            cell.outputs = [output for output in cell.outputs if output is not None]
+            outputs = [_cleaned(output, count) for output in ran[cell.id].outputs]
+            cell.outputs = [output for output in outputs if output is not None]
         notebook.metadata.pop("widgets", None)
         notebook.metadata["recorded"] = {
             "code_sha256": code_hash(source),
             "profile": config.profile,
-            **environment(),
+            **executed.metadata[provenance.KEY]["environment"],
         }
         nbformat.validate(notebook)
         folders.write_text(source, nbformat.writes(notebook) + "\n")

@@ -7,17 +7,18 @@ it lie the executed notebooks as pages of their own.
 
 import base64
 import dataclasses
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import jinja2
 import nbformat
+from markupsafe import Markup, escape
 from nbconvert import HTMLExporter
 
 from helpers.config import PROJECT_DIR, Config
 from helpers.runs import folders
-from helpers.runs.environment import environment
 from helpers.runs.inventory import read_metrics
+from helpers.runs.provenance import records_in, settings_of
 from helpers.runs.scores import score_rows
 from helpers.view.safe_text import visible
 
@@ -63,120 +64,114 @@ def write_report(config: Config, stopped: str = "") -> Path:
 
     `stopped` says why the run did not end, if it did not.
     """
-    metrics, pages = read_metrics(config), _notebook_pages(config)
-    numbers = _table(("notebook", "what", "value"), headline_rows(config))
-    merges = _table(("merged into", "KL to the unmerged model (nats)"), _merge_rows(metrics))
-    shares = ("share of answers that", "base", "tuned")
-    links = "".join(
-        f'<li><a href="executed/{_text(p.name)}">{_text(p.stem)}</a></li>' for p in pages
+    text = TEMPLATE.render(
+        profile=config.profile,
+        stopped=stopped,
+        sections=sections(config),
+        pages=_notebook_pages(config),
     )
-    sections = {
-        "Headline numbers": numbers,
-        "Recipe": _table(("setting", "article", "this run"), recipe_rows(config)),
-        "Data": _counts(metrics.get("02", {})) + _figures(config, "02"),
-        "Training": _figures(config, "04"),
-        "Merging": merges + _figures(config, "05"),
-        "Scores, with 95 % intervals": _table(shares, score_rows(metrics.get("06", {}))),
-        "Answers": _figures(config, "06") + _answers(config),
-        "Environment": _table(("what", "value"), environment().items()),
-        "The executed notebooks, in the run folder": f"<ol>{links}</ol>" if links else "",
+    return folders.write_text(config.run_dir / "report.html", text + "\n")
+
+
+def _shown(value) -> Markup:
+    """A value of the page, with what acts in it written out and its HTML escaped."""
+    return value if isinstance(value, Markup) else escape(visible(str(value)))
+
+
+TEMPLATE = jinja2.Template(
+    Path(__file__).with_name("report.html.jinja").read_text("utf-8"),
+    finalize=_shown,
+    autoescape=True,
+)
+
+
+@dataclasses.dataclass
+class Section:
+    """A part of the page. What is empty is left out, and a part with nothing in it too."""
+
+    title: str
+    heads: Sequence[str] = ()
+    rows: Sequence[Sequence] = ()
+    figures: Sequence[tuple[str, str]] = ()  # (alternative text, PNG in base 64)
+    text: str = ""
+
+
+def sections(config: Config) -> list[Section]:
+    """The parts of the page, in order."""
+    metrics, records = read_metrics(config), [*records_in(config.run_dir).values()]
+    environment = _over_all([record["environment"] for record in records])
+    scores = score_rows(metrics.get("06", {}))
+    counts, merges = _counts(metrics.get("02", {})), _merge_rows(metrics.get("05", {}))
+    merged = ("merged into", "KL to the unmerged model (nats)")
+    return [
+        Section("Headline numbers", ("notebook", "what", "value"), headline_rows(config)),
+        Section("Recipe", ("setting", "article", "this run"), recipe_rows(records)),
+        Section("Data", ("data", "count"), counts, _figures(config, "02")),
+        Section("Training", figures=_figures(config, "04")),
+        Section("Merging", merged, merges, _figures(config, "05")),
+        Section("Scores, with 95 % intervals", ("share of answers that", "base", "tuned"), scores),
+        Section("Answers", figures=_figures(config, "06"), text=_answers(config)),
+        Section("Environment", ("what", "value"), [*environment.items()]),
+    ]
+
+
+def _over_all(found: list[dict]) -> dict[str, str]:
+    """Each name with its value; where notebooks ran with different ones, with all of them."""
+    names = dict.fromkeys(name for values in found for name in values)
+    return {
+        name: ", ".join(dict.fromkeys(str(values[name]) for values in found if name in values))
+        for name in names
     }
-    body = "".join(f"<h2>{_text(title)}</h2>{part}" for title, part in sections.items() if part)
-    if stopped:
-        body = f"<p><strong>The run stopped:</strong> {_text(stopped)}</p>{body}"
-    page = PAGE.replace("PROFILE", _text(config.profile)).replace("BODY", body)
-    return folders.write_text(config.run_dir / "report.html", page)
 
 
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Run report: profile PROFILE</title>
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>
-body{font:16px/1.5 sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem;color:#000;
- background:#fff}
-table{border-collapse:collapse}th,td{text-align:left;padding:.1rem .8rem .1rem 0;
- border-bottom:1px solid #ddd;vertical-align:top}
-figure{margin:1rem 0}img{max-width:100%}figcaption{font-size:.9rem;color:#444}
-@media(max-width:40rem){td{overflow-wrap:anywhere}}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem}
-@media print{body{font-size:11pt;margin:0}figure,tr{break-inside:avoid}h2{break-after:avoid}}
-</style></head><body><h1>Run report: profile PROFILE</h1>
-BODY</body></html>
-"""
+def recipe_rows(records: list[dict]) -> list[tuple]:
+    """(setting, the article's value, that of the notebooks' records) for each that differs."""
+    article = _over_all([settings_of(Config.from_profile("article"))])
+    mine = _over_all([record["settings"] for record in records])
+    names = [name for name in mine if name != "profile" and mine[name] != article.get(name)]
+    return [(name, article.get(name, ""), mine[name]) for name in names]
 
 
-def _text(value) -> str:
-    return html.escape(visible(str(value)))
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """An HTML table of text; "" when there are no rows."""
-    lines = ["".join(f"<td>{_text(value)}</td>" for value in row) for row in rows]
-    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in heads)
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f"<table><tr>{head}</tr>{body}</table>" if lines else ""
-
-
-def recipe_rows(config: Config) -> list[tuple]:
-    """(setting, the article's value, this run's value) for every setting that differs."""
-    article = dataclasses.asdict(Config.from_profile("article"))
-    mine = dataclasses.asdict(config)
-    names = [name for name in mine if name not in ("profile", "run_dir")]
-    return [(name, article[name], mine[name]) for name in names if article[name] != mine[name]]
-
-
-def _counts(metrics: dict) -> str:
+def _counts(metrics: dict) -> list[tuple]:
     names = ("raw_questions", "raw_answers", "kept_pairs", "train_rows", "validation_rows")
-    return _table(
-        ("data", "count"),
-        [(name.replace("_", " "), f"{metrics[name]:,}") for name in names if name in metrics],
-    )
+    return [(name.replace("_", " "), f"{metrics[name]:,}") for name in names if name in metrics]
 
 
 def _merge_rows(metrics: dict) -> list[tuple]:
-    found = {
-        name.removeprefix("kl_merged_"): value
-        for name, value in metrics.get("05", {}).items()
-        if name.startswith("kl_merged_")
-    }
-    return [(name, f"{value:.4f}") for name, value in found.items()]
+    start = "kl_merged_"
+    found = {name: metrics[name] for name in metrics if name.startswith(start)}
+    return [(name.removeprefix(start), f"{value:.4f}") for name, value in found.items()]
 
 
 def _outputs(config: Config, number: str) -> list[tuple[str, dict, dict]]:
     """(source of the cell, data, metadata) of every displayed output of an executed notebook."""
-    cells = [
-        cell
+    return [
+        (cell.source, output.data, output.metadata)
         for path in config.executed_dir.glob(f"{number}_*.ipynb")
         if not path.name.endswith(".failed.ipynb")
         for cell in nbformat.read(path, as_version=4).cells
-    ]
-    return [
-        (cell.source, output.data, output.metadata)
-        for cell in cells
         for output in cell.get("outputs", [])
         if "data" in output
     ]
 
 
-def _figures(config: Config, number: str) -> str:
-    """Every figure of an executed notebook, with its alternative text as the caption."""
-    figures = []
-    for _, data, metadata in _outputs(config, number):
-        if "image/png" in data:
-            alt = _text(metadata.get("image/png", {}).get("alt", ""))
-            address = _text(f"data:image/png;base64,{data['image/png'].strip()}")
-            figures.append(f'<figure><img alt="{alt}" src="{address}">')
-            figures.append(f"<figcaption>{alt}</figcaption></figure>")
-    return "".join(figures)
+def _figures(config: Config, number: str) -> list[tuple[str, str]]:
+    """(alternative text, PNG in base 64) of every figure of an executed notebook."""
+    return [
+        (metadata.get("image/png", {}).get("alt", ""), data["image/png"].strip())
+        for _, data, metadata in _outputs(config, number)
+        if "image/png" in data
+    ]
 
 
 def _answers(config: Config) -> str:
     """The first question of notebook 06 with the answers of both models, as text."""
-    for source, data, _ in _outputs(config, "06"):
-        if "side_by_side(" in source and "text/html" in data:
-            return f"<pre>{_text(data['text/plain'])}</pre>"
-    return ""
+    shown = (
+        data["text/plain"]
+        for source, data, _ in _outputs(config, "06")
+        if "side_by_side(" in source and "text/html" in data
+    )
+    return next(shown, "")
 
 
 def _notebook_pages(config: Config) -> list[Path]:

@@ -1,12 +1,9 @@
-"""Runs the notebooks in order through papermill, and makes the committed outputs.
+"""Runs the notebooks in order through papermill, but for those that are finished.
 
-A notebook is finished when `executed/<name>.ipynb` carries the fingerprint of what would run now
-(its code, its parameters, and the fingerprint of the one before) and no later attempt at it stopped
-half-way. A run goes on from the first other.
+A notebook is finished when `executed/<name>.ipynb` ran with the settings and the files that there
+are now, what it wrote is still there, and no later attempt at it stopped half-way.
 """
 
-import hashlib
-import json
 import logging
 import signal
 from pathlib import Path
@@ -17,10 +14,10 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config as Traits
 
-from helpers.config import PROJECT_DIR, Config, ConfigError
-from helpers.runs import folders, manifest
-from helpers.runs.environment import environment
-from helpers.runs.manifest import code_hash
+from helpers.config import Config
+from helpers.runs import folders, manifest, provenance
+from helpers.runs.inventory import Remembered
+from helpers.runs.lessons import executed_paths, notebooks
 from helpers.runs.report import write_report
 
 # papermill warns of each parameter that a notebook's own cell does not list, such as MAX_STEPS in
@@ -28,10 +25,10 @@ from helpers.runs.report import write_report
 logging.getLogger("papermill").setLevel(logging.ERROR)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
-NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
 CELL_TIMEOUT_SECONDS = 6 * 60 * 60
 # How long a kernel that is told to stop may take, to write a checkpoint for example.
 SHUTDOWN_SECONDS = 60
+BAR = "{desc:34} {percentage:3.0f}% |{bar:24}| {elapsed}"
 # What a run of `demo` leaves (600 MB, measured) and its drafts. A large model's weights are counted
 # when they are saved.
 RUN_BYTES = 1_000_000_000
@@ -46,15 +43,6 @@ class RunStopped(RuntimeError):
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
-
-
-def notebooks(only: str | None = None) -> list[Path]:
-    """The numbered notebooks in order, or the one with a number. ConfigError for an unknown one."""
-    found = sorted(NOTEBOOKS_DIR.glob("[0-9][0-9]_*.ipynb"))
-    chosen = [path for path in found if only is None or path.name.startswith(f"{only}_")]
-    if not chosen:
-        raise ConfigError(f"no notebook is numbered {only!r}: {', '.join(p.name for p in found)}")
-    return chosen
 
 
 def run(profile, run_dir=None, only=None, first=None, parameters=None, timeout=None) -> Config:
@@ -73,79 +61,63 @@ def run(profile, run_dir=None, only=None, first=None, parameters=None, timeout=N
         try:
             _run_in_order(config, chosen, forced, given, timeout or CELL_TIMEOUT_SECONDS)
         except RunStopped as stop:
-            _sum_up(config, given, str(stop))
+            write_report(config, str(stop))
             raise
-        _sum_up(config, given)
+        finally:
+            manifest.write(config.run_dir)
+        write_report(config)
     return config
 
 
 def _run_in_order(config: Config, chosen, forced, parameters: dict, timeout: float) -> None:
-    previous = ""
-    for source in notebooks():
-        previous = _fingerprint(source, parameters, previous)
-        if source not in chosen:
-            continue
-        if source in forced or not _is_finished(config, source, previous):
-            _execute(config, source, parameters, previous, timeout)
-        else:
-            print(f"{source.stem}: finished already")
-
-
-def _sum_up(config: Config, parameters: dict, stopped: str = "") -> None:
-    write_report(config, stopped)
-    manifest.write(config, parameters, environment())
-
-
-def _fingerprint(source: Path, parameters: dict, previous: str) -> str:
-    text = previous + json.dumps(parameters, sort_keys=True, default=str) + code_hash(source)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _paths(config: Config, source: Path) -> tuple[Path, Path, Path]:
-    """Where the executed notebook lies: finished, while it runs, and after it failed."""
-    final = config.executed_dir / source.name
-    draft = final.with_name(f".{source.stem}.partial.ipynb")
-    return final, draft, final.with_name(f"{source.stem}.failed.ipynb")
-
-
-def _is_finished(config: Config, source: Path, fingerprint: str) -> bool:
-    executed, *unfinished = _paths(config, source)
-    if not executed.exists() or any(path.exists() for path in unfinished):
-        return False
-    return nbformat.read(executed, as_version=4).metadata.get("run_fingerprint") == fingerprint
-
-
-def _execute(config: Config, source: Path, parameters: dict, fingerprint: str, timeout: float):
-    """Run one notebook into executed/: under its own name if it succeeds, else as <name>.failed."""
-    final, draft, failed = _paths(config, source)
     folders.writable(config.executed_dir)
+    sha256 = Remembered(config.executed_dir / "hashes.json")
+    for source in chosen:
+        reason = provenance.why_unfinished(config, source, sha256)
+        if not reason and source not in forced:
+            print(f"{source.stem}: finished already")
+            continue
+        if source not in forced and executed_paths(config, source)[0].exists():
+            print(f"{source.stem} runs again: {reason}")
+        record = provenance.taken_before(config, source, parameters, sha256)
+        _execute(config, source, parameters, timeout, record, sha256)
+        sha256.save()
+
+
+def _execute(config: Config, source: Path, parameters: dict, timeout: float, record: dict, sha256):
+    """Run one notebook into executed/: under its own name if it succeeds, else as <name>.failed."""
+    final, draft, failed = executed_paths(config, source)
     for stale in (failed, failed.with_suffix(".html")):
         stale.unlink(missing_ok=True)
-    bar = {"desc": source.stem, "bar_format": "{desc:34} {percentage:3.0f}% |{bar:24}| {elapsed}"}
     try:
         with folders.full_disk_said(final):
-            papermill.execute_notebook(
-                source,
-                draft,
-                parameters=parameters,
-                progress_bar=bar,
-                execution_timeout=timeout,
-                config=Traits(KernelManager={"shutdown_wait_time": SHUTDOWN_SECONDS}),
-                # Else each kernel warns that its connection here is not encrypted, and prints a
-                # traceback when it is told to leave a cell.
-                extra_arguments=["--IPKernelApp.log_level=50"],
-            )
+            _papermill(source, draft, parameters, timeout)
             notebook = nbformat.read(draft, as_version=4)
             _check_reached_the_end(notebook, source)
-            notebook.metadata["run_fingerprint"] = fingerprint
+            record = provenance.completed(record, config, source, notebook, sha256)
+            notebook.metadata[provenance.KEY] = record
             nbformat.write(notebook, draft)
     except (PapermillExecutionError, DeadKernelError, CellTimeoutError, KeyboardInterrupt) as error:
         if not draft.exists():
             raise
-        _settle(draft)
+        _settle(draft, record)
         draft.replace(failed)
         raise _stop(source, failed, error, timeout) from error
     draft.replace(final)
+
+
+def _papermill(source: Path, draft: Path, parameters: dict, timeout: float) -> None:
+    papermill.execute_notebook(
+        source,
+        draft,
+        parameters=parameters,
+        progress_bar={"desc": source.stem, "bar_format": BAR},
+        execution_timeout=timeout,
+        config=Traits(KernelManager={"shutdown_wait_time": SHUTDOWN_SECONDS}),
+        # Else each kernel warns that its connection here is not encrypted, and prints a traceback
+        # when it is told to leave a cell.
+        extra_arguments=["--IPKernelApp.log_level=50"],
+    )
 
 
 def _started(cells) -> list:
@@ -153,9 +125,10 @@ def _started(cells) -> list:
     return [c for c in cells if c.metadata.get("papermill", {}).get("start_time")]
 
 
-def _settle(path: Path) -> None:
+def _settle(path: Path, record: dict) -> None:
     """Correct what papermill wrote of an ended run: it marks cells that never ran as completed."""
     notebook = nbformat.read(path, as_version=4)
+    notebook.metadata[provenance.KEY] = record
     started = _started(notebook.cells)
     for cell in notebook.cells:
         if "papermill" in cell.metadata and cell not in started:

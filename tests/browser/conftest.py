@@ -15,7 +15,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from helpers.config import PROJECT_DIR, Config
-from helpers.runs.runner import notebooks
+from helpers.runs.lessons import notebooks
 
 SCREENSHOTS = PROJECT_DIR / "runs" / "browser"
 NEEDS = {"03": ("02",), "04": ("02",), "05": ("04",), "06": ("05",)}

@@ -15,7 +15,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from helpers.runs import runner
+from helpers.runs import lessons, runner
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -125,5 +125,5 @@ def record_cell(number: str, value: str = "1") -> str:
 def run_notebooks(notebooks: Path, run_dir: Path, **options):
     """pipeline.run with profile smoke over the notebooks of a folder, for this once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "NOTEBOOKS_DIR", notebooks)
+        patch.setattr(lessons, "NOTEBOOKS_DIR", notebooks)
         return runner.run("smoke", str(run_dir), **options)

@@ -13,7 +13,7 @@ from helpers.config import Config
 from helpers.data.curation import curate
 from helpers.merging import export
 from helpers.model import loading
-from helpers.runs import folders, runner
+from helpers.runs import folders, lessons, runner
 from tests.faults.staging import (
     folder_hashes,
     left_over,
@@ -149,7 +149,7 @@ def test_a_disk_that_fills_while_merging_keeps_the_earlier_merge(tiny_config, me
 def test_a_run_says_need_and_room_before_it_starts(tmp_path, nearly_full, monkeypatch):
     monkeypatch.setattr(runner, "_run_in_order", lambda *a: pytest.fail("notebooks were started"))
     with pytest.raises(folders.DiskFull, match=r"a run needs 1,000.0 MB in .*, 0.4 MB are free"):
-        run_notebooks(runner.NOTEBOOKS_DIR, tmp_path / "run")
+        run_notebooks(lessons.NOTEBOOKS_DIR, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

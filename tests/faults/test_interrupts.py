@@ -19,9 +19,9 @@ COMMAND = """
 import signal
 import sys
 from pathlib import Path
-from helpers import pipeline
+from helpers.runs import lessons
 from helpers.__main__ import main
-pipeline.NOTEBOOKS_DIR = Path(sys.argv[1])
+lessons.NOTEBOOKS_DIR = Path(sys.argv[1])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignored"
 sys.exit(main(["run", "--profile", "smoke", "--run-dir", sys.argv[2]]))
 """

@@ -18,7 +18,7 @@ from peft import get_peft_model
 from helpers.config import Config
 from helpers.data.curation import curate
 from helpers.model import loading
-from helpers.runs import recording, runner
+from helpers.runs import lessons, recording
 from helpers.training import training
 from tests.faults.staging import (
     die_at,
@@ -183,7 +183,7 @@ def test_merging(tmp_path, with_adapter, tiny_model_dir):
 
 
 def record_job(folder):
-    runner.NOTEBOOKS_DIR = folder / "notebooks"
+    lessons.NOTEBOOKS_DIR = folder / "notebooks"
     config = Config.from_profile("smoke", run_dir=folder / "run")
     config.record("01", {"value": 1})
     recording.record(config)
@@ -202,7 +202,7 @@ def executed(tmp_path):
 
 @pytest.mark.slow
 def test_recording(tmp_path, executed, monkeypatch):
-    monkeypatch.setattr(runner, "NOTEBOOKS_DIR", executed / "notebooks")
+    monkeypatch.setattr(lessons, "NOTEBOOKS_DIR", executed / "notebooks")
     before = folder_hashes(executed / "notebooks")
     shutil.copytree(executed, tmp_path / "new")
     record_job(tmp_path / "new")
@@ -237,7 +237,7 @@ def test_the_runner(tmp_path):
         run = folder / "run"
         for path in run.glob("executed/[0-9]*.ipynb"):  # under a final name: whole, to the end
             notebook = nbformat.read(path, as_version=4)
-            assert notebook.metadata.run_fingerprint
+            assert notebook.metadata.ran_with["wrote"]
             assert all(c.execution_count for c in notebook.cells if c.cell_type == "code")
         for path in [*run.glob("executed/[0-9]*.html"), *run.glob("report.html")]:
             assert path.read_text("utf-8").rstrip().endswith("</html>")

@@ -9,7 +9,7 @@ from helpers.__main__ import main
 from helpers.config import ConfigError
 from helpers.data.curation import curate
 from helpers.merging.publishing import model_card
-from helpers.runs import runner
+from helpers.runs import lessons, runner
 from tests.faults.staging import record_cell, run_notebooks, write_notebook
 
 CANARY = "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"
@@ -24,7 +24,7 @@ except models.ModelUnavailable as error:
 @pytest.fixture(autouse=True)
 def planted(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", CANARY)
-    monkeypatch.setattr(runner, "NOTEBOOKS_DIR", runner.NOTEBOOKS_DIR)  # put back afterwards
+    monkeypatch.setattr(lessons, "NOTEBOOKS_DIR", lessons.NOTEBOOKS_DIR)  # put back afterwards
 
 
 @pytest.fixture

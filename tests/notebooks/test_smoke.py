@@ -9,7 +9,7 @@ import pytest
 from datasets import load_from_disk
 
 from helpers.config import PROBLEMS_FILE
-from helpers.runs import inventory, manifest, runner
+from helpers.runs import inventory, lessons, manifest, runner
 from tests.conftest import watch_the_network
 
 # Names that must be there, notebook by notebook.
@@ -135,7 +135,7 @@ def test_no_problem_is_in_the_training_data(smoke):
 
 def test_the_executed_notebooks_and_the_report_are_there(smoke):
     names = sorted(path.name for path in smoke.executed_dir.glob("*.ipynb"))
-    assert names == [path.name for path in runner.notebooks()]
+    assert names == [path.name for path in lessons.notebooks()]
     report = (smoke.run_dir / "report.html").read_text("utf-8")
     assert all(name.replace(".ipynb", ".html") in report for name in names)
     assert "answers that stop by themselves, tuned" in report
@@ -169,7 +169,7 @@ def test_a_second_run_finds_everything_finished(smoke, capsys):
     assert capsys.readouterr().out.count("finished already") == 6
 
 
-@pytest.mark.parametrize("path", runner.notebooks(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", lessons.notebooks(), ids=lambda path: path.stem)
 def test_plain_papermill_with_a_mistyped_parameter_fails_at_once(path, tmp_path):
     command = [sys.executable, "-m", "papermill", str(path), str(tmp_path / "out.ipynb")]
     options = ["-p", "PROFILE", "smoke", "-p", "MAX_STPES", "3", "-p", "RUN_DIR", str(tmp_path)]

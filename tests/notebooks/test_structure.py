@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from helpers.config import PROJECT_DIR, Config
-from helpers.runs.runner import code_hash, notebooks
+from helpers.runs.lessons import code_hash, notebooks
 from setup.colab import TAG
 
 PATHS = notebooks()

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 from helpers.config import PROJECT_DIR
-from helpers.runs.runner import code_hash, notebooks
+from helpers.runs.lessons import code_hash, notebooks
 from setup import colab
 
 

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 from helpers.config import PROJECT_DIR
-from helpers.runs.runner import notebooks
+from helpers.runs.lessons import notebooks
 
 PACKAGE_LINES, MODULE_LINES, FUNCTION_LINES = 6_500, 350, 40
 NAMES_OF_NOTEBOOKS, README_LINES = 60, 150

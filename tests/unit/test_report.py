@@ -10,9 +10,11 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from helpers.config import PROJECT_DIR, Config
 from helpers.runs import report
+from helpers.runs.provenance import settings_of
 
 HOSTILE = '"></pre><img src=x onerror=alert(1)><script>alert(1)</script>'
 PNG = base64.b64encode(b"\x89PNG picture").decode()
+ENVIRONMENT = {"date": "2026-01-02", "hardware": "64 CPU cores"}
 METRICS = {
     "02": {"raw_questions": 640, "train_rows": 440},
     "05": {"kl_merged_16bit": 0.11928, "kl_merged_4bit": 0.76399},
@@ -35,7 +37,9 @@ def config(tmp_path):
     texts = {"text/html": "<table></table>", "text/plain": f"Reverse a list.\n\n-- base\n{HOSTILE}"}
     answers = displayed("widgets.show_side_by_side(question, base, tuned)", texts)
     for name, cells in {"02_dataset": [figure], "06_answers": [figure, answers]}.items():
-        nbformat.write(new_notebook(cells=cells), config.executed_dir / f"{name}.ipynb")
+        record = {"settings": settings_of(config), "environment": ENVIRONMENT}
+        notebook = new_notebook(cells=cells, metadata={"ran_with": record})
+        nbformat.write(notebook, config.executed_dir / f"{name}.ipynb")
     return config
 
 
@@ -87,10 +91,27 @@ def test_loads_nothing_from_elsewhere(page):
     assert "default-src 'none'" in page and not re.search(r"url\(|@import", page)
 
 
-def test_a_run_that_has_only_begun_has_a_page_too(tmp_path):
-    page = report.write_report(Config.from_profile("smoke", run_dir=tmp_path)).read_text("utf-8")
-    assert "Recipe" in page and "Environment" in page
-    assert "Merging" not in page and "Scores" not in page
+def test_date_and_hardware_are_those_of_the_run(page):
+    assert "<td>date</td><td>2026-01-02</td>" in page
+    assert "<td>hardware</td><td>64 CPU cores</td>" in page
+
+
+def test_notebooks_that_ran_with_different_settings_or_on_different_days_show_both(config):
+    path = config.executed_dir / "06_answers.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.ran_with["environment"]["date"] = "2026-01-03"
+    notebook.metadata.ran_with["settings"]["max_steps"] = 3
+    nbformat.write(notebook, path)
+    page = report.write_report(config).read_text("utf-8")
+    assert "<td>date</td><td>2026-01-02, 2026-01-03</td>" in page
+    assert "<td>max_steps</td><td>1000</td><td>20, 3</td>" in page
+
+
+def test_a_run_that_stopped_at_once_has_a_page_too(tmp_path):
+    config = Config.from_profile("smoke", run_dir=tmp_path)
+    page = report.write_report(config, "01 <b> said why").read_text("utf-8")
+    assert "<strong>The run stopped:</strong> 01 &lt;b&gt; said why" in page
+    assert "Merging" not in page and "Scores" not in page and "Environment" not in page
 
 
 def test_readme_shows_the_recorded_result():

@@ -1,0 +1,160 @@
+"""What a notebook ran with: taken before it runs, and kept in the executed notebook.
+
+Its record holds the parameters that were given, the settings they came to, environment, versions,
+the SHA-256 of all that the notebook `read`, and afterwards of what it `wrote`. A file has the path
+that it has in the project or in the run folder; one that a parameter names stands below that name.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from helpers.config import PROJECT_DIR, Config
+from helpers.data.sources import local_path
+from helpers.model.identity import NOT_HERE, base_model
+from helpers.runs.environment import environment
+from helpers.runs.inventory import hashes
+from helpers.runs.lessons import code_hash, executed_paths, notebooks
+
+KEY = "ran_with"  # in the metadata of an executed notebook
+# What lessons leave in the run folder for later ones, and which files of the project they read.
+RESULTS = {"02": ("dataset/**/*",), "04": ("adapter/**/*",), "05": ("merged/**/*", "gguf/**/*")}
+PROJECT_FILES = {
+    "02": ("data/problems.jsonl",),
+    "03": ("benchmarks/results/qlora_step_memory.json",),
+    "04": ("benchmarks/results/*.json",),
+    "05": ("data/general.txt", "benchmarks/results/qlora_step_memory.json"),
+    "06": ("data/problems.jsonl",),
+}
+Sha256 = Callable[[Path], str]
+
+
+def taken_before(config: Config, source: Path, parameters: dict, sha256: Sha256) -> dict:
+    """The record of a notebook that is about to run."""
+    return {
+        "parameters": {name: parameters[name] for name in parameters if name != "RUN_DIR"},
+        "settings": settings_of(config),
+        "environment": environment(),
+        "versions": versions(),
+        "read": read_by(settings_of(config), config.run_dir, source, sha256),
+    }
+
+
+def completed(record: dict, config: Config, source: Path, notebook, sha256: Sha256) -> dict:
+    """The record of a notebook that ran to its end, and what it fetched or wrote."""
+    now = read_by(record["settings"], config.run_dir, source, sha256)
+    before = {name: found for name, found in record["read"].items() if found != NOT_HERE}
+    fetched = {name: now[name] for name in now if name.startswith("MODEL_NAME/")}
+    written = written_by(config.run_dir, source.name, sha256)
+    written[f"executed/{source.name}"] = cells_hash(notebook)
+    return {**record, "read": {**fetched, **before}, "wrote": written}
+
+
+def settings_of(config: Config) -> dict:
+    """The settings of a Config as JSON has them, but for the folder: a run can be moved."""
+    settings = dataclasses.asdict(config)
+    del settings["run_dir"]
+    return json.loads(json.dumps(settings, default=str))
+
+
+def read_by(settings: dict, run_dir: Path, source: Path, sha256: Sha256) -> dict[str, str]:
+    """What a notebook reads, by name: its SHA-256, or how else a version of it is known."""
+    number = source.name[:2]
+    found = {f"notebooks/{path.name}": code_hash(path) for path in notebooks() if path <= source}
+    patterns = ("helpers/**/*.py", *PROJECT_FILES.get(number, ()))
+    found |= hashes(PROJECT_DIR, patterns, sha256)
+    if number == "02":
+        found |= _below("DATA_SOURCE", data_source(settings["data_source"], sha256))
+        own = [
+            path for name in settings["benchmarks"] if (path := Path(name).expanduser()).is_file()
+        ]
+        found |= _below("BENCHMARKS", {path.name: sha256(path) for path in own})
+    if number > "01":  # 01 takes the embedded model, whose SHA-256 the code demands
+        found |= _below("MODEL_NAME", base_model(settings["model_name"], sha256))
+    earlier = [pattern for other in RESULTS if other < number for pattern in RESULTS[other]]
+    return found | hashes(run_dir, earlier, sha256)
+
+
+def _below(parameter: str, found: dict[str, str]) -> dict[str, str]:
+    return {f"{parameter}/{name}": value for name, value in found.items()}
+
+
+def data_source(source: str, sha256: Sha256) -> dict[str, str]:
+    """SHA-256 of the files of a data source, or its name where it is not on this disk."""
+    place = local_path(source)
+    if place.is_file():
+        return {place.name: sha256(place)}
+    return hashes(place, ["*.csv"], sha256) if place.is_dir() else {source: NOT_HERE}
+
+
+def written_by(run_dir: Path, name: str, sha256: Sha256) -> dict[str, str]:
+    """SHA-256 of what a notebook of this name leaves for later ones, and of its numbers."""
+    patterns = (*RESULTS.get(name[:2], ()), f"metrics/{name[:2]}.json")
+    return hashes(run_dir, patterns, sha256)
+
+
+def cells_hash(notebook) -> str:
+    """SHA-256 over the cells of an executed notebook, with their outputs."""
+    return hashlib.sha256(json.dumps(notebook.cells, sort_keys=True).encode()).hexdigest()
+
+
+def record_in(executed: Path) -> dict:
+    """The record in an executed notebook; {} where there is none."""
+    return json.loads(executed.read_text("utf-8"))["metadata"].get(KEY, {})
+
+
+def records_in(run_dir: Path) -> dict[str, dict]:
+    """The record of each notebook that ran, also of those that failed, by the file's name."""
+    found = {path.name: record_in(path) for path in sorted(run_dir.glob("executed/[0-9]*.ipynb"))}
+    return {name: record for name, record in found.items() if record}
+
+
+def why_unfinished(config: Config, source: Path, sha256: Sha256) -> str:
+    """Why a notebook has to run, in words; "" when all is as it was, and what it wrote is there."""
+    final, draft, failed = executed_paths(config, source)
+    if not final.exists() or draft.exists() or failed.exists():
+        return "its last run did not come to the end"
+    if not (record := record_in(final)):
+        return "nothing says what it ran with"
+    settings = {name.upper(): value for name, value in settings_of(config).items()}
+    recorded = {name.upper(): value for name, value in record["settings"].items()}
+    read = read_by(settings_of(config), config.run_dir, source, sha256)
+    gone = [f"{name} is gone" for name in record["wrote"] if not (config.run_dir / name).exists()]
+    return next(
+        iter(differences(recorded, settings) + differences(record["read"], read) + gone), ""
+    )
+
+
+def differences(recorded: dict, found: dict) -> list[str]:
+    """A few words for each name whose value is not the recorded one."""
+    names = [name for name in {**recorded, **found} if recorded.get(name) != found.get(name)]
+    return [_difference(name, recorded, found) for name in sorted(names)]
+
+
+def _difference(name: str, recorded: dict, found: dict) -> str:
+    if name not in found:
+        return f"{name} is gone"
+    if name not in recorded:
+        return f"{name} is new"
+    if re.fullmatch("[0-9a-f]{64}", str(recorded[name])):
+        return f"{name} has changed"
+    return f"{name} was {recorded[name]} and is {found[name]}"
+
+
+def versions() -> dict[str, str]:
+    """The installed version of each package that requirements.txt names."""
+    lines = (PROJECT_DIR / "requirements.txt").read_text("utf-8").splitlines()
+    names = [found[0] for line in lines if (found := re.match(r"[\w.-]+(?===)", line))]
+    return {name: installed_version(name) for name in names}
+
+
+def installed_version(name: str) -> str:
+    """Colab has neither JupyterLab nor the test suite: "not installed" ends no run."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
