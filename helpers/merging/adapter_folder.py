@@ -1,9 +1,15 @@
-"""Is the adapter whole, and was it made for what the run would put it to?"""
+"""The adapter as its folder says it: what it adds, and whether it was made for this run."""
 
+import math
+import re
 import warnings
 from pathlib import Path
 
+import torch
+from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
 
 from helpers.config import Config
 from helpers.data.curation_note import lasting_rules, tokenizer_rules
@@ -21,6 +27,38 @@ from helpers.runs.inventory import (
 
 ADAPTER_WEIGHTS = SAFETENSORS_WEIGHTS_NAME
 TOKENIZER = "tokenizer.json"
+
+
+class Adapter:
+    """The matrices of a LoRA adapter by layer, and how much of them is added.
+
+    Nothing here comes from the Config, whose LORA_R and LORA_ALPHA are those of the next training.
+    Raises ArtefactError for an adapter that adds anything but `scale * B A` to a layer.
+    """
+
+    def __init__(self, folder: Path):
+        self.settings = LoraConfig.from_pretrained(folder)
+        self.pairs: dict[str, dict[str, torch.Tensor]] = {}  # layer -> {"A": ..., "B": ...}
+        for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
+            found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+            if not found:
+                raise ArtefactError(
+                    f"the adapter in {folder} holds {name}, which is no A or B of a layer: its "
+                    "update cannot be worked out by hand, train one with plain LoRA"
+                )
+            self.pairs.setdefault(found[1], {})[found[2]] = tensor
+
+    def scale(self, layer: str) -> float:
+        """alpha / rank of a layer, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
+        said = self.settings
+        rank = said.rank_pattern.get(get_pattern_key(said.rank_pattern, layer), said.r)
+        alpha = said.alpha_pattern.get(get_pattern_key(said.alpha_pattern, layer), said.lora_alpha)
+        return alpha / (math.sqrt(rank) if said.use_rslora else rank)
+
+    def update(self, layer: str, device: str = "cpu") -> torch.Tensor:
+        """scale * B A of a layer, (outputs, inputs), in float32."""
+        A, B = (self.pairs[layer][part].to(device).float() for part in "AB")
+        return (B @ A) * self.scale(layer)
 
 
 def check_adapter(config: Config) -> Path:

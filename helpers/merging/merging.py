@@ -1,4 +1,4 @@
-"""Three ways to fold an adapter into its base, how far each is from the unmerged model, and saving.
+"""Three ways to fold an adapter into its base, and saving and loading what comes of it.
 
     into "16bit":        the 16-bit base + the update
     into "dequantized":  the 4-bit base, unpacked to 16 bits, + the update
@@ -9,8 +9,6 @@ The adapter was trained on the 4-bit base, so only the last two start from the w
 
 import contextlib
 import dataclasses
-import math
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +18,8 @@ from accelerate.big_modeling import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import align_module_device
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
-from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 
 from helpers import prompts
 from helpers.config import Config
@@ -32,43 +28,10 @@ from helpers.merging.adapter_folder import ADAPTER_WEIGHTS, check_adapter
 from helpers.merging.merged_folder import seal_merged
 from helpers.model import loading, measure, precision, predict
 from helpers.runs import folders
-from helpers.runs.inventory import ArtefactError
 
 MERGES = ("16bit", "dequantized", "4bit")
 # What merging and some hundred tokens of answers take beside the weights.
 WORK_BYTES = 500_000_000
-
-
-class Adapter:
-    """A LoRA adapter as its own folder says it: its matrices, and how much of them is added.
-
-    Nothing here comes from the Config, whose LORA_R and LORA_ALPHA are those of the next training.
-    Raises ArtefactError for an adapter that adds anything but `scale * B A` to a layer.
-    """
-
-    def __init__(self, folder: Path):
-        self.settings = LoraConfig.from_pretrained(folder)
-        self.pairs: dict[str, dict[str, torch.Tensor]] = {}  # layer -> {"A": ..., "B": ...}
-        for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
-            found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
-            if not found:
-                raise ArtefactError(
-                    f"the adapter in {folder} holds {name}, which is no A or B of a layer: its "
-                    "update cannot be worked out by hand, train one with plain LoRA"
-                )
-            self.pairs.setdefault(found[1], {})[found[2]] = tensor
-
-    def scale(self, layer: str) -> float:
-        """alpha / rank of a layer, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
-        said = self.settings
-        rank = said.rank_pattern.get(get_pattern_key(said.rank_pattern, layer), said.r)
-        alpha = said.alpha_pattern.get(get_pattern_key(said.alpha_pattern, layer), said.lora_alpha)
-        return alpha / (math.sqrt(rank) if said.use_rslora else rank)
-
-    def update(self, layer: str, device: str = "cpu") -> torch.Tensor:
-        """scale * B A of a layer, (outputs, inputs), in float32."""
-        A, B = (self.pairs[layer][part].to(device).float() for part in "AB")
-        return (B @ A) * self.scale(layer)
 
 
 def load_tuned(config: Config, base=None) -> PeftModel:
