@@ -19,7 +19,7 @@ from transformers import TrainerControl, TrainerState
 
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
-from helpers.merging import comparison, merging
+from helpers.merging import adapter_folder, comparison, merging
 from helpers.model import loading, measure, precision, predict
 from helpers.runs import inventory
 from helpers.training import checkpoints, training
@@ -326,7 +326,7 @@ def with_adapter(config, std=0.02, **settings):
 def test_an_update_is_what_the_adapter_says_and_not_the_config(tiny_config, settings):
     before = with_adapter(tiny_config, **settings)
     assert tiny_config.lora_alpha == 16 and tiny_config.lora_r == 64
-    adapter, merged = merging.Adapter(tiny_config.adapter_dir), merge(tiny_config, "16bit")
+    adapter, merged = adapter_folder.Adapter(tiny_config.adapter_dir), merge(tiny_config, "16bit")
     for name, weight in merged.named_parameters():
         layer, change = name.removesuffix(".weight"), weight - before[name]
         if layer in adapter.pairs:
@@ -355,14 +355,14 @@ def _adapted(config, settings):
 def test_an_adapter_that_adds_something_else_is_refused_by_name(tiny_config, settings, name):
     with_adapter(tiny_config, **settings)
     with pytest.raises(inventory.ArtefactError, match=f"holds .*{name}.*, which is no A or B"):
-        merging.Adapter(tiny_config.adapter_dir)
+        adapter_folder.Adapter(tiny_config.adapter_dir)
 
 
 @pytest.mark.filterwarnings("ignore::helpers.runs.inventory.ArtefactWarning")
 @pytest.mark.parametrize("std", [0.02, 0.002])  # 0.002: as small, next to the weights, as in `demo`
 def test_merging_by_hand_is_pefts_merge_and_an_unmerged_matrix_is_not(tiny_config, std):
     with_adapter(tiny_config, std, lora_alpha=8)
-    trained, lesson = merging.Adapter(tiny_config.adapter_dir), definitions_from("05")
+    trained, lesson = adapter_folder.Adapter(tiny_config.adapter_dir), definitions_from("05")
     layer = "model.layers.0.self_attn.q_proj"
     lesson |= trained.pairs[layer] | {"scale": trained.scale(layer)}
     lesson["numbers"] = torch.finfo(torch.bfloat16)
