@@ -48,9 +48,9 @@ def write_checkpoint(folder: Path, size: str) -> None:
     import math
 
     from benchmarks.training import word_tokenizer
-    from helpers.model import predict
+    from helpers.model import architecture
 
-    shape = predict.llama2_config(size)
+    shape = architecture.llama2_config(size)
     shape.architectures = ["LlamaForCausalLM"]
     shape.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
@@ -80,7 +80,7 @@ def one(size: str, cap: float, length: int, way: str) -> dict:
     import torch
 
     from helpers.config import Config, ConfigError
-    from helpers.model import measure, plan, predict
+    from helpers.model import architecture, measure, plan, predict, steps
     from helpers.training import training
 
     whole = torch.cuda.get_device_properties(None).total_memory
@@ -93,16 +93,16 @@ def one(size: str, cap: float, length: int, way: str) -> dict:
             per_device_train_batch_size=TOKENS_PER_STEP[size] // length, grad_acc_steps=1,
             max_steps=STEPS, log_steps=10,
         )  # fmt: skip
-        shape, room = predict.llama2_config(size), measure.torch_bytes(config.device)
+        shape, room = architecture.llama2_config(size), measure.torch_bytes(config.device)
         if way != "planned":
-            planned = plan.for_card(shape, predict.Run.from_config(config), room, reserve_bytes=0)
+            planned = plan.for_card(shape, steps.Run.from_config(config), room, reserve_bytes=0)
             found |= {"plan": planned.advice, "fits": planned.fits}
             config = training.follow(config, planned.run)
         try:
             config = training.planned(config)
         except ConfigError as refusal:
             return {**found, "refusal": str(refusal)}
-        step = predict.Run.from_config(config)
+        step = steps.Run.from_config(config)
         found |= {"run": dataclasses.asdict(step)}
         found |= {"predicted_bytes": predict.estimate(shape, step).total}
         try:

@@ -137,8 +137,9 @@ def planned_bytes(model: Path, run_dir: Path, shards: int, settings: dict) -> in
     import dataclasses
 
     from helpers.model import loading, predict
+    from helpers.model.steps import Run
 
-    run = predict.Run.from_config(make_config(model, run_dir, settings))
+    run = Run.from_config(make_config(model, run_dir, settings))
     return predict.estimate(
         loading.load_shape(str(model)), dataclasses.replace(run, shards=shards)
     ).total

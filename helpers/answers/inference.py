@@ -14,7 +14,7 @@ from helpers.config import LINKED_LIST_PROMPT, Config
 from helpers.data import curation_note
 from helpers.merging import merging
 from helpers.merging.merged_folder import check_merged
-from helpers.model import loading, measure, predict
+from helpers.model import architecture, loading, measure
 
 # What `ask` calls a model, and the article's two names for the first two.
 MODELS = {
@@ -131,7 +131,7 @@ def rows_at_a_time(model, tokens: int, config: Config) -> int:
     """
     if model.device.type != "cuda":
         return config.generation_batch_size
-    each = 1.5 * predict.cache_bytes(model.config, tokens, model.dtype.itemsize)
+    each = 1.5 * architecture.cache_bytes(model.config, tokens, model.dtype.itemsize)
     room = measure.free_bytes(model.device) - merging.WORK_BYTES
     return max(1, min(config.generation_batch_size, int(room / each)))
 

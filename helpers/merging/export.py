@@ -15,6 +15,7 @@ from helpers.data.curation_note import system_message
 from helpers.merging import gguf_writer
 from helpers.merging.merged_folder import check_merged
 from helpers.model import loading, predict
+from helpers.model.steps import Run
 from helpers.runs import folders
 
 # Tokenizer, settings and headers, once for each of the three forms of a model: 20 MB at most.
@@ -27,7 +28,7 @@ def disk_needed(config: Config) -> dict[str, int]:
     with torch.device("meta"):
         sizes = [list(p.shape) for p in AutoModelForCausalLM.from_config(shape).parameters()]
     if config.merge_into == "4bit":
-        merged = predict.weight_bytes(shape, predict.Run.from_config(config))
+        merged = predict.estimate(shape, Run.from_config(config)).weights
     else:
         merged = 2 * sum(map(prod, sizes))
     files = {"merged/": merged}

@@ -27,6 +27,7 @@ from helpers.data.curation_note import system_message
 from helpers.merging.adapter_folder import ADAPTER_WEIGHTS, check_adapter
 from helpers.merging.merged_folder import seal_merged
 from helpers.model import loading, measure, precision, predict
+from helpers.model.steps import Run
 from helpers.runs import folders
 
 MERGES = ("16bit", "dequantized", "4bit")
@@ -100,9 +101,9 @@ def bytes_needed(config: Config) -> int:
     On a CPU it may be less, for pages of a mapped file that nobody reads are not in memory.
     """
     shape = loading.load_shape(config.model_name)
-    run = dataclasses.replace(predict.Run.from_config(config), quantization="16bit")
+    run = dataclasses.replace(Run.from_config(config), quantization="16bit")
     adapter = config.require(config.adapter_dir, "04") / ADAPTER_WEIGHTS
-    return predict.weight_bytes(shape, run) + adapter.stat().st_size
+    return predict.estimate(shape, run).weights + adapter.stat().st_size
 
 
 @contextlib.contextmanager

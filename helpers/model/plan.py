@@ -2,23 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 
 from helpers.config import ATTENTION_TARGETS
-from helpers.model.predict import (
-    GIB,
-    Estimate,
-    Run,
-    estimate,
-    host_bytes,
-    kept_layer_bytes,
-    layer_activation_bytes,
-    linear_parameters,
-    offloaded_count,
-    travelling_bytes,
-    weight_bytes,
-    widest_weight_bytes,
-)
+from helpers.model.predict import GIB, Estimate, Step
+from helpers.model.steps import Run
 
 # What is kept free of a prediction for the fast path, in sizes of the widest weight when it is
 # unpacked, or as a share of it, whichever is more: gaps beyond those predicted.
@@ -55,34 +42,33 @@ def for_card(
     room = card_bytes - reserve_bytes
     layers = model_config.num_hidden_layers
     tried = [
-        candidate
+        Step.of(model_config, candidate)
         for candidate in candidates(run, layers)
-        if host_bytes(model_config, candidate) <= host_room
-        and (not same_step or (candidate.batch, candidate.optimizer) == (run.batch, run.optimizer))
+        if not same_step or (candidate.batch, candidate.optimizer) == (run.batch, run.optimizer)
     ]
-    for candidate in sorted(tried, key=partial(relative_cost, layers=layers)):
-        if _fits(model_config, candidate, room):
-            predicted = estimate(model_config, candidate)
-            return Plan(True, candidate, predicted, _summary(candidate, predicted, room))
-    smallest = min(tried, key=lambda item: estimate(model_config, item).total)
-    return Plan(
-        False, smallest, estimate(model_config, smallest), _advice(model_config, smallest, room)
-    )
+    tried = [step for step in tried if step.host <= host_room]
+    for step in sorted(tried, key=lambda step: relative_cost(step.run, layers=layers)):
+        if _fits(step, room):
+            predicted = step.estimate()
+            return Plan(True, step.run, predicted, _summary(step.run, predicted, room))
+    smallest = min(tried, key=lambda step: step.estimate().total)
+    return Plan(False, smallest.run, smallest.estimate(), _advice(smallest, room))
 
 
 def fits(model_config, run: Run, room: int, host_room: int) -> bool:
     """Whether a run takes no more bytes of the GPU and of the host than there are for it."""
-    return host_bytes(model_config, run) <= host_room and _fits(model_config, run, room)
+    step = Step.of(model_config, run)
+    return step.host <= host_room and _fits(step, room)
 
 
-def _fits(model_config, run: Run, room: int) -> bool:
-    total = estimate(model_config, run).total
-    return total + (spare_bytes(model_config, run, total) if run.fast else 0) <= room
+def _fits(step: Step, room: int) -> bool:
+    total = step.estimate().total
+    return total + (spare_bytes(step, total) if step.run.fast else 0) <= room
 
 
-def spare_bytes(model_config, run: Run, total: int) -> int:
+def spare_bytes(step: Step, total: int) -> int:
     """What the planner keeps free of a prediction for the fast path, for gaps beyond it."""
-    return max(MORE_GAPS * widest_weight_bytes(model_config, run), round(SPARE * total))
+    return max(MORE_GAPS * step.widest_weight, round(SPARE * total))
 
 
 def relative_cost(run: Run, ridge: int = 500, layers: int = 32) -> tuple[float, bool, bool]:
@@ -95,7 +81,7 @@ def relative_cost(run: Run, ridge: int = 500, layers: int = 32) -> tuple[float, 
     bytes / 2 operations, at 160 to 300 operations a byte for cards from a T4 to an H100 (roofline
     model, Williams et al. 2009).
     """
-    once = run.kept_layers + offloaded_count(run, layers)
+    once = run.kept_layers + run.offloaded(layers)
     passes = 2 + run.checkpointing * (1 - once / layers) + (run.offload and not run.fast)
     paged = run.optimizer.startswith("paged")
     return passes * (1 + ridge / run.tokens), paged, run.offload
@@ -141,24 +127,26 @@ def _summary(run: Run, predicted: Estimate, room: int) -> str:
     )
 
 
-def _advice(model_config, smallest: Run, room: int) -> str:
+def _advice(smallest: Step, room: int) -> str:
     """What to change first when nothing fits: the first change, cheap to dear, that is enough."""
-    weights = weight_bytes(model_config, smallest)
-    if smallest.quantization == "16bit":
+    weights, run = smallest.weights, smallest.run
+    if not run.packed:
         return f"the weights take {weights / GIB:.1f} GiB in 16 bits: load them in 4 bits first"
     if weights >= room:
         return (
             f"the 4-bit weights alone take {weights / GIB:.1f} GiB of {room / GIB:.1f}: "
             "choose a smaller model or a larger card"
         )
-    length = smallest.length // 2
+
+    def would_fit(**changes) -> bool:
+        return _fits(dataclasses.replace(smallest, run=dataclasses.replace(run, **changes)), room)
+
+    length = run.length // 2
     while length >= 64:
-        shorter = dataclasses.replace(smallest, length=length)
-        if _fits(model_config, shorter, room):
+        if would_fit(length=length):
             return f"set MAX_LENGTH = {length}, which leaves out rows that are longer"
         length //= 2
-    small = dataclasses.replace(smallest, rank=8, targets=ATTENTION_TARGETS, length=64)
-    if _fits(model_config, small, room):
+    if would_fit(rank=8, targets=ATTENTION_TARGETS, length=64):
         return "train fewer parameters: rank 8 on q_proj and v_proj, with short rows"
     return "the weights leave no room for a step: choose a smaller model or a larger card"
 
@@ -169,7 +157,6 @@ def weights_fit_in_place(model_config, run: Run) -> bool:
     Layers that keep their activations come first in the backward pass. When a checkpoint runs again
     theirs are gone, and that layer's own are there.
     """
-    one_layer = linear_parameters(model_config) // model_config.num_hidden_layers
-    free = run.kept_layers * kept_layer_bytes(model_config, run)
-    free -= layer_activation_bytes(model_config, run) + travelling_bytes(model_config, run)
-    return run.checkpointing and one_layer * run.compute_bytes <= free
+    step = Step.of(model_config, run)
+    free = run.kept_layers * step.kept_layer - step.layer - step.travelling
+    return run.checkpointing and sum(step.shape.layer_weights) * run.compute_bytes <= free

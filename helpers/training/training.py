@@ -31,6 +31,7 @@ from helpers import prompts
 from helpers.config import Config, ConfigError
 from helpers.data import curation_note, dataset_folder
 from helpers.model import loading, measure, plan, precision, predict
+from helpers.model.steps import Run
 from helpers.prompts import IGNORED_LABEL
 from helpers.runs import folders, inventory
 from helpers.training import checkpoints
@@ -189,10 +190,10 @@ def planned(config: Config, folder: Path | None = None) -> Config:
         return config
     room, host_room = rooms(config, shape)
     as_begun = dataclasses.replace(config, **begun)
-    if begun and plan.fits(shape, predict.Run.from_config(as_begun), room, host_room):
+    if begun and plan.fits(shape, Run.from_config(as_begun), room, host_room):
         say_once(f"planned as when this run began: {in_words(begun)}")
         return as_begun
-    step, gib = predict.Run.from_config(config), f"{room / predict.GIB:.1f} GiB"
+    step, gib = Run.from_config(config), f"{room / predict.GIB:.1f} GiB"
     found = plan.for_card(shape, step, room, 0, host_room, same_step=bool(begun))
     if begun and not found.fits:
         raise ConfigError(
@@ -217,13 +218,13 @@ def rooms(config: Config, shape) -> tuple[int, int]:
     """
     room = checkpoints.least_of_all(measure.torch_bytes(config.device), config.device)
     if "LOCAL_RANK" in os.environ:  # DDP keeps gradients a second time
-        room -= predict.estimate(shape, predict.Run.from_config(config)).gradients
+        room -= predict.estimate(shape, Run.from_config(config)).gradients
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = psutil.virtual_memory().available // 2 // processes
     return room, checkpoints.least_of_all(free, config.device)
 
 
-def follow(config: Config, run: predict.Run) -> Config:
+def follow(config: Config, run: Run) -> Config:
     """The Config that takes its step in the way of a plan's run."""
     return dataclasses.replace(
         config,
@@ -236,10 +237,10 @@ def follow(config: Config, run: predict.Run) -> Config:
     )
 
 
-def step_of(config: Config, length: int | None = None) -> predict.Run:
+def step_of(config: Config, length: int | None = None) -> Run:
     """What a step does, for `predict.estimate`; under FSDP on a share of the model."""
     shards = int(os.environ["WORLD_SIZE"]) if loading.is_sharded() else 1
-    return dataclasses.replace(predict.Run.from_config(config, length), shards=shards)
+    return dataclasses.replace(Run.from_config(config, length), shards=shards)
 
 
 def refuse_without_room(config: Config) -> None:
@@ -403,9 +404,7 @@ def build_trainer(
         trainer.data_collator = fixed_collator(config, tokenizer, packed)
         trainer.kept_layers = config.kept_layers or 0
         trainer.offload = config.activation_offloading
-        trainer.keep_weights = plan.weights_fit_in_place(
-            model.config, predict.Run.from_config(config)
-        )
+        trainer.keep_weights = plan.weights_fit_in_place(model.config, Run.from_config(config))
     trainer.dataset_fingerprint = dataset_folder.dataset_fingerprint(config)
     trainer.curation = curation_note.curation_of(config, config.dataset_dir)
     trainer.made_from = (config, tokenizer, dataset)
@@ -524,7 +523,7 @@ def in_words(changes: dict) -> str:
 def memory_saved(config: Config, changes: dict, model_config) -> int:
     """Predicted bytes by which the changes make a step smaller."""
     before, after = (
-        predict.estimate(model_config, predict.Run.from_config(each)).total
+        predict.estimate(model_config, Run.from_config(each)).total
         for each in (config, dataclasses.replace(config, **changes))
     )
     return before - after

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from helpers.config import OPTIMIZERS, PROFILES, Config, ConfigError
-from helpers.model import predict
+from helpers.model import steps
 
 FIELDS = dataclasses.fields(Config)
 WHOLE = [item.name for item in FIELDS if item.type in (int, int | None)]
@@ -144,7 +144,7 @@ def test_a_module_with_a_fields_name_is_no_parameter():
 
 
 def test_optimizers_are_those_whose_memory_is_predicted():
-    assert set(OPTIMIZERS) == set(predict.OPTIMIZERS)
+    assert set(OPTIMIZERS) == set(steps.OPTIMIZERS)
 
 
 def test_profiles_are_within_their_own_limits():

@@ -9,7 +9,7 @@ from transformers import TrainerControl, TrainerState
 
 from helpers.config import Config
 from helpers.merging import merging
-from helpers.model import loading, measure, precision, predict
+from helpers.model import architecture, loading, measure, precision, predict
 from helpers.runs import environment
 from helpers.training import training
 
@@ -84,7 +84,7 @@ QUESTIONS = {
         Config.from_profile("demo", device_map=config.device_map)
     ),
     "fast path": training.uses_fast_path,
-    "room for a plan": lambda config: training.rooms(config, predict.llama2_config("7B")),
+    "room for a plan": lambda config: training.rooms(config, architecture.llama2_config("7B")),
     "room in shards": training.refuse_without_room,
     "room for a merge": lambda config: merging.with_room(config, 1),
     "now": lambda config: measure.current_memory_bytes(config.device),
@@ -98,7 +98,7 @@ QUESTIONS = {
 @pytest.mark.parametrize("place", [1, "cuda:1", 0, "cuda"])
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_question_is_put_to_the_gpu_of_the_model(gpus, monkeypatch, question, place):
-    monkeypatch.setattr(loading, "load_shape", lambda name: predict.llama2_config("7B"))
+    monkeypatch.setattr(loading, "load_shape", lambda name: architecture.llama2_config("7B"))
     QUESTIONS[question](config_on(place))
     assert set(gpus.asked) == {1 if place in (1, "cuda:1") else 0}
 

@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from helpers.config import PROJECT_DIR, Config, ConfigError
 from helpers.merging import adapter_folder
-from helpers.model import loading, measure, predict
+from helpers.model import architecture, loading, measure, predict
 from helpers.runs import inventory
 from helpers.training import checkpoints, training
 from tests.faults.train_tiny import tiny_config, write_dataset
@@ -115,7 +115,7 @@ def test_a_checkpoint_has_its_folder_before_anything_is_written(tmp_path):
 
 
 def test_shards_without_room_are_refused_before_the_weights_load(tmp_path, monkeypatch, capsys):
-    predict.llama2_config("70B").save_pretrained(tmp_path)
+    architecture.llama2_config("70B").save_pretrained(tmp_path)
     monkeypatch.setattr(measure, "torch_bytes", lambda device: 24 * predict.GIB)
     for name, value in {**fsdp_environment(), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)

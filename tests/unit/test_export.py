@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaToke
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.merging import export, gguf_writer
-from helpers.model import loading, predict
+from helpers.model import architecture, loading
 from helpers.runs import folders, inventory
 from tests import notebook_code
 
@@ -190,7 +190,7 @@ def test_the_disk_that_is_needed_is_what_is_written(merged):
 
 
 def test_the_disk_of_llama_2_is_known_without_its_weights(monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "load_shape", lambda name: predict.llama2_config("7B"))
+    monkeypatch.setattr(loading, "load_shape", lambda name: architecture.llama2_config("7B"))
     config = Config.from_profile("llama2_7b", run_dir=tmp_path)
     sizes = [round(size / 1e9, 1) for size in export.disk_needed(config).values()]
     assert sizes == [13.5, 7.2]

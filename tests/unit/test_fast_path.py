@@ -15,7 +15,8 @@ from transformers import Qwen2Config, TrainerState
 
 from helpers.config import PROBLEMS_FILE, Config, ConfigError
 from helpers.data.sources import SAMPLE_DIR
-from helpers.model import loading, measure, predict
+from helpers.model import architecture, loading, measure, predict
+from helpers.model.steps import Run
 from helpers.runs import inventory
 from helpers.training import checkpoints, training
 from helpers.training.fast import fast_path, kernels
@@ -145,7 +146,7 @@ def planned(tmp_path, monkeypatch, gib, host_gib=0, folder=None, **changes):
     monkeypatch.setattr(fast_path, "is_supported", lambda device: True)
     monkeypatch.setattr(measure, "torch_bytes", lambda device: round(gib * predict.GIB))
     monkeypatch.setattr(loading, "load_model", None)
-    predict.llama2_config("7B").save_pretrained(tmp_path)
+    architecture.llama2_config("7B").save_pretrained(tmp_path)
     settings = {"model_name": str(tmp_path), "run_dir": tmp_path / "run", **changes}
     return training.planned(Config.from_profile("llama2_7b", **settings), folder)
 
@@ -175,11 +176,15 @@ def test_half_of_the_hosts_memory_takes_activations_and_the_plan_says_so(
     without, offloaded = (planned(tmp_path, monkeypatch, 8, gib) for gib in (0.5, 12))
     assert not without.activation_offloading and offloaded.activation_offloading
     assert "every second of the others offloaded to the host" in capsys.readouterr().out
-    step = predict.Run.from_config(offloaded)
-    assert 4 * predict.GIB < predict.host_bytes(predict.llama2_config("7B"), step) < 6 * predict.GIB
+    step = Run.from_config(offloaded)
+    assert (
+        4 * predict.GIB
+        < predict.Step.of(architecture.llama2_config("7B"), step).host
+        < 6 * predict.GIB
+    )
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each of two processes has a quarter
-    step = predict.Run.from_config(planned(tmp_path, monkeypatch, 8, 12))
-    assert 0 < predict.host_bytes(predict.llama2_config("7B"), step) < 3 * predict.GIB
+    step = Run.from_config(planned(tmp_path, monkeypatch, 8, 12))
+    assert 0 < predict.Step.of(architecture.llama2_config("7B"), step).host < 3 * predict.GIB
 
 
 def begun(tmp_path, config):
@@ -361,12 +366,9 @@ def test_a_kept_layer_makes_the_inputs_of_its_adapters_again(packed):
             loss = fast_path.packed_loss(model, *arguments)
         loss.backward()
         found.append(sum(saved.values()))
-    step = predict.Run(batch=4, length=64, compute_bytes=4, adapter_bytes=4, fast=True)
-    whole, kept = (
-        function(shape, step)
-        for function in (predict.layer_activation_bytes, predict.kept_layer_bytes)
-    )
-    assert found[0] - found[1] == len(layers) * (whole - kept) > 0
+    step = Run(batch=4, length=64, compute_bytes=4, adapter_bytes=4, fast=True)
+    taken = predict.Step.of(shape, step)
+    assert found[0] - found[1] == len(layers) * (taken.layer - taken.kept_layer) > 0
 
 
 @pytest.mark.needs_gpu

@@ -11,7 +11,7 @@ import torch
 from helpers import prompts
 from helpers.answers import inference
 from helpers.config import Config
-from helpers.model import loading, measure, predict
+from helpers.model import architecture, loading, measure
 from tests.notebook_code import save_merged
 
 
@@ -121,8 +121,8 @@ def test_a_merged_model_that_the_gpu_has_no_room_for_answers_on_the_cpu(
 @pytest.mark.parametrize(("gigabytes", "rows"), [(0.1, 1), (1.5, 1), (4.2, 5), (100, 8)])
 def test_a_gpu_answers_as_many_requests_at_once_as_it_has_room_for(monkeypatch, gigabytes, rows):
     """7B in 16 bits: half a megabyte of keys and values for each token of each request."""
-    shape = predict.llama2_config("7B")
-    assert predict.cache_bytes(shape, tokens=1) == 2 * 32 * 4096 * 2
+    shape = architecture.llama2_config("7B")
+    assert architecture.cache_bytes(shape, tokens=1) == 2 * 32 * 4096 * 2
     model = SimpleNamespace(device=torch.device("cuda"), config=shape, dtype=torch.bfloat16)
     monkeypatch.setattr(measure, "free_bytes", lambda device: int(gigabytes * 1e9))
     config = Config.from_profile("article", generation_batch_size=8)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from helpers.config import ALL_LINEAR_TARGETS, ATTENTION_TARGETS, PROJECT_DIR, Config
 from helpers.model import loading, measure, predict
+from helpers.model.architecture import Shape, llama2_config, lora_parameters, quantized_bytes
 from helpers.model.plan import (
     candidates,
     for_card,
@@ -24,30 +25,32 @@ from helpers.model.plan import (
     weights_fit_in_place,
     whole_batches,
 )
+from helpers.model.predict import Step
+from helpers.model.steps import Run, measured_steps, offloaded_layers
 from tests.walking import save_random_model
 
-LLAMA = predict.llama2_config("7B")
+LLAMA = llama2_config("7B")
 
 
 # -- Shapes and weights
 
 
 def test_llama_2_7b_reproduces_the_published_counts():
-    assert predict.linear_parameters(LLAMA) == 6_476_005_376
-    assert predict.linear_parameters(LLAMA) + predict.other_parameters(LLAMA) == 6_738_415_616
-    assert predict.lora_parameters(LLAMA, 64, ATTENTION_TARGETS) == 33_554_432
-    assert predict.lora_parameters(LLAMA, 64, ALL_LINEAR_TARGETS) == 159_907_840
-    sizes = [predict.quantized_bytes(6_476_005_376, double) / 2**30 for double in (False, True)]
+    assert Shape.of(LLAMA).linear_parameters == 6_476_005_376
+    assert Shape.of(LLAMA).linear_parameters + Shape.of(LLAMA).other_parameters == 6_738_415_616
+    assert lora_parameters(LLAMA, 64, ATTENTION_TARGETS) == 33_554_432
+    assert lora_parameters(LLAMA, 64, ALL_LINEAR_TARGETS) == 159_907_840
+    sizes = [quantized_bytes(6_476_005_376, double) / 2**30 for double in (False, True)]
     assert [round(size, 2) for size in sizes] == [3.39, 3.11]
 
 
 def test_grouped_query_attention_counts_as_in_the_model():
-    config = predict.llama2_config("70B")
+    config = llama2_config("70B")
     model = measure.empty_4bit_model(config, BitsAndBytesConfig(load_in_4bit=True))
-    counted = predict.linear_parameters(config) + predict.other_parameters(config)
+    counted = Shape.of(config).linear_parameters + Shape.of(config).other_parameters
     assert counted == sum(p.numel() for p in model.parameters())
     trained, every = measure.count_trainable(model, 16, ALL_LINEAR_TARGETS)
-    assert trained == predict.lora_parameters(config, 16, ALL_LINEAR_TARGETS)
+    assert trained == lora_parameters(config, 16, ALL_LINEAR_TARGETS)
     assert every == counted + trained
 
 
@@ -58,7 +61,7 @@ def test_quantized_bytes_equal_those_of_bitsandbytes(shape, double):
         torch.randn(shape), quant_type="nf4", compress_statistics=double
     )
     parts = [packed, state.absmax] + ([state.state2.absmax, state.offset] if double else [])
-    assert predict.quantized_bytes(packed.numel() * 2, double) == sum(p.nbytes for p in parts)
+    assert quantized_bytes(packed.numel() * 2, double) == sum(p.nbytes for p in parts)
 
 
 # -- A tiny 4-bit model
@@ -94,7 +97,7 @@ def test_footprint_is_exact(tmp_path, tied):
     table = measure.layer_table(model)
     rotary = sum(buffer.nbytes for buffer in model.buffers())
     assert sum(row["bytes"] for row in table) + rotary == model.get_memory_footprint()
-    counted = predict.linear_parameters(config) + predict.other_parameters(config)
+    counted = Shape.of(config).linear_parameters + Shape.of(config).other_parameters
     assert sum(row["parameters"] for row in table) == counted
 
 
@@ -137,18 +140,18 @@ def test_activations_equal_what_autograd_keeps(tmp_path, targets, adapter_bytes)
     mask = torch.ones(4, 32, dtype=torch.long)
     mask[0, 20:] = 0  # padding, so that a mask is there
     batch = {"input_ids": torch.randint(0, 128, (4, 32)), "attention_mask": mask}
-    run = predict.Run(rank=8, targets=targets, batch=4, length=32, checkpointing=False)
+    run = Run(rank=8, targets=targets, batch=4, length=32, checkpointing=False)
     run = replace(run, adapter_bytes=adapter_bytes, autocast=False, device="cpu")
-    assert predict.held_bytes(config, run) == pytest.approx(kept_bytes(model, batch), rel=0.02)
+    assert Step.of(config, run).held == pytest.approx(kept_bytes(model, batch), rel=0.02)
 
 
 # -- Measured peaks
 
 
-@pytest.mark.parametrize("name", predict.measured_steps())
+@pytest.mark.parametrize("name", measured_steps())
 def test_prediction_is_within_ten_percent_of_the_gpu(name):
     # Recorded on one H100 80 GB: benchmarks/results/qlora_step_memory.json
-    run, peak = predict.measured_steps()[name]
+    run, peak = measured_steps()[name]
     assert predict.estimate(LLAMA, run).total == pytest.approx(peak, rel=0.10)
 
 
@@ -159,6 +162,7 @@ from datasets import Dataset, DatasetDict
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.model import loading, measure, predict
+from helpers.model.steps import Run
 from helpers.training import training
 
 config = Config.from_profile("demo", run_dir=Path(sys.argv[1]), max_steps=2)
@@ -175,7 +179,7 @@ trainer = training.build_trainer(
 measure.reset_peak_memory("cpu")
 with training.kernels(trainer):
     trainer.train()
-run = predict.Run.from_config(config, length)
+run = Run.from_config(config, length)
 predicted = predict.estimate(model.config, run, baseline)
 found = {"peak": measure.peak_memory_bytes("cpu"), "total": predicted.total}
 print(json.dumps({"length": length, **found}))
@@ -199,7 +203,7 @@ def test_prediction_is_within_a_quarter_of_a_cpu_training_step(tmp_path):
 
 
 def test_parts_add_up_and_know_their_moment():
-    run = predict.Run(batch=4, length=512, loss="full", checkpointing=False)
+    run = Run(batch=4, length=512, loss="full", checkpointing=False)
     found = predict.estimate(LLAMA, run, baseline=1000)
     assert found.total == sum(found.parts.values())
     assert found.moment == "loss" and found.logits == 3 * 4 * 4 * 512 * 32000
@@ -207,7 +211,7 @@ def test_parts_add_up_and_know_their_moment():
 
 
 def test_checkpointing_and_offloading_save_memory_in_that_order():
-    plain = predict.Run(batch=4, length=512, checkpointing=False)
+    plain = Run(batch=4, length=512, checkpointing=False)
     checkpointed = replace(plain, checkpointing=True)
     sizes = [
         predict.estimate(LLAMA, run).total
@@ -221,19 +225,19 @@ def test_checkpointing_and_offloading_save_memory_in_that_order():
     [("adamw_torch_fused", 4), ("adamw_bnb_8bit", 2.03125), ("paged_adamw_32bit", 0)],
 )
 def test_optimizer_states(optimizer, bytes_per_parameter):
-    run = predict.Run(optimizer=optimizer, targets=ATTENTION_TARGETS)
-    assert predict.optimizer_bytes(LLAMA, run) == 33_554_432 * bytes_per_parameter
+    run = Run(optimizer=optimizer, targets=ATTENTION_TARGETS)
+    assert Step.of(LLAMA, run).optimizer == 33_554_432 * bytes_per_parameter
 
 
 def test_small_tensors_are_neither_paged_nor_in_eight_bits():
     config = tiny_config(num_hidden_layers=1)
     for optimizer in ("paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit"):
-        run = predict.Run(rank=8, targets=("q_proj",), optimizer=optimizer)
-        assert predict.optimizer_bytes(config, run) == 8 * (64 + 64) * 8
+        run = Run(rank=8, targets=("q_proj",), optimizer=optimizer)
+        assert Step.of(config, run).optimizer == 8 * (64 + 64) * 8
 
 
 def test_a_plan_fits_its_card_and_a_larger_card_is_never_slower():
-    recipe = predict.Run(batch=16, length=512)
+    recipe = Run(batch=16, length=512)
     plans = [for_card(LLAMA, recipe, size * predict.GIB) for size in (8, 12, 16, 24, 48, 80)]
     for plan, size in zip(plans, (8, 12, 16, 24, 48, 80), strict=True):
         assert plan.fits and plan.estimate.total <= (size - 1) * predict.GIB
@@ -244,7 +248,7 @@ def test_a_plan_fits_its_card_and_a_larger_card_is_never_slower():
 
 def test_whatever_is_planned_keeps_the_rows_of_a_step():
     for batch, accumulation in product(range(1, 65), repeat=2):
-        step, rows = predict.Run(batch=batch, accumulation=accumulation), batch * accumulation
+        step, rows = Run(batch=batch, accumulation=accumulation), batch * accumulation
         found = candidates(step, layers=32)
         assert {run.batch * run.accumulation for run in found} == {rows}
         assert {run.batch for run in found} == {n for n in range(1, batch + 1) if rows % n == 0}
@@ -253,7 +257,7 @@ def test_whatever_is_planned_keeps_the_rows_of_a_step():
 def test_more_rows_at_a_time_are_never_dearer():
     rows = whole_batches(180, most=180)
     assert rows == [1, 2, 3, 4, 5, 6, 9, 10, 12, 15, 18, 20, 30, 36, 45, 60, 90, 180]
-    costs = [relative_cost(predict.Run(batch=batch)) for batch in rows]
+    costs = [relative_cost(Run(batch=batch)) for batch in rows]
     assert costs == sorted(costs, reverse=True) and len({*costs}) == len(costs)
 
 
@@ -268,13 +272,13 @@ def test_more_rows_at_a_time_are_never_dearer():
     ],
 )
 def test_what_fits_of_an_odd_step_is_a_divisor_of_it(batch, accumulation, cap, planned):
-    step = predict.Run(batch=batch, accumulation=accumulation, length=512)
+    step = Run(batch=batch, accumulation=accumulation, length=512)
     run = for_card(LLAMA, step, cap * predict.GIB).run
     assert (run.batch, run.accumulation) == planned
 
 
 def test_of_two_plans_with_one_batch_the_one_that_recomputes_less_is_faster():
-    plain = predict.Run(batch=4, checkpointing=False)
+    plain = Run(batch=4, checkpointing=False)
     checkpointed = replace(plain, checkpointing=True)
     offloaded = replace(checkpointed, offload=True)
     paged = replace(plain, optimizer="paged_adamw_8bit")
@@ -292,13 +296,13 @@ def test_of_two_plans_with_one_batch_the_one_that_recomputes_less_is_faster():
     ],
 )
 def test_when_nothing_fits_the_plan_says_what_to_change(changes, card, advice):
-    recipe = predict.Run(**{"batch": 4, "length": 512, **changes})
+    recipe = Run(**{"batch": 4, "length": 512, **changes})
     plan = for_card(LLAMA, recipe, card * predict.GIB)
     assert not plan.fits and advice in plan.advice
 
 
 TOKENS = {"7B": 4096, "13B": 4096, "70B": 2048}  # in a step of benchmarks/caps.py
-FAST = predict.Run(batch=8, length=512, optimizer="adamw_torch_fused", autocast=False, fast=True)
+FAST = Run(batch=8, length=512, optimizer="adamw_torch_fused", autocast=False, fast=True)
 RESULTS = PROJECT_DIR / "benchmarks" / "results"
 CAPS = json.loads((RESULTS / "caps.json").read_text("utf-8"))["rows"]
 PLANS = json.loads((RESULTS / "training.json").read_text("utf-8"))["plans"]["rows"]
@@ -311,11 +315,11 @@ def case_of(row) -> str:
 
 @pytest.mark.parametrize("row", [row for row in CAPS if "steps" in row], ids=case_of)
 def test_the_fast_path_reserves_about_what_is_predicted(row):
-    shape, run = predict.llama2_config(row["size"]), predict.Run(**row["run"])
+    shape, run = llama2_config(row["size"]), Run(**row["run"])
     predicted = predict.estimate(shape, run).total
     assert predicted == pytest.approx(row["peak_reserved_bytes"], rel=0.04)
     # What the planner keeps free is enough.
-    spare = spare_bytes(shape, run, predicted)
+    spare = spare_bytes(Step.of(shape, run), predicted)
     assert row["peak_reserved_bytes"] < predicted + spare
     assert row["steps"] == 50
 
@@ -326,12 +330,10 @@ def test_what_was_run_is_still_what_is_planned(row):
     step = replace(FAST, batch=rows, length=row["length"])
     room = round(row["cap_gib"] * predict.GIB)
     host_room = 64 * predict.GIB if row.get("run", {}).get("offload") else 0
-    plan = for_card(
-        predict.llama2_config(row["size"]), step, room, reserve_bytes=0, host_room=host_room
-    )
+    plan = for_card(llama2_config(row["size"]), step, room, reserve_bytes=0, host_room=host_room)
     assert plan.fits == ("steps" in row)
     if plan.fits:
-        assert plan.run == predict.Run(**{**row["run"], "targets": plan.run.targets})
+        assert plan.run == Run(**{**row["run"], "targets": plan.run.targets})
 
 
 @pytest.mark.parametrize("cap", [8, 12])
@@ -369,13 +371,13 @@ def test_the_hosts_memory_lets_fewer_layers_run_twice():
     costs = [relative_cost(plan.run) for plan in plans]
     assert costs == sorted(costs, reverse=True) and len({*costs}) == 3
     for plan, gib in zip(plans, (0, 3, 6), strict=True):
-        assert predict.host_bytes(LLAMA, plan.run) <= gib * predict.GIB
+        assert Step.of(LLAMA, plan.run).host <= gib * predict.GIB
 
 
 def test_a_refused_plan_takes_no_more_of_the_host_than_there_is():
     """Of 70B's plans the smallest offloads."""
     refused = [
-        for_card(predict.llama2_config("70B"), FAST, 30 * predict.GIB, host_room=gib * predict.GIB)
+        for_card(llama2_config("70B"), FAST, 30 * predict.GIB, host_room=gib * predict.GIB)
         for gib in (0, 100)
     ]
     assert [(plan.fits, plan.run.offload) for plan in refused] == [(False, False), (False, True)]
@@ -384,17 +386,17 @@ def test_a_refused_plan_takes_no_more_of_the_host_than_there_is():
 def test_offloaded_layers_take_no_memory_but_on_their_way():
     kept, run = 4, replace(FAST, batch=4, length=1024, kept_layers=4)
     offloaded = replace(run, offload=True)
-    count, state = len(predict.offloaded_layers(32, kept)), predict.checkpoint_bytes(LLAMA, run)
-    held = [predict.held_bytes(LLAMA, step) for step in (run, offloaded)]
+    count, state = len(offloaded_layers(32, kept)), Step.of(LLAMA, run).checkpoint
+    held = [Step.of(LLAMA, step).held for step in (run, offloaded)]
     assert held[0] - held[1] == count * state > 0
-    one = predict.kept_layer_bytes(LLAMA, run)
-    assert predict.host_bytes(LLAMA, offloaded) == count * one
-    assert predict.travelling_bytes(LLAMA, offloaded) == 2 * one
-    assert predict.travelling_bytes(LLAMA, run) == predict.host_bytes(LLAMA, run) == 0
+    one = Step.of(LLAMA, run).kept_layer
+    assert Step.of(LLAMA, offloaded).host == count * one
+    assert Step.of(LLAMA, offloaded).travelling == 2 * one
+    assert Step.of(LLAMA, run).travelling == Step.of(LLAMA, run).host == 0
 
 
 def test_weights_are_kept_where_their_layers_activations_were():
-    shape, run = predict.llama2_config("7B"), predict.Run(fast=True, batch=4, length=1024)
+    shape, run = llama2_config("7B"), Run(fast=True, batch=4, length=1024)
     fits = [weights_fit_in_place(shape, replace(run, kept_layers=kept)) for kept in (0, 1, 2, 3)]
     # 405 MB, where kept layers free 386 each and the one that runs again takes 543
     assert fits == [False, False, False, True]
@@ -406,7 +408,7 @@ def test_weights_are_kept_where_their_layers_activations_were():
 def test_what_ran_out_of_memory_is_refused(row):
     assert "out_of_memory" in row
     room = round(row["cap_gib"] * predict.GIB)
-    assert not for_card(predict.llama2_config(row["size"]), FAST, room, reserve_bytes=0).fits
+    assert not for_card(llama2_config(row["size"]), FAST, room, reserve_bytes=0).fits
 
 
 def test_torch_has_what_cuda_leaves_or_the_share_it_is_given(monkeypatch):
@@ -421,18 +423,18 @@ def test_torch_has_what_cuda_leaves_or_the_share_it_is_given(monkeypatch):
 
 
 def test_a_run_takes_its_settings_from_a_config():
-    run = predict.Run.from_config(Config.from_profile("article"))
+    run = Run.from_config(Config.from_profile("article"))
     assert (run.quantization, run.targets, run.length) == ("nf4", ATTENTION_TARGETS, 512)
     assert run.checkpointing and run.optimizer == "paged_adamw_32bit" and run.device == "cuda"
-    assert predict.Run.from_config(Config.from_profile("demo"), length=280).length == 280
+    assert Run.from_config(Config.from_profile("demo"), length=280).length == 280
     # A packed batch is full, whatever the length of the rows that were laid end to end.
-    packed = predict.Run.from_config(Config.from_profile("llama2_7b"), length=4096)
+    packed = Run.from_config(Config.from_profile("llama2_7b"), length=4096)
     assert packed.fast and packed.tokens == 8 * 512
 
 
 def test_an_unknown_optimizer_is_named():
     with pytest.raises(ValueError, match="optimizer is 'adam_nope'"):
-        predict.Run(optimizer="adam_nope")
+        Run(optimizer="adam_nope")
 
 
 # -- Measuring

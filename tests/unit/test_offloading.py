@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from helpers.model import predict
+from helpers.model import steps
 from helpers.training.fast import fast_path
 from helpers.training.fast.offloading import Offloaded, run_and_tell
 
@@ -111,7 +111,7 @@ def test_what_the_plan_counts_is_what_moves_and_nothing_stays(late, kept_layers)
     layers = [Layer() for _ in range(LAYERS)]
     fast_path.choose_checkpoints(layers, kept_layers, keep_weights=False, offload=True)
     found = offloaded_in(layers)
-    assert list(found) == list(predict.offloaded_layers(LAYERS, kept_layers)) != []
+    assert list(found) == list(steps.offloaded_layers(LAYERS, kept_layers)) != []
     x = torch.randn(32, 16, requires_grad=True)
     run(layers, x, checkpointing=True)
     for layer in found.values():
@@ -122,7 +122,7 @@ def test_what_the_plan_counts_is_what_moves_and_nothing_stays(late, kept_layers)
 
 def test_an_offloaded_layer_has_layers_after_it_to_travel_through():
     for kept_layers in range(33):
-        lead = predict.offload_lead(kept_layers)
-        places = predict.offloaded_layers(32, kept_layers)
+        lead = steps.offload_lead(kept_layers)
+        places = steps.offloaded_layers(32, kept_layers)
         assert 3 <= lead <= 7
         assert all(place + lead < 32 and place < 32 - kept_layers for place in places)

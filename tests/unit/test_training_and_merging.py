@@ -20,7 +20,7 @@ from transformers import TrainerControl, TrainerState
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
 from helpers.merging import adapter_folder, comparison, merging
-from helpers.model import loading, measure, precision, predict
+from helpers.model import architecture, loading, measure, precision
 from helpers.runs import inventory
 from helpers.training import checkpoints, training
 from helpers.training.fast import fast_path
@@ -59,7 +59,9 @@ def test_only_the_adapter_is_trained_and_its_size_is_predicted(config, tokenizer
     trainer = trainer_for(config, tokenizer)
     named = [(n, p) for n, p in trainer.model.named_parameters() if p.requires_grad]
     assert all("lora_" in name for name, _ in named)
-    predicted = predict.lora_parameters(trainer.model.config, config.lora_r, config.target_modules)
+    predicted = architecture.lora_parameters(
+        trainer.model.config, config.lora_r, config.target_modules
+    )
     assert sum(parameter.numel() for _, parameter in named) == predicted
 
 

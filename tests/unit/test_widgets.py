@@ -11,7 +11,7 @@ from pygments.styles import get_style_by_name
 from selectolax.lexbor import LexborHTMLParser
 
 from helpers.answers.evaluation import Score
-from helpers.model import predict
+from helpers.model import architecture, predict, steps
 from helpers.model.plan import for_card
 from helpers.view import widgets
 
@@ -91,11 +91,9 @@ def test_rank_out_of_range_is_named(picture, rank):
 
 
 def test_will_it_fit_follows_its_sliders():
-    shapes = {size: predict.llama2_config(size) for size in ("7B", "70B")}
+    shapes = {size: architecture.llama2_config(size) for size in ("7B", "70B")}
     cards = {f"{size} GB": size * predict.GIB for size in (8, 24)}
-    view = widgets.will_it_fit(
-        shapes, cards, lambda *pair: for_card(pair[0], predict.Run(), pair[1])
-    )
+    view = widgets.will_it_fit(shapes, cards, lambda *pair: for_card(pair[0], steps.Run(), pair[1]))
     sliders, sentence, image = view.children
     model, card = sliders.children
     before = image.value

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from helpers.model import predict
+from helpers.model.steps import offload_lead, offloaded_layers
 
 
 class Offloaded:
@@ -82,8 +82,8 @@ def offload_layers(ways: list, kept_layers: int, keep) -> list:
     A copy has the time of `offload_lead` layers: the originals go when so many more have run, and
     copies are asked for as many layers before they are needed.
     """
-    stream, lead = torch.cuda.Stream(), predict.offload_lead(kept_layers)
-    places = predict.offloaded_layers(len(ways), kept_layers)
+    stream, lead = torch.cuda.Stream(), offload_lead(kept_layers)
+    places = offloaded_layers(len(ways), kept_layers)
     offloaded = {index: Offloaded(keep, stream) for index in places}
     ways = [offloaded.get(index, way) for index, way in enumerate(ways)]
     for index, layer in offloaded.items():

@@ -1,0 +1,154 @@
+"""What a training step does, as far as memory is concerned, and the steps that were measured."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.config import ALL_LINEAR_TARGETS, PROJECT_DIR, Config
+from helpers.model import precision
+from helpers.model.architecture import FLOAT32, NESTED_BLOCK
+
+MEASURED_STEPS = PROJECT_DIR / "benchmarks" / "results" / "qlora_step_memory.json"
+# Bytes of state a parameter needs: two moments. "torch" keeps them in the parameter's own type,
+# bitsandbytes in 32 bits, or in 8 bits with one 32-bit constant for 256 values.
+EIGHT_BIT_STATE = 2 * (1 + FLOAT32 / NESTED_BLOCK)
+OPTIMIZERS: dict[str, float | str] = {
+    "adamw_torch": "torch",
+    "adamw_torch_fused": "torch",
+    "adamw_bnb_8bit": EIGHT_BIT_STATE,
+    "adamw_8bit": EIGHT_BIT_STATE,
+    "paged_adamw_8bit": EIGHT_BIT_STATE,
+    "paged_adamw_32bit": 2 * FLOAT32,
+    "paged_adamw": 2 * FLOAT32,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training step does, as far as memory is concerned.
+
+    `length` is that of the longest batch, padding included, in tokens. `upcast` says that peft's
+    `prepare_model_for_kbit_training` ran: embeddings, norms, head and hidden states are float32.
+    `loss` is "full" (transformers: logits of all positions) or "chunked" (trl 1.16). `fast` is
+    `training.fast`, whose batch is packed into one row of `tokens`. `shards` is the number of
+    GPUs that hold the weights between them (FSDP); all bytes are then those of one of them. Raises
+    ValueError for an unknown quantization, optimizer, loss or device.
+    """
+
+    quantization: str = "nf4-double"  # or "nf4", "16bit"
+    rank: int = 64
+    targets: tuple[str, ...] = ALL_LINEAR_TARGETS
+    dropout: float = 0.0
+    batch: int = 1
+    length: int = 512
+    optimizer: str = "adamw_bnb_8bit"
+    checkpointing: bool = True
+    # With checkpointing: the last layers that keep their activations all the same.
+    kept_layers: int = 0
+    # Checkpoints wait in the host's memory (SFTConfig(activation_offloading=)). On the fast path:
+    # activations of every second layer of those that do not keep them.
+    offload: bool = False
+    accumulation: int = 1
+    upcast: bool = False
+    compute_bytes: int = 2
+    adapter_bytes: int = 2
+    # Inputs of the adapter are cast to the compute type, not to the adapter's.
+    autocast: bool = True
+    loss: str = "chunked"
+    fast: bool = False
+    shards: int = 1
+    device: str = "cuda"
+
+    def __post_init__(self):
+        for name, known in (
+            ("quantization", ("nf4", "nf4-double", "16bit")),
+            ("optimizer", tuple(OPTIMIZERS)),
+            ("loss", ("full", "chunked")),
+            ("device", ("cuda", "cpu")),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+
+    @classmethod
+    def from_config(cls, config: Config, length: int | None = None) -> "Run":
+        """The Run of a Config under trl, whose adapters are bfloat16 (float32 with fp16=True).
+
+        `length` is that of the longest row. A packed batch is full, however long its rows are.
+        """
+        if config.packing:
+            length = config.max_length
+        nested = "nf4-double" if config.use_nested_quant else "nf4"
+        return cls(
+            quantization=nested if config.use_4bit else "16bit",
+            rank=config.lora_r,
+            targets=config.target_modules,
+            dropout=config.lora_dropout,
+            batch=config.per_device_train_batch_size,
+            length=length or config.max_length,
+            optimizer=config.optim,
+            checkpointing=config.activation_checkpointing,
+            kept_layers=config.kept_layers or 0,
+            offload=config.fast_path and config.activation_offloading,
+            accumulation=config.grad_acc_steps,
+            compute_bytes=precision.compute_dtype(config).itemsize,
+            adapter_bytes=precision.adapter_dtype(config).itemsize,
+            autocast=not config.fast_path and any(precision.autocast(config).values()),
+            fast=config.fast_path,
+            device="cpu" if config.device == "cpu" else "cuda",
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Positions in a batch, padding included."""
+        return self.batch * self.length
+
+    @property
+    def packed(self) -> bool:
+        """Whether linear weights are in 4 bits."""
+        return self.quantization != "16bit"
+
+    @property
+    def linear_bytes(self) -> float:
+        """Width of a linear weight, quantization constants left out."""
+        return 0.5 if self.packed else self.compute_bytes
+
+    @property
+    def stream_bytes(self) -> int:
+        """Width of a number in the hidden states between the layers."""
+        return FLOAT32 if self.upcast else self.compute_bytes
+
+    @property
+    def adapter_input_bytes(self) -> int:
+        """Width of a number that an adapter's matrices read."""
+        return self.compute_bytes if self.autocast else self.adapter_bytes
+
+    def offloaded(self, layers: int) -> int:
+        """How many of a model's layers have their activations in the host's memory."""
+        return len(offloaded_layers(layers, self.kept_layers)) if self.fast and self.offload else 0
+
+
+def offloaded_layers(layers: int, kept_layers: int) -> range:
+    """Which layers the fast path offloads, of those that do not keep their activations.
+
+    Every second one: a card that is fast for its bus computes two layers while one travels. After
+    each come `offload_lead` others.
+    """
+    return range(0, layers - max(kept_layers + 1, offload_lead(kept_layers)), 2)
+
+
+def offload_lead(kept_layers: int) -> int:
+    """For how many layers activations may travel: three to seven, where that costs nothing.
+
+    With as many layers that keep theirs, and one more, it does not: what those will take is free
+    yet on the way to the host, and free again on the way back.
+    """
+    return min(max(3, kept_layers - 1), 7)
+
+
+def measured_steps(path: Path = MEASURED_STEPS) -> dict[str, tuple[Run, int]]:
+    """Training steps at Llama 2 7B's shape that were measured on a GPU: name -> (Run, peak bytes).
+
+    The file also says on what hardware, when, and with which versions.
+    """
+    rows = json.loads(path.read_text("utf-8"))["rows"]
+    return {row["name"]: (Run(**row["run"]), row["measured_bytes"]) for row in rows}
