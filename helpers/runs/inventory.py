@@ -8,11 +8,12 @@ checked.
 import contextlib
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from helpers.config import Config
+from helpers.config import Config, ConfigError
 from helpers.runs import folders
 
 SEAL = "SHA256SUMS"
@@ -116,6 +117,22 @@ def read_json(path: Path, advice: str) -> dict:
     if not isinstance(found, dict):
         raise ArtefactError(f"{path} holds no JSON object: {advice}")
     return found
+
+
+def record_metrics(config: Config, lesson: str, metrics: dict) -> Path:
+    """Write the named numbers of a notebook to metrics/<lesson>.json, whole or not at all.
+
+    Raises ConfigError for a value that is no finite number.
+    """
+    bad = {
+        name: value
+        for name, value in metrics.items()
+        if not isinstance(value, (int, float)) or not math.isfinite(value)
+    }
+    if bad:
+        raise ConfigError(f"metrics of notebook {lesson} must be finite numbers: {bad}")
+    path = folders.writable(config.metrics_dir) / f"{lesson}.json"
+    return folders.write_text(path, json.dumps(metrics, indent=1) + "\n")
 
 
 def read_metrics(config: Config) -> dict[str, dict]:

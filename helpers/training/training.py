@@ -806,5 +806,5 @@ def train(config: Config) -> dict:
         "peak_memory_bytes_predicted": predict.estimate(trainer.model.config, run, before).total,
     }
     if trainer.is_world_process_zero():
-        config.record("04", metrics)
+        inventory.record_metrics(config, "04", metrics)
     return metrics

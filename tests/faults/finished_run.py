@@ -7,6 +7,7 @@ from pathlib import Path
 from helpers.config import Config
 from helpers.data.curation import curate
 from helpers.model import loading
+from helpers.runs import inventory
 from helpers.training import training
 
 
@@ -19,8 +20,8 @@ def make_run(model_dir: Path, tokenizer, run_dir: Path, **changes) -> Config:
     dataset = training.load_dataset(config)
     trainer = training.build_trainer(config, loading.load_model(config), tokenizer, dataset)
     training.save_adapter(trainer, tokenizer, config)
-    config.record("04", {"eval_loss_before": 2.5, "eval_loss_after": 1.5})
-    config.record("05", {"eval_loss_merged": 1.6})
+    inventory.record_metrics(config, "04", {"eval_loss_before": 2.5, "eval_loss_after": 1.5})
+    inventory.record_metrics(config, "05", {"eval_loss_merged": 1.6})
     return config
 
 

@@ -117,8 +117,8 @@ def write_notebook(folder: Path, name: str, *sources: str) -> None:
 def record_cell(number: str, value: str = "1") -> str:
     """Code that records one number as a lesson."""
     return (
-        "from helpers.config import Config\n"
-        f"Config.from_notebook(globals()).record('{number}', {{'value': {value}}})"
+        "from helpers.config import Config\nfrom helpers.runs.inventory import record_metrics\n"
+        f"record_metrics(Config.from_notebook(globals()), '{number}', {{'value': {value}}})"
     )
 
 

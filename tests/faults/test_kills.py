@@ -18,7 +18,7 @@ from peft import get_peft_model
 from helpers.config import Config
 from helpers.data.curation import curate
 from helpers.model import loading
-from helpers.runs import lessons, recording
+from helpers.runs import inventory, lessons, recording
 from helpers.training import training
 from tests.faults.staging import (
     die_at,
@@ -185,7 +185,7 @@ def test_merging(tmp_path, with_adapter, tiny_model_dir):
 def record_job(folder):
     lessons.NOTEBOOKS_DIR = folder / "notebooks"
     config = Config.from_profile("smoke", run_dir=folder / "run")
-    config.record("01", {"value": 1})
+    inventory.record_metrics(config, "01", {"value": 1})
     recording.record(config)
 
 

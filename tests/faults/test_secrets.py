@@ -9,7 +9,7 @@ from helpers.__main__ import main
 from helpers.config import ConfigError
 from helpers.data.curation import curate
 from helpers.merging.publishing import model_card
-from helpers.runs import lessons, runner
+from helpers.runs import inventory, lessons, runner
 from tests.faults.staging import record_cell, run_notebooks, write_notebook
 
 CANARY = "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"
@@ -55,7 +55,7 @@ def test_no_output_metadata_manifest_or_report_holds_the_token(tmp_path, capfd):
 
 def test_no_dataset_and_no_card_holds_the_token(tiny_config):
     curate(tiny_config)
-    tiny_config.record("04", {"eval_loss_after": 1.5})
+    inventory.record_metrics(tiny_config, "04", {"eval_loss_after": 1.5})
     assert holds_canary(tiny_config.run_dir) == []
     assert CANARY not in model_card(tiny_config)
 

@@ -15,7 +15,7 @@ from helpers import __main__ as command_line
 from helpers.answers import inference
 from helpers.answers.evaluation import Score
 from helpers.config import Config
-from helpers.runs import runner
+from helpers.runs import inventory, runner
 from helpers.view import widgets
 from helpers.view.safe_text import ACTING, visible
 
@@ -163,7 +163,7 @@ def executed_notebook(side_by_side):
 def test_chromium_shows_the_report_and_its_pages_as_text(page, side_by_side, tmp_path):
     config = Config.from_profile("smoke", run_dir=tmp_path / "run")
     config.executed_dir.mkdir(parents=True)
-    config.record("04", {"eval_loss_after": 1.5})
+    inventory.record_metrics(config, "04", {"eval_loss_after": 1.5})
     notebook = executed_notebook(side_by_side)
     nbformat.write(notebook, config.executed_dir / "06_hostile.ipynb")
     report = runner.write_report(config)

@@ -123,7 +123,7 @@ def test_links_lead_somewhere(path, notebook):
 
 def test_records_its_metrics(path, notebook):
     source = "\n".join(cell.source for cell in code_cells(notebook))
-    assert f'config.record("{path.name[:2]}"' in source
+    assert f'record_metrics(config, "{path.name[:2]}"' in source
 
 
 # -- Committed outputs

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from helpers.data.curation import curate
 from helpers.merging import publishing
 from helpers.model import loading, precision
+from helpers.runs import inventory
 from tests.notebook_code import save_merged
 
 SCORES = {"problems": 32, "problems_merged": 16, "stop_rate_base": 5 / 32, "stop_rate_merged": 0.25}
@@ -23,7 +24,7 @@ SCORES = {"problems": 32, "problems_merged": 16, "stop_rate_base": 5 / 32, "stop
 def merged(tiny_config, tokenizer):
     base = loading.load_model(tiny_config, quantized=False)
     save_merged(base, tokenizer, tiny_config)
-    tiny_config.record("04", {"eval_loss_before": 2.5, "eval_loss_after": 1.5})
+    inventory.record_metrics(tiny_config, "04", {"eval_loss_before": 2.5, "eval_loss_after": 1.5})
     return tiny_config
 
 
@@ -81,7 +82,7 @@ def test_a_folder_that_has_lost_its_weights_is_not_uploaded(merged, api):
 
 def test_the_card_gives_each_rate_with_its_interval(merged):
     assert "greedy answers" not in publishing.model_card(merged)
-    merged.record("06", SCORES)
+    inventory.record_metrics(merged, "06", SCORES)
     card = publishing.model_card(merged)
     # 5 of 32 as notebook 06 prints it; 4 of 16 with the wider interval of fewer problems.
     assert "| stop by themselves | 0.16 [0.07, 0.32] | 0.25 [0.10, 0.49] |" in card

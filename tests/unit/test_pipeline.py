@@ -18,8 +18,8 @@ def write_notebook(folder, name, *sources):
 
 def record_cell(number, value="1"):
     return (
-        "from helpers.config import Config\n"
-        f"Config.from_notebook(globals()).record('{number}', {{'value': {value}}})"
+        "from helpers.config import Config\nfrom helpers.runs.inventory import record_metrics\n"
+        f"record_metrics(Config.from_notebook(globals()), '{number}', {{'value': {value}}})"
     )
 
 
@@ -67,8 +67,8 @@ def test_runs_in_order_and_writes_the_report(run):
 
 def test_headlines_show_counts_whole_and_rates_short(run):
     config = run()
-    config.record("01", {"full_parameters": 16_777_216})
-    config.record("06", {"stop_rate_base": 0.15625})
+    inventory.record_metrics(config, "01", {"full_parameters": 16_777_216})
+    inventory.record_metrics(config, "06", {"stop_rate_base": 0.15625})
     assert [value for _, _, value in report.headline_rows(config)] == ["16,777,216", "0.1562"]
 
 

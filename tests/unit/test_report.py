@@ -9,7 +9,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from helpers.config import PROJECT_DIR, Config
-from helpers.runs import report
+from helpers.runs import inventory, report
 from helpers.runs.provenance import settings_of
 
 HOSTILE = '"></pre><img src=x onerror=alert(1)><script>alert(1)</script>'
@@ -32,7 +32,7 @@ def config(tmp_path):
     config = Config.from_profile("demo", run_dir=tmp_path)
     config.executed_dir.mkdir()
     for lesson, metrics in METRICS.items():
-        config.record(lesson, metrics)
+        inventory.record_metrics(config, lesson, metrics)
     figure = displayed("plots.show(figure)", {"image/png": PNG}, **{"image/png": {"alt": HOSTILE}})
     texts = {"text/html": "<table></table>", "text/plain": f"Reverse a list.\n\n-- base\n{HOSTILE}"}
     answers = displayed("widgets.show_side_by_side(question, base, tuned)", texts)
