@@ -1,16 +1,17 @@
 """The command line: `python -m helpers run`, `train`, `compare-recipes`, `verify`, `ask` and more.
 
-Each command is one call of a helper; modules are imported when their command is chosen, so that
-`--help` answers at once.
+Each command is one call of a helper.
 """
 
 import argparse
 import ast
+import importlib
 import signal
 import sys
 from pathlib import Path
 
 from helpers.config import LINKED_LIST_PROMPT, PROFILES, Config, ConfigError
+from helpers.view.safe_text import visible
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,22 +93,24 @@ def _config(options) -> Config:
     return Config.from_parameters(_parameters(options))
 
 
-def _run(options) -> None:
-    from helpers.runs import report, runner
+def _load(module: str):
+    """A module, imported when its command is chosen, so that `--help` answers at once."""
+    return importlib.import_module(module)
 
+
+def _run(options) -> None:
     parameters = _parameters(options)
-    config = runner.run(
+    config = _load("helpers.runs.runner").run(
         options.profile, None, options.only, options.first, parameters, options.timeout
     )
-    for lesson, label, value in report.headline_rows(config):
+    for lesson, label, value in _load("helpers.runs.report").headline_rows(config):
         print(f"{lesson}  {label:<44} {value:>10}")
     print(f"report: {config.run_dir / 'report.html'}")
 
 
 def _verify(options) -> None:
-    from helpers.runs import manifest
-
-    print(f"{manifest.verify(Path(options.run_dir))} files as the manifest records them")
+    count = _load("helpers.runs.manifest").verify(Path(options.run_dir))
+    print(f"{count} files as the manifest records them")
 
 
 def _value(text: str):
@@ -119,10 +122,10 @@ def _value(text: str):
 
 
 def _ask(options) -> None:
-    from helpers.answers import inference
-    from helpers.view.safe_text import visible
-
-    for piece in inference.ask(_config(options), options.model, options.question):
+    pieces = _load("helpers.answers.inference").ask(
+        _config(options), options.model, options.question
+    )
+    for piece in pieces:
         print(visible(piece), end="", flush=True)
     print()
 
@@ -137,8 +140,7 @@ def _train(options) -> None:
 
 
 def _compare_recipes(options) -> None:
-    from helpers.training import recipes
-
+    recipes = _load("helpers.training.recipes")
     steps = {} if options.max_steps is None else {"MAX_STEPS": options.max_steps}
     parameters = {**steps, **_parameters(options)}
     output = options.output or recipes.RESULTS
@@ -148,34 +150,24 @@ def _compare_recipes(options) -> None:
 
 
 def _record(options) -> None:
-    from helpers.runs import recording
-
-    recording.record(_config(options))
+    _load("helpers.runs.recording").record(_config(options))
 
 
 def _fetch_model(options) -> None:
-    from helpers.model import loading
-
-    loading.fetch_embedded_model()
+    _load("helpers.model.loading").fetch_embedded_model()
 
 
 def _export_gguf(options) -> None:
-    from helpers.merging import export
-
-    for path in sorted(export.export_gguf(_config(options)).iterdir()):
+    for path in sorted(_load("helpers.merging.export").export_gguf(_config(options)).iterdir()):
         print(path)
 
 
 def _push_dataset(options) -> None:
-    from helpers.data import curation
-
-    curation.push_dataset(_config(options))
+    _load("helpers.data.curation").push_dataset(_config(options))
 
 
 def _push_model(options) -> None:
-    from helpers.merging import publishing
-
-    publishing.push_model(_config(options))
+    _load("helpers.merging.publishing").push_model(_config(options))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ PROJECT_FILES = {
     "05": ("data/general.txt", "benchmarks/results/qlora_step_memory.json"),
     "06": ("data/problems.jsonl",),
 }
+MODEL, DATA, BENCHMARKS = "MODEL_NAME/", "DATA_SOURCE/", "BENCHMARKS/"
 Sha256 = Callable[[Path], str]
 
 
@@ -45,13 +46,15 @@ def taken_before(config: Config, source: Path, parameters: dict, sha256: Sha256)
 
 
 def completed(record: dict, config: Config, source: Path, notebook, sha256: Sha256) -> dict:
-    """The record of a notebook that ran to its end, and what it fetched or wrote."""
+    """The record of a notebook that ran to its end, with the model it fetched and what it wrote."""
     now = read_by(record["settings"], config.run_dir, source, sha256)
-    before = {name: found for name, found in record["read"].items() if found != NOT_HERE}
-    fetched = {name: now[name] for name in now if name.startswith("MODEL_NAME/")}
+    read = {name: now[name] for name in now if name.startswith(MODEL)}
+    for name, found in record["read"].items():
+        if not (name.startswith(MODEL) and found == NOT_HERE):
+            read[name] = found
     written = written_by(config.run_dir, source.name, sha256)
     written[f"executed/{source.name}"] = cells_hash(notebook)
-    return {**record, "read": {**fetched, **before}, "wrote": written}
+    return {**record, "read": read, "wrote": written}
 
 
 def settings_of(config: Config) -> dict:
@@ -68,19 +71,19 @@ def read_by(settings: dict, run_dir: Path, source: Path, sha256: Sha256) -> dict
     patterns = ("helpers/**/*.py", *PROJECT_FILES.get(number, ()))
     found |= hashes(PROJECT_DIR, patterns, sha256)
     if number == "02":
-        found |= _below("DATA_SOURCE", data_source(settings["data_source"], sha256))
+        found |= _below(DATA, data_source(settings["data_source"], sha256))
         own = [
             path for name in settings["benchmarks"] if (path := Path(name).expanduser()).is_file()
         ]
-        found |= _below("BENCHMARKS", {path.name: sha256(path) for path in own})
+        found |= _below(BENCHMARKS, {path.name: sha256(path) for path in own})
     if number > "01":  # 01 takes the embedded model, whose SHA-256 the code demands
-        found |= _below("MODEL_NAME", base_model(settings["model_name"], sha256))
+        found |= _below(MODEL, base_model(settings["model_name"], sha256))
     earlier = [pattern for other in RESULTS if other < number for pattern in RESULTS[other]]
     return found | hashes(run_dir, earlier, sha256)
 
 
 def _below(parameter: str, found: dict[str, str]) -> dict[str, str]:
-    return {f"{parameter}/{name}": value for name, value in found.items()}
+    return {parameter + name: value for name, value in found.items()}
 
 
 def data_source(source: str, sha256: Sha256) -> dict[str, str]:
@@ -120,13 +123,18 @@ def why_unfinished(config: Config, source: Path, sha256: Sha256) -> str:
         return "its last run did not come to the end"
     if not (record := record_in(final)):
         return "nothing says what it ran with"
-    settings = {name.upper(): value for name, value in settings_of(config).items()}
-    recorded = {name.upper(): value for name, value in record["settings"].items()}
-    read = read_by(settings_of(config), config.run_dir, source, sha256)
-    gone = [f"{name} is gone" for name in record["wrote"] if not (config.run_dir / name).exists()]
-    return next(
-        iter(differences(recorded, settings) + differences(record["read"], read) + gone), ""
-    )
+    settings = settings_of(config)
+    read = read_by(settings, config.run_dir, source, sha256)
+    wrong = [
+        *differences(_in_capitals(record["settings"]), _in_capitals(settings)),
+        *differences(record["read"], read),
+        *(f"{name} is gone" for name in record["wrote"] if not (config.run_dir / name).exists()),
+    ]
+    return wrong[0] if wrong else ""
+
+
+def _in_capitals(settings: dict) -> dict:
+    return {name.upper(): value for name, value in settings.items()}
 
 
 def differences(recorded: dict, found: dict) -> list[str]:

@@ -71,9 +71,10 @@ def run(profile, run_dir=None, only=None, first=None, parameters=None, timeout=N
 
 def _run_in_order(config: Config, chosen, forced, parameters: dict, timeout: float) -> None:
     folders.writable(config.executed_dir)
-    sha256 = Remembered(config.executed_dir / "hashes.json")
+    sha256 = Remembered(config.run_dir / "hashes.json")
     for source in chosen:
         reason = provenance.why_unfinished(config, source, sha256)
+        sha256.save()
         if not reason and source not in forced:
             print(f"{source.stem}: finished already")
             continue
@@ -81,7 +82,6 @@ def _run_in_order(config: Config, chosen, forced, parameters: dict, timeout: flo
             print(f"{source.stem} runs again: {reason}")
         record = provenance.taken_before(config, source, parameters, sha256)
         _execute(config, source, parameters, timeout, record, sha256)
-        sha256.save()
 
 
 def _execute(config: Config, source: Path, parameters: dict, timeout: float, record: dict, sha256):

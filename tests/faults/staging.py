@@ -123,7 +123,7 @@ def record_cell(number: str, value: str = "1") -> str:
 
 
 def run_notebooks(notebooks: Path, run_dir: Path, **options):
-    """pipeline.run with profile smoke over the notebooks of a folder, for this once."""
+    """runner.run with profile smoke over the notebooks of a folder, for this once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lessons, "NOTEBOOKS_DIR", notebooks)
         return runner.run("smoke", str(run_dir), **options)

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 from helpers.__main__ import main
-from helpers.config import PROJECT_DIR, ConfigError
+from helpers.config import PROJECT_DIR, Config, ConfigError
 from helpers.runs import inventory, lessons, manifest, provenance, recording, runner
 from tests.faults.staging import folder_hashes, record_cell, run_notebooks, write_notebook
 
@@ -124,10 +124,11 @@ def test_edited_rows_of_the_user_run_the_notebook_that_reads_them_again(stage, r
     assert "02_two runs again: DATA_SOURCE/questions.jsonl has changed\n" in capsys.readouterr().out
 
 
-def test_edited_rows_of_a_benchmark_do_too(stage, ran, edit, tmp_path):
+def test_rows_of_a_benchmark_are_read_too(stage, tmp_path):
     rows = tmp_path / "own.jsonl"
     rows.write_text("{}", encoding="utf-8")
-    config = stage.run({"BENCHMARKS": [str(rows)]})
+    given = {**stage.given, "BENCHMARKS": ["problems", str(rows)]}
+    config = Config.from_parameters({"PROFILE": "smoke", **given})
     source = stage.notebooks / "02_two.ipynb"
     found = provenance.read_by(
         provenance.settings_of(config), config.run_dir, source, inventory.sha256
@@ -216,12 +217,22 @@ def test_a_model_that_the_notebook_fetches_is_in_its_record(stage, monkeypatch):
     """Before it runs the Hub's commit is not known; that is no difference afterwards."""
     known = iter(["not on this disk", "commit", "commit"])
     monkeypatch.setattr(provenance, "base_model", lambda name, sha256: {name: next(known)})
-    config = stage.run(only="01")
+    config = Config.from_parameters({"PROFILE": "smoke", **stage.given})
     source, sha256 = stage.notebooks / "02_two.ipynb", inventory.sha256
     record = provenance.taken_before(config, source, {}, sha256)
-    executed = nbformat.read(config.executed_dir / source.name, as_version=4)
+    executed = nbformat.read(stage.run_dir / "executed" / source.name, as_version=4)
     record = provenance.completed(record, config, source, executed, sha256)
     assert record["read"][f"MODEL_NAME/{config.model_name}"] == "commit"
+
+
+def test_a_data_source_of_the_hub_is_known_by_its_name_before_and_after(stage):
+    stage.given["DATA_SOURCE"] = "somebody/rows"
+    config = Config.from_parameters({"PROFILE": "smoke", **stage.given})
+    source, sha256 = stage.notebooks / "02_two.ipynb", inventory.sha256
+    record = provenance.taken_before(config, source, {}, sha256)
+    executed = nbformat.read(stage.run_dir / "executed" / source.name, as_version=4)
+    record = provenance.completed(record, config, source, executed, sha256)
+    assert record["read"]["DATA_SOURCE/somebody/rows"] == "not on this disk"
 
 
 # -- Hashes that are remembered.

@@ -14,10 +14,10 @@ from tests.faults.staging import record_cell, run_notebooks, write_notebook
 
 CANARY = "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"
 # Asks the Hub for what is not there, so that the client's own error is in the output.
-ASK_THE_HUB = """from helpers import models
+ASK_THE_HUB = """from helpers.model import loading
 try:
-    models.load_tokenizer("meta-llama/Llama-2-7b-hf")
-except models.ModelUnavailable as error:
+    loading.load_tokenizer("meta-llama/Llama-2-7b-hf")
+except loading.ModelUnavailable as error:
     print("the error:", error)"""
 
 
