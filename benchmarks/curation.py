@@ -231,36 +231,26 @@ def article_way(folder: Path, output: Path) -> int:
     return len(questions) + len(answers)
 
 
-def our_way(folder: Path, run_dir: Path, workers: int, tokens: bool) -> dict:
-    """Rows, seconds by pass, and a hash of what was kept; `tokens` includes rendering,
-    verification and the dataset.
-    """
+def our_way(folder: Path, run_dir: Path, workers: int) -> dict:
+    """Rows, seconds by pass, and a hash of what was kept: cleaned, rendered, verified, saved."""
     import hashlib
-    from functools import partial
+
+    from datasets import load_from_disk
 
     from helpers.config import Config
-    from helpers.data.curation import Workers, curate, prepare_worker, select_pairs
+    from helpers.data.curation import curate
+    from helpers.model.loading import load_tokenizer
 
     config = Config.from_profile("demo", data_source=str(folder), run_dir=run_dir, max_length=1024)
-    if tokens:
-        report = curate(config, workers)
-        from datasets import load_from_disk
-
-        train = load_from_disk(str(config.dataset_dir))["train"]
-        kept = hashlib.sha256()
-        for batch in train.select_columns(["prompt", "completion"]).iter(1000):
-            kept.update("".join(batch["prompt"] + batch["completion"]).encode())
-        kept = kept.hexdigest()
-    else:
-        with tempfile.TemporaryDirectory(dir=run_dir) as work:
-            prepare = partial(prepare_worker, config.benchmarks)
-            with Workers(workers, prepare=prepare) as pool:
-                report, _ = select_pairs(config, Path(work), pool)
-            kept = hashlib.sha256((Path(work) / "kept.npy").read_bytes()).hexdigest()
+    report = curate(config, load_tokenizer(config.model_name), workers)
+    train = load_from_disk(str(config.dataset_dir))["train"]
+    kept = hashlib.sha256()
+    for batch in train.select_columns(["prompt", "completion"]).iter(1000):
+        kept.update("".join(batch["prompt"] + batch["completion"]).encode())
     return {
         "rows": report.raw_questions + report.raw_answers,
         "seconds": report.seconds,
-        "kept_sha256": kept,
+        "kept_sha256": kept.hexdigest(),
         "removed": {rule: removed for rule, removed, _ in report.funnel() if removed},
         "kept": report.funnel()[-1][2],
         "validation_leaks": report.validation_leaks,
@@ -355,9 +345,9 @@ def measure_all(folder: Path, shares: list[float]) -> None:
         path = folder / f"{share:g}"
         if not (path / "Tags.csv").exists():
             generate(path, share)
-        commands = [["ours", str(path), "--workers", "2", "--tokens"]]
+        commands = [["ours", str(path), "--workers", "2"]]
         if share == COMPARED:
-            commands += [["ours", str(path), "--workers", "1", "--tokens"]]
+            commands += [["ours", str(path), "--workers", "1"]]
             commands += ALTERNATIONS * [
                 ["ours", str(path), "--workers", "2"],
                 ["article", str(path)],
@@ -412,7 +402,6 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.25, 1.0])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--tokens", action="store_true", help="render, verify and write it too")
     options = parser.parse_args()
     if options.command == "generate":
         generate(options.folder, options.share)
@@ -426,7 +415,7 @@ def main() -> None:
 def run_one(options: argparse.Namespace, scratch: Path) -> dict:
     if options.command == "article":
         return {"rows": article_way(options.folder, scratch / "rows.pkl")}
-    return our_way(options.folder, scratch, options.workers, options.tokens)
+    return our_way(options.folder, scratch, options.workers)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def _export_gguf(options) -> None:
 
 
 def _push_dataset(options) -> None:
-    _load("helpers.data.curation").push_dataset(_config(options))
+    _load("helpers.merging.publishing").push_dataset(_config(options))
 
 
 def _push_model(options) -> None:

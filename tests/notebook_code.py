@@ -5,7 +5,9 @@ from pathlib import Path
 
 import nbformat
 
+from helpers.data import curation
 from helpers.merging import merging
+from helpers.model import loading
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
@@ -51,3 +53,8 @@ def save_merged(model, tokenizer, config, into: str = "16bit") -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return config.merged_dir
+
+
+def curate(config, workers: int | None = None):
+    """The dataset of a Config, made with the tokenizer of its model; its report."""
+    return curation.curate(config, loading.load_tokenizer(config.model_name), workers)

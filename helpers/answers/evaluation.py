@@ -15,7 +15,8 @@ from helpers.answers import inference, sandbox
 from helpers.answers.inference import Answer
 from helpers.answers.problem_sets import Problem
 from helpers.config import Config
-from helpers.data.markdown import FENCE, fenced_blocks, parse_python
+from helpers.data.code_kinds import parse_python
+from helpers.data.markdown import FENCE, fenced_blocks
 from helpers.model import measure
 from helpers.runs.scores import interval
 

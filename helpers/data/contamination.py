@@ -15,8 +15,9 @@ from pathlib import Path
 
 from helpers.config import PROBLEMS_FILE
 from helpers.data.markdown import fenced_blocks
+from helpers.data.own_rows import json_records
+from helpers.data.posts import DataError
 from helpers.data.similarity import RarestIndex, contained, jaccard, word_pairs, words_of
-from helpers.data.sources import DataError, json_records
 
 CONTAMINATED_TEXT = 0.7  # share of a problem's statement or solution, in word pairs, found in a row
 CONTAMINATED_WITH_NAME = 0.35  # enough when the problem's function name occurs too

@@ -1,5 +1,6 @@
 """Uploads to the Hugging Face Hub, under the name of the user who is logged in; a model's card."""
 
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -8,7 +9,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from helpers.config import Config
+from helpers.data.card import card_of_part
 from helpers.data.curation_note import curation_of, system_message
+from helpers.data.dataset_folder import check_dataset
 from helpers.merging.merged_folder import check_merged, merge_record
 from helpers.model import precision
 from helpers.runs import folders
@@ -26,6 +29,7 @@ LICENCES = {
         "Inc. All Rights Reserved (https://ai.meta.com/llama/license)",
     ),
 }
+SMALL_SET_ROWS = 20_000  # the size of the article's smaller dataset
 UNKNOWN_LICENCE = ("other", "that of the base model: read its page before you use or share this")
 
 
@@ -66,6 +70,32 @@ def upload(repository: str, folder: Path | str, kind: str) -> None:
         delete_patterns="data/*" if kind == "dataset" else None,
         commit_message=f"The {kind} and its card",
     )
+
+
+def push_dataset(config: Config) -> list[str]:
+    """Upload the dataset of a run and its card under the user's own name; the repository ids.
+
+    More than SMALL_SET_ROWS training rows go up twice: the first of them as `new_dataset_name`, all
+    as `new_dataset_name_complete`. Raises NotLoggedIn without a token, before anything is sent.
+    """
+    path = check_dataset(config)
+    dataset = datasets.load_from_disk(str(path))
+    train, held = dataset["train"], dataset["validation"]
+    card = (path / "README.md").read_text("utf-8")
+    sizes = {config.new_dataset_name: min(len(train), SMALL_SET_ROWS)}
+    if len(train) > SMALL_SET_ROWS:
+        sizes[config.new_dataset_name_complete] = len(train)
+    repositories = {own_repository(name): rows for name, rows in sizes.items()}
+    folders.need_space(config.run_dir, train.data.nbytes, "uploading the dataset")
+    for repository, rows in repositories.items():
+        splits = {"train": train.select(range(rows)), "validation": held}
+        with tempfile.TemporaryDirectory(prefix=".upload-", dir=config.run_dir) as folder:
+            for name, split in splits.items():
+                split.to_parquet(Path(folder) / "data" / f"{name}-00000-of-00001.parquet")
+            own_card = card_of_part(card, rows, len(train), len(held))
+            (Path(folder) / "README.md").write_text(own_card, encoding="utf-8")
+            upload(repository, folder, "dataset")
+    return list(repositories)
 
 
 def push_model(config: Config) -> str:

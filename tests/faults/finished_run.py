@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 from helpers.config import Config
-from helpers.data.curation import curate
 from helpers.model import loading
 from helpers.runs import inventory
 from helpers.training import training
+from tests.notebook_code import curate
 
 
 def make_run(model_dir: Path, tokenizer, run_dir: Path, **changes) -> Config:

@@ -13,7 +13,7 @@ import pytest
 from helpers import prompts
 from helpers.answers import inference
 from helpers.config import SYSTEM_MESSAGE, Config
-from helpers.data import curation, curation_note
+from helpers.data import curation_note
 from helpers.merging import adapter_folder, export, merged_folder, merging, publishing
 from helpers.model import loading
 from helpers.runs import inventory
@@ -21,7 +21,7 @@ from helpers.runs.inventory import ArtefactError, ArtefactWarning
 from helpers.training import training
 from tests.conftest import write_bos_twice
 from tests.faults.finished_run import contents, copy_run, make_run
-from tests.notebook_code import merge, save_merged
+from tests.notebook_code import curate, merge, save_merged
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665a5\nsize 132\n"
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -170,13 +170,13 @@ def test_an_adapter_from_elsewhere_has_no_seal_and_loads(config):
 
 
 def test_a_dataset_written_anew_after_training_is_warned_of(config):
-    curation.curate(dataclasses.replace(config, seed=7))
+    curate(dataclasses.replace(config, seed=7))
     with pytest.warns(ArtefactWarning, match="another dataset than notebook 02 has written since"):
         merging.load_tuned(config)
 
 
 def test_the_same_dataset_written_anew_is_the_same(config):
-    curation.curate(config)
+    curate(config)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ArtefactWarning)
         merging.load_tuned(config)
@@ -227,7 +227,7 @@ def test_the_note_goes_on_with_adapter_and_merged_model(own, tmp_path, gone):
 
 def test_an_adapter_keeps_its_message_when_the_rows_get_another(own, tmp_path):
     config = copy_run(own, tmp_path / "run")
-    curation.curate(dataclasses.replace(config, data_source="sample"))
+    curate(dataclasses.replace(config, data_source="sample"))
     assert inference.system_message(config, "tuned") == OWN_MESSAGE
     assert curation_note.system_message(config, config.dataset_dir) == SYSTEM_MESSAGE
 
@@ -385,7 +385,7 @@ def test_one_flipped_bit_in_the_dataset_is_found(config, name, seed):
 
 def test_a_damaged_dataset_is_not_uploaded(config):
     flip_a_bit(config.run_dir / ROWS, 0)
-    refuses(config, curation.push_dataset, "is damaged or changed .*: run notebook 02 again")
+    refuses(config, publishing.push_dataset, "is damaged or changed .*: run notebook 02 again")
 
 
 def test_what_a_library_leaves_beside_the_dataset_is_no_damage(config):

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from helpers import prompts
 from helpers.config import Config
-from helpers.data import curation, sources
+from helpers.data import own_rows
 from helpers.data.contamination import load_problems
-from helpers.data.curation import curate
 from helpers.data.markdown import html_to_markdown
-from helpers.data.sources import DataError
+from helpers.data.posts import DataError
+from helpers.data.rules import judge
+from helpers.data.sources import open_source
+from tests.notebook_code import curate
 from tests.unit.test_curation import OWN_ROWS
 
 
@@ -71,7 +73,7 @@ def test_bad_lines_are_put_aside_with_number_and_reason_and_no_good_one_is_lost(
         report, kept, config = curated(path, tmp_path)
     assert_nothing_good_is_lost(kept)
     assert report.quarantined == report.metrics()["quarantined_lines"] == len(BAD)
-    listed = (config.dataset_dir / sources.QUARANTINE).read_text("utf-8").splitlines()
+    listed = (config.dataset_dir / own_rows.QUARANTINE).read_text("utf-8").splitlines()
     found = {entry["line"]: entry for entry in map(json.loads, listed)}
     assert list(found) == list(places)
     for number, reason in places.items():
@@ -85,7 +87,7 @@ def test_a_clean_file_leaves_no_quarantine_and_no_warning(tmp_path, recwarn):
     path = tmp_path / "own.jsonl"
     path.write_bytes(lines(OWN_ROWS))
     report, _, config = curated(path, tmp_path)
-    assert report.quarantined == 0 and not (config.dataset_dir / sources.QUARANTINE).exists()
+    assert report.quarantined == 0 and not (config.dataset_dir / own_rows.QUARANTINE).exists()
     assert not [w for w in recwarn if "no rows" in str(w.message)]
 
 
@@ -171,12 +173,11 @@ def test_kaggles_files_too(tmp_path, start, end):
     answers = b"Id,OwnerUserId,ParentId,Score,Body\n11,2,1,5," + body + b"\n"
     (tmp_path / "Answers.csv").write_bytes((start + answers).replace(b"\n", end))
     (tmp_path / "work").mkdir()
-    partitions = sources.open_source(str(tmp_path), tmp_path / "work", 0)
-    config = Config.from_profile("demo", run_dir=tmp_path / "run")
-    report, survivors = curation.clean_partition(config, partitions, 0)
-    assert survivors.ids.tolist() == [1] and report.quarantined == 0
-    (row,) = sources.read_rows(tmp_path / "work" / "pairs-0.arrow").to_pylist()
-    assert "```python\ndef f(x):\n    return x\n```" in row["answer"] and "\r" not in row["answer"]
+    posts = open_source(str(tmp_path), tmp_path / "work", 0)
+    (pair,) = posts.pairs(range(1))
+    found = judge(pair, Config.from_profile("demo"), is_html=True)
+    assert found.rule == "" and pair["question_id"] == 1
+    assert "```python\ndef f(x):\n    return x\n```" in found.answer and "\r" not in found.answer
 
 
 def test_utf_16_is_named(tmp_path):
@@ -267,9 +268,7 @@ def test_rows_that_hold_a_marker_or_a_special_token_are_removed_and_counted(tmp_
     first = len(OWN_ROWS) + 1
     assert report.removed["template_marker"] == list(range(first, first + 8))
     assert sorted(report.removed["not_verified"]) == list(range(first + 8, first + 18))
-    assert any(
-        "the special token <filename>" in text for *_, text in report.examples["not_verified"]
-    )
+    assert report.first_problem.startswith("the special token <")
 
 
 def test_what_is_plain_text_to_this_tokenizer_stays(tmp_path, tokenizer):
@@ -287,10 +286,10 @@ def test_what_is_plain_text_to_this_tokenizer_stays(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("hidden", ["[/IN<b></b>ST]", "&#91;/INST&#93;", "[/INST<!-- x -->]"])
 def test_a_marker_that_markup_hides_is_found(hidden, tmp_path):
-    pair = {"title": b"t", "question": f"<p>{hidden}</p>".encode(), "question_id": 1}
-    pair |= {"answer": b"<pre><code>f(1)</code></pre>", "answer_id": 2, "tags": []}
-    rule, _ = curation.judge(pair, Config.from_profile("demo"), is_html=True)
-    assert rule == "template_marker"
+    answer = "<p>Call it once, with a number:</p><pre><code>f(1)</code></pre>"
+    pair = {"title": "t", "question": f"<p>{hidden}</p>", "answer": answer, "tags": []}
+    pair |= {"question_score": 1, "answer_score": 1}
+    assert judge(pair, Config.from_profile("demo"), is_html=True).rule == "template_marker"
 
 
 @pytest.fixture(scope="module")

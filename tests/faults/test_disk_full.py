@@ -10,7 +10,6 @@ import pytest
 from safetensors import SafetensorError
 
 from helpers.config import Config
-from helpers.data.curation import curate
 from helpers.merging import export
 from helpers.model import loading
 from helpers.runs import folders, lessons, runner
@@ -22,7 +21,7 @@ from tests.faults.staging import (
     with_file_limit,
     write_notebook,
 )
-from tests.notebook_code import save_merged
+from tests.notebook_code import curate, save_merged
 
 MB = 1_000_000
 

@@ -16,7 +16,6 @@ import torch
 from peft import get_peft_model
 
 from helpers.config import Config
-from helpers.data.curation import curate
 from helpers.model import loading
 from helpers.runs import inventory, lessons, recording
 from helpers.training import training
@@ -31,7 +30,7 @@ from tests.faults.staging import (
     write_notebook,
 )
 from tests.faults.train_tiny import build, tiny_config
-from tests.notebook_code import merge, save_merged
+from tests.notebook_code import curate, merge, save_merged
 
 
 def kill_everywhere(tmp_path, template, watched, job, *arguments, check):

@@ -13,7 +13,6 @@ import pytest
 
 from helpers.__main__ import main
 from helpers.config import PROJECT_DIR
-from helpers.data.curation import curate
 from helpers.model import loading
 from helpers.runs import folders
 from helpers.training import training
@@ -26,7 +25,7 @@ from tests.faults.staging import (
 )
 from tests.faults.test_training import start
 from tests.faults.train_tiny import build, tiny_config, write_dataset
-from tests.notebook_code import save_merged
+from tests.notebook_code import curate, save_merged
 
 HOLD = """
 import sys, time

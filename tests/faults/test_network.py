@@ -240,7 +240,7 @@ def test_curation_and_loading_never_ask_for_the_network(tiny_config, outside_cal
     command = [
         *(sys.executable, "-c"),
         "import sys; from helpers.model import loading; from helpers.config import Config;"
-        "from helpers.data.curation import curate; config = Config.from_profile('smoke',"
+        "from tests.notebook_code import curate; config = Config.from_profile('smoke',"
         "run_dir=sys.argv[1]); curate(config); loading.load_model(config)",
         str(tiny_config.run_dir),
     ]

@@ -14,9 +14,9 @@ from hypothesis.extra import numpy as arrays
 
 from helpers import prompts
 from helpers.config import PROFILES, Config, ConfigError
-from helpers.data.curation import choose_validation, validation_size
 from helpers.data.markdown import fenced_blocks, html_to_markdown
 from helpers.data.similarity import words_of
+from helpers.data.split import choose_validation, validation_size
 from helpers.prompts import Conversation, TemplateError
 from tests.notebook_code import definitions_from
 

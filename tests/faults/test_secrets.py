@@ -7,10 +7,10 @@ import pytest
 
 from helpers.__main__ import main
 from helpers.config import ConfigError
-from helpers.data.curation import curate
 from helpers.merging.publishing import model_card
 from helpers.runs import inventory, lessons, runner
 from tests.faults.staging import record_cell, run_notebooks, write_notebook
+from tests.notebook_code import curate
 
 CANARY = "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"
 # Asks the Hub for what is not there, so that the client's own error is in the output.

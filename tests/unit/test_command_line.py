@@ -7,7 +7,6 @@ import pytest
 from helpers.__main__ import _parser, main
 from helpers.answers import inference
 from helpers.config import Config
-from helpers.data import curation
 from helpers.merging import export, publishing
 from helpers.runs import recording
 from helpers.training import recipes, training
@@ -18,7 +17,7 @@ COMMANDS = {
     "train": (training, "train", []),
     "record": (recording, "record", []),
     "export-gguf": (export, "export_gguf", []),
-    "push-dataset": (curation, "push_dataset", []),
+    "push-dataset": (publishing, "push_dataset", []),
     "push-model": (publishing, "push_model", []),
 }
 WITHOUT_SETTINGS = {"verify", "fetch-model"}

@@ -13,10 +13,11 @@ from datasets import concatenate_datasets, load_from_disk
 
 from helpers.config import PROJECT_DIR, Config
 from helpers.data.contamination import problem_index
-from helpers.data.curation import curate, row_pairs
 from helpers.data.markdown import fenced_blocks
 from helpers.data.similarity import words_of
 from helpers.data.sources import SAMPLE_DIR
+from helpers.data.split import row_pairs
+from tests.notebook_code import curate
 
 RUNNER = """
 import json, os, signal, sys, tempfile, types

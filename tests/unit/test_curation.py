@@ -22,22 +22,22 @@ import pytest
 
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
-from helpers.data import curation, sources
+from helpers.data import card as card_module
+from helpers.data import curation, kaggle, posts, rules, sources
 from helpers.data.contamination import load_problems, problem_index
-from helpers.data.curation import LeakFinder, Workers, choose_validation, curate, row_pairs
-from helpers.data.similarity import (
-    RarestIndex,
-    jaccard,
-    similar_pairs,
-    sketch,
-    word_pairs,
-    words_of,
-)
-from helpers.data.sources import SAMPLE_DIR, DataError, question_hash
+from helpers.data.duplicates import SKETCH, similar_pairs, sketch
+from helpers.data.posts import DataError, question_hash
+from helpers.data.report import Report
+from helpers.data.similarity import RarestIndex, jaccard, word_pairs, words_of
+from helpers.data.sources import SAMPLE_DIR
+from helpers.data.split import choose_validation, find_leaks, row_pairs, validation_size
+from helpers.data.workers import spread_over
+from helpers.merging import publishing
 from helpers.merging.publishing import NotLoggedIn
 from helpers.runs import folders
 from tests.conftest import write_bos_twice
 from tests.faults.staging import left_over
+from tests.notebook_code import curate
 
 PLANTED = [
     json.loads(line) for line in (SAMPLE_DIR / "planted.jsonl").read_text("utf-8").splitlines()
@@ -149,16 +149,13 @@ def test_the_best_answer_is_taken(dataset):
 
 
 def test_rows_are_prompts_without_special_tokens_that_verify(dataset, tokenizer, config):
-    assert curation.verify_dataset(dataset, tokenizer) == []
+    texts = [(row["prompt"], row["completion"]) for split in dataset.values() for row in split]
+    assert not any(problems for _, problems in prompts.verify_rows(tokenizer, texts))
     row = dataset["train"][0]
     conversation = prompts.parse(row["prompt"] + row["completion"])
     assert conversation.system == SYSTEM_MESSAGE
     assert tokenizer.bos_token not in row["prompt"] + row["completion"]
     assert tokenizer.eos_token not in row["prompt"] + row["completion"]
-    bad = datasets.DatasetDict(
-        train=dataset["train"].select([0]).map(lambda r: {"prompt": r["prompt"] + " "})
-    )
-    assert len(curation.verify_dataset(bad, tokenizer)) == 1
 
 
 def test_no_row_is_longer_than_max_length(dataset, tokenizer, config, report):
@@ -212,20 +209,20 @@ def test_whole_groups_are_held_out():
     ],
 )
 def test_size_of_the_validation_split(rows, changes, expected):
-    assert curation.validation_size(Config.from_profile("demo", **changes), rows) == expected
+    assert validation_size(Config.from_profile("demo", **changes), rows) == expected
 
 
 def test_a_leak_is_counted(dataset):
     train, validation = dataset["train"].to_list(), dataset["validation"].to_list()
-    assert len(LeakFinder(validation, 0.7).find(train)) == 0
+    assert len(find_leaks(validation, train, 0.7)) == 0
     copy = {**validation[0], "question_id": 1, "group": 1}
     copy["completion"] = copy["completion"].replace(" the ", " that ", 1)
     assert jaccard(row_pairs(copy), row_pairs(validation[0])) < 1
-    assert len(LeakFinder(validation, 0.7).find([*train, copy])) == 1
+    assert len(find_leaks(validation, [*train, copy], 0.7)) == 1
     same_question = {**train[0], "question_id": validation[1]["question_id"]}
-    assert len(LeakFinder(validation, 0.7).find([same_question])) == 1
+    assert len(find_leaks(validation, [same_question], 0.7)) == 1
     same_group = {**train[0], "group": validation[2]["group"]}
-    assert len(LeakFinder(validation, 0.7).find([same_group])) == 1
+    assert len(find_leaks(validation, [same_group], 0.7)) == 1
 
 
 def test_smoke_is_small(tmp_path):
@@ -238,8 +235,7 @@ def test_smoke_is_small(tmp_path):
 
 
 def test_two_workers_and_a_shuffled_file_give_the_same_rows(config, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PARTITION_BYTES", 60_000)
-    monkeypatch.setattr(sources, "WRITE_BYTES", 100_000)
+    monkeypatch.setattr(posts, "PART", 50)
     folder = tmp_path / "shuffled"
     folder.mkdir()
     for name in ("Questions", "Answers", "Tags"):
@@ -259,31 +255,34 @@ def test_two_workers_and_a_shuffled_file_give_the_same_rows(config, dataset, tmp
         ]
 
 
-def test_partitions_follow_the_hash():
+def test_the_hash_shuffles_and_gives_each_id_another_place():
     ids = np.arange(10_000)
     hashes = question_hash(ids, 42)
     assert len(np.unique(hashes)) == len(ids)
     assert (hashes != question_hash(ids, 43)).all()
-    parts = (hashes >> np.uint64(32)).astype(np.int64) * 7 >> 32
-    assert (np.diff(parts[np.argsort(hashes)]) >= 0).all()
-    assert np.bincount(parts).min() > 10_000 / 7 * 0.9
+    assert abs(np.corrcoef(ids, hashes.argsort())[0, 1]) < 0.05
+
+
+def test_the_parts_hold_every_question_once_with_its_best_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(posts, "PART", 100)
+    found = sources.open_source("sample", tmp_path, 0)
+    assert [len(part) for part in found.parts()] == [100] * 6 + [40]
+    ids = [pair["question_id"] for part in found.parts() for pair in found.pairs(part)]
+    assert len(ids) == len(set(ids)) == found.questions == 640
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_what_is_begun_beside_the_passes_gives_its_result_or_its_error(count):
-    with Workers(count) as workers:
-        assert workers.begin(int, "7")() == 7
+def test_calls_are_spread_in_order_and_their_errors_are_raised(count):
+    with spread_over(count) as spread:
+        assert list(spread(int, ["7", "8", "9"])) == [7, 8, 9]
         with pytest.raises(ValueError, match="invalid literal"):
-            workers.begin(int, "seven")()
+            list(spread(int, ["seven"]))
 
 
-def test_a_dead_worker_is_one_sentence(config, tmp_path):
-    partitions = sources.open_source("sample", tmp_path, 0)
-    some = replace(partitions, count=3)
-    with Workers(2) as workers:
-        for label in ("cleaning", "rendering"):  # dead before the second begins
-            with pytest.raises(DataError, match=f"worker process died while {label}"):
-                list(workers.run(os._exit, some, label))
+def test_a_dead_worker_is_one_sentence():
+    with pytest.raises(DataError, match="worker process died, .*: run with fewer workers"):
+        with spread_over(2) as spread:
+            list(spread(os._exit, range(3)))
 
 
 # -- Similarity.
@@ -297,8 +296,8 @@ def test_minhash_finds_what_a_full_comparison_finds():
     ]
     texts += [text[:-k] + ["new"] * k for k, text in enumerate(texts[:40], 1) if k < 15]
     sets = [word_pairs(text) for text in texts]
-    signatures = np.array([sketch(t, s, 1)["signature"] for t, s in zip(texts, sets, strict=True)])
-    left, right, similarity = similar_pairs(signatures, 0.6)
+    rows = [sketch(0, 0, words, pairs, 1) for words, pairs in zip(texts, sets, strict=True)]
+    left, right, similarity = similar_pairs(np.array(rows, SKETCH)["signature"], 0.6)
     found = dict(zip(zip(left.tolist(), right.tolist(), strict=True), similarity, strict=True))
     exact = {(i, j): jaccard(sets[i], sets[j]) for j in range(len(sets)) for i in range(j)}
     assert all(pair in found for pair, value in exact.items() if value >= 0.75)
@@ -550,16 +549,16 @@ def fails(folder, words, tmp_path):
         ),
         (
             QUESTIONS.replace(b",", b";") + ROW,
-            "Questions.csv separates its columns with ';' .* save it with commas",
+            "Questions.csv separates its columns with ';': save it with commas",
         ),
         (QUESTIONS.replace(b",", b"\t") + ROW, r"separates its columns with '\\t'"),
         (
             QUESTIONS + ROW * 1 + b'8,1,2012,3,"A title","<p>cut',
-            r"Questions.csv has an odd number of quotation marks .* line 3.* get it again",
+            "Questions.csv, line 3, holds a quoted text that is never closed: .* get it again",
         ),
         (
             QUESTIONS + ROW + b"8,1,2012,3,t\0itle,body\n",
-            "Questions.csv holds a NUL byte at position 110: .*damaged or not ISO-8859-1",
+            "Questions.csv, line 3, holds a NUL byte and is damaged or not ISO-8859-1",
         ),
         (
             "\ufeff".encode("utf-16") + (QUESTIONS + ROW).decode().encode("utf-16-le"),
@@ -575,11 +574,14 @@ def fails(folder, words, tmp_path):
             QUESTIONS + ROW + b"8,1,2012,high,t,b\n",
             "Questions.csv, line 3, holds 'high' where a whole number",
         ),
-        (QUESTIONS + ROW + b",1,2012,3,t,b\n", "Questions.csv has a row whose Id is empty or NA"),
+        (
+            QUESTIONS + ROW + b",1,2012,3,t,b\n",
+            "Questions.csv, line 3, holds '' where a whole number",
+        ),
         (QUESTIONS + ROW + b"8,1,2012,3\n", "Questions.csv, line 3, has 4 fields and not 6"),
         (
             QUESTIONS + ROW + b'8,1,2012,3,t,"' + b"x" * 50_000_000 + b'"\n' + ROW,
-            "Questions.csv, line 3, holds a row of more than 1 MB, .* repair or remove it",
+            "Questions.csv, line 3, holds a row of more than 1 MB, .* repair or remove that",
         ),
     ],
     ids=(
@@ -598,17 +600,15 @@ def test_bad_answers(folder, tmp_path):
     path.write_bytes(good.replace(b"ParentId", b"Parent", 1))
     fails(folder, "Answers.csv has no column ParentId", tmp_path)
     path.write_bytes(good[:-40])
-    fails(folder, "Answers.csv has an odd number of quotation marks", tmp_path)
+    fails(folder, r"Answers.csv, line \d+, holds a quoted text that is never closed", tmp_path)
     path.unlink()
     fails(folder, "Answers.csv is missing in csv/", tmp_path)
 
 
 def test_without_tags_nothing_is_tagged(folder, tmp_path):
     (folder / "Tags.csv").unlink()
-    assert (
-        sources.read_partition(sources.open_source(str(folder), tmp_path, 0), "Tags", 0).num_rows
-        == 0
-    )
+    found = sources.open_source(str(folder), tmp_path, 0)
+    assert all(pair["tags"] == [] for pair in found.pairs(range(640)))
 
 
 def test_utf8_is_repaired(folder, tmp_path, config, dataset):
@@ -621,7 +621,8 @@ def test_utf8_is_repaired(folder, tmp_path, config, dataset):
     again = datasets.load_from_disk(str(other.dataset_dir))
     plain = [row for row in dataset["train"]["prompt"] if row.isascii()]
     assert set(plain) <= set(again["train"]["prompt"])
-    assert curation.decode("café".encode()) == curation.decode("café".encode("latin-1")) == "café"
+    twice = "café".encode().decode("latin-1")
+    assert kaggle.repair(twice) == kaggle.repair("café") == "café" != twice
 
 
 def test_no_row_survives(tmp_path):
@@ -639,16 +640,15 @@ def test_no_row_survives(tmp_path):
 
 
 def test_each_rule_has_its_advice():
-    assert curation.ADVICE.keys() == curation.RULES.keys()
-    for rule in curation.RULES:
-        report = curation.Report(raw_questions=2)
-        report.remove(rule, 1, text="the first problem")
-        with pytest.raises(DataError) as caught:
-            curation._fail_if_empty(report, 0)
-        message = str(caught.value)
-        assert message.startswith(f"no row survives of 2 questions (removed: {rule} 1): ")
-        assert [r for r, advice in curation.ADVICE.items() if advice in message] == [rule]
-        assert ("the first problem" in message) == (rule == "not_verified")
+    assert rules.ADVICE.keys() == rules.RULES.keys()
+    for rule in rules.RULES:
+        problem = "its first problem" if rule == "not_verified" else ""
+        report = Report(raw_questions=2, first_problem=problem)
+        report.removed[rule].append(1)
+        message = str(report.too_few("no row survives"))
+        assert message.startswith(f"no row survives (removed: {rule} 1): ")
+        assert [r for r, advice in rules.ADVICE.items() if advice in message] == [rule]
+        assert ("its first problem" in message) == (rule == "not_verified")
         assert "\n" not in message and len(message) < 300
 
 
@@ -767,18 +767,18 @@ def fake_hub(monkeypatch):
 def test_without_a_token_nothing_is_uploaded(config, report, fake_hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(NotLoggedIn, match="nothing was uploaded: run `hf auth login`"):
-        curation.push_dataset(config)
+        publishing.push_dataset(config)
     assert not fake_hub.repositories and not fake_hub.commits
 
 
 def test_each_repository_has_its_own_rows_and_a_card_that_tells_them(
     config, report, fake_hub, monkeypatch
 ):
-    monkeypatch.setattr(curation, "SMALL_SET_ROWS", 100)
-    monkeypatch.setattr(curation, "_size_category", lambda rows: f"n={rows}")
+    monkeypatch.setattr(publishing, "SMALL_SET_ROWS", 100)
+    monkeypatch.setattr(card_module, "size_category", lambda rows: f"n={rows}")
     before = {path.name for path in config.run_dir.iterdir()}
     small, full = "reader/instruct-python-llama2-20k", "reader/instruct-python-500k"
-    assert curation.push_dataset(config) == [small, full]
+    assert publishing.push_dataset(config) == [small, full]
     assert fake_hub.repositories == [(small, "dataset"), (full, "dataset")]
     every, held = report.train_rows, report.validation_rows
     told = {small: f"100 rows to train (the first of {every})", full: f"{every} rows to train"}
@@ -806,13 +806,13 @@ def test_a_push_that_is_interrupted_leaves_no_rows_without_a_card(
     )
     before = {path.name for path in config.run_dir.iterdir()}
     with pytest.raises(ConnectionError):
-        curation.push_dataset(config)
+        publishing.push_dataset(config)
     assert not fake_hub.commits and {path.name for path in config.run_dir.iterdir()} == before
 
 
 def test_push_before_notebook_02(tmp_path):
     with pytest.raises(FileNotFoundError, match="run notebook 02"):
-        curation.push_dataset(Config.from_profile("demo", run_dir=tmp_path))
+        publishing.push_dataset(Config.from_profile("demo", run_dir=tmp_path))
 
 
 def test_notebook_functions_do_what_the_text_says():

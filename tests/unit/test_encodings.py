@@ -77,7 +77,7 @@ def test_each_call_that_opens_a_text_file_names_its_encoding():
 CURATE = """
 import sys
 from helpers.config import Config
-from helpers.data.curation import curate
+from tests.notebook_code import curate
 source, run_dir = sys.argv[1:]
 curate(
     Config.from_profile(

@@ -11,11 +11,10 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model
 
-from helpers.data.curation import curate
 from helpers.merging import publishing
 from helpers.model import loading, precision
 from helpers.runs import inventory
-from tests.notebook_code import save_merged
+from tests.notebook_code import curate, save_merged
 
 SCORES = {"problems": 32, "problems_merged": 16, "stop_rate_base": 5 / 32, "stop_rate_merged": 0.25}
 

@@ -4,7 +4,8 @@ import csv
 
 import pytest
 
-from helpers.data.markdown import code_kind, fenced_blocks, html_to_markdown, parse_python
+from helpers.data.code_kinds import code_kind, parse_python
+from helpers.data.markdown import fenced_blocks, html_to_markdown
 from helpers.data.sources import SAMPLE_DIR
 
 

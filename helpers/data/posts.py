@@ -1,0 +1,120 @@
+"""The posts of a source in one SQLite file, to be read in parts of a few thousand questions.
+
+A database joins, sorts and counts on the disk, so memory does not grow with the source. Questions
+come in the order of a seeded hash of their ids: shuffled, reproducibly, whatever the order of the
+file they came from.
+"""
+
+import contextlib
+import errno
+import json
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+DATABASE = "posts.sqlite"
+PART = 2_000  # questions that are worked on at a time
+
+TABLES = """
+PRAGMA journal_mode = OFF;  -- nothing is kept of a reading that fails
+CREATE TABLE questions (id INTEGER, author INTEGER, score INTEGER, title TEXT, body TEXT);
+CREATE TABLE answers (
+    id INTEGER, author INTEGER, score INTEGER, question_id INTEGER, body TEXT
+);
+CREATE TABLE tags (question_id INTEGER, tag TEXT);
+CREATE TABLE shuffled (place INTEGER PRIMARY KEY, question INTEGER);
+"""
+INSERT = {
+    "questions": "INSERT INTO questions VALUES (?, ?, ?, ?, ?)",
+    "answers": "INSERT INTO answers VALUES (?, ?, ?, ?, ?)",
+    "tags": "INSERT INTO tags VALUES (?, ?)",
+}
+INDEXES = """
+CREATE INDEX best_answer ON answers (question_id, score DESC, id);
+CREATE INDEX tags_of ON tags (question_id);
+"""
+# Each question with its best answer: highest score, then lowest id; NULL where it has none.
+PAIRS = """
+SELECT q.id AS question_id, a.id AS answer_id, q.author AS question_author,
+    a.author AS answer_author, q.score AS question_score, a.score AS answer_score,
+    (SELECT json_group_array(tag) FROM tags WHERE question_id = q.id) AS tags,
+    q.title AS title, q.body AS question, a.body AS answer
+FROM shuffled JOIN questions AS q ON q.rowid = shuffled.question
+LEFT JOIN answers AS a ON a.rowid = (
+    SELECT rowid FROM answers WHERE question_id = q.id ORDER BY score DESC, id LIMIT 1
+)
+WHERE place >= ? AND place < ? ORDER BY place
+"""
+ORPHANS = "SELECT count(*) FROM answers WHERE question_id NOT IN (SELECT id FROM questions)"
+
+
+class DataError(ValueError):
+    """The data cannot be used. The message names the file, the value seen and what to do."""
+
+
+@dataclass(frozen=True)
+class Posts:
+    """A source on the disk, and what is known of it as a whole."""
+
+    database: Path
+    is_html: bool
+    licence: str
+    url: str = ""  # a pattern with {question_id} and {answer_id}, "" where posts have no address
+    questions: int = 0
+    answers: int = 0
+    orphans: int = 0  # answers without a question
+    quarantined: int = 0  # lines that were no rows; quarantine.jsonl beside the database lists them
+
+    def parts(self) -> list[range]:
+        """Places in the shuffled order, PART at a time."""
+        places = range(self.questions)
+        return [places[start : start + PART] for start in places[::PART]]
+
+    def pairs(self, part: range) -> Iterator[dict]:
+        """The questions of a part, each with its best answer and its tags."""
+        with contextlib.closing(sqlite3.connect(self.database)) as database:
+            database.row_factory = sqlite3.Row
+            for row in database.execute(PAIRS, (part.start, part.stop)):
+                yield {**row, "tags": json.loads(row["tags"])}
+
+
+@contextlib.contextmanager
+def new_database(folder: Path) -> Iterator[sqlite3.Connection]:
+    """An empty database in a folder, to be filled by INSERT in a with-statement."""
+    (folder / DATABASE).unlink(missing_ok=True)
+    try:
+        with contextlib.closing(sqlite3.connect(folder / DATABASE)) as database:
+            database.executescript(TABLES)
+            yield database
+            database.commit()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorname in ("SQLITE_FULL", "SQLITE_IOERR_WRITE"):
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
+
+
+def shuffle(database: sqlite3.Connection, seed: int) -> dict[str, int]:
+    """Make a filled database ready to be read; the numbers of questions, answers and orphans."""
+    database.executescript(INDEXES)
+    rows = np.array(database.execute("SELECT rowid, id FROM questions").fetchall(), np.int64)
+    order = np.argsort(question_hash(rows[:, 1], seed))
+    shuffled = enumerate(rows[order, 0].tolist())
+    database.executemany("INSERT INTO shuffled VALUES (?, ?)", shuffled)
+    (answers,) = database.execute("SELECT count(*) FROM answers").fetchone()
+    (orphans,) = database.execute(ORPHANS).fetchone()
+    return {"questions": len(rows), "answers": answers, "orphans": orphans}
+
+
+def question_hash(ids: np.ndarray, seed: int) -> np.ndarray:
+    """A seeded 64-bit hash of ids: a random order that does not depend on that of the file.
+
+    The finalizer of splitmix64 (Steele, Lea and Flood 2014).
+    """
+    with np.errstate(over="ignore"):
+        z = ids.astype(np.uint64) + np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))

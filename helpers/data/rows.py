@@ -1,0 +1,98 @@
+"""Training rows: a pair in the prompt template, with its source, counted in tokens and verified."""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+
+from helpers import prompts
+from helpers.data.posts import Posts
+
+SCHEMA = pa.schema(
+    {
+        "prompt": pa.large_string(),
+        "completion": pa.large_string(),
+        "question_id": pa.int64(),
+        "answer_id": pa.int64(),
+        "question_author": pa.int64(),
+        "answer_author": pa.int64(),
+        "question_score": pa.int64(),
+        "answer_score": pa.int64(),
+        "url": pa.string(),
+        "licence": pa.string(),
+        "tags": pa.list_(pa.string()),
+        "group": pa.int64(),  # is known when all rows have been compared
+    }
+)
+# What is written while the rows are made: with what decides whether they stay.
+DRAFT = pa.schema([*list(SCHEMA)[:-1], ("tokens", pa.int64()), ("problem", pa.string())])
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The part of a tokenizer that workers need; it reaches them without transformers.
+
+    The vocabulary travels as a file, which each worker reads once and not with every part.
+    """
+
+    file: Path
+    bos_token_id: int
+    eos_token_id: int
+    eos_token: str
+    added_tokens_decoder: dict  # id -> tokenizers.AddedToken
+
+    @classmethod
+    def of(cls, tokenizer, folder: Path) -> "Encoder":
+        """Of a fast tokenizer of transformers; its vocabulary is written into `folder`."""
+        file = folder / "tokenizer.json"
+        tokenizer.backend_tokenizer.save(str(file))
+        names = "bos_token_id eos_token_id eos_token added_tokens_decoder".split()
+        return cls(file, *(getattr(tokenizer, name) for name in names))
+
+    def __call__(self, texts: list[str]) -> SimpleNamespace:
+        """`encodings`, as transformers calls them: a `tokenizers.Encoding` for each text."""
+        return SimpleNamespace(encodings=_vocabulary(self.file).encode_batch(texts))
+
+
+@functools.lru_cache(maxsize=1)
+def _vocabulary(file: Path):
+    import tokenizers  # here: a process that only reads and compares needs no memory for it
+
+    return tokenizers.Tokenizer.from_file(str(file))
+
+
+def training_row(pair: dict, user: str, answer: str, posts: Posts, system: str) -> dict:
+    """The columns of SCHEMA, but for the group."""
+    return {
+        **{name: pair[name] for name in SCHEMA.names if name in pair},
+        "prompt": prompts.render_prompt(user, system),
+        "completion": prompts.render_completion(answer),
+        "url": posts.url.format(**pair),
+        "licence": posts.licence,
+    }
+
+
+def verified(rows: list[dict], encoder: Encoder) -> Iterable[dict]:
+    """The rows with their length in tokens and what is wrong with them, "" where nothing is."""
+    texts = ((row["prompt"], row["completion"]) for row in rows)
+    for row, (length, problems) in zip(rows, prompts.verify_rows(encoder, texts), strict=True):
+        yield {**row, "tokens": length, "problem": problems[0] if problems else ""}
+
+
+def rows_file(posts: Posts, part: range) -> Path:
+    """Where the rows of a part lie, beside the posts."""
+    return posts.database.with_name(f"rows-{part.start}.arrow")
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    with pa.ipc.new_stream(str(path), DRAFT) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist(rows, DRAFT))
+
+
+def read_rows(path: Path) -> pa.Table:
+    """The rows of an Arrow stream file, mapped and not copied."""
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_stream(source).read_all()
