@@ -19,7 +19,7 @@ import helpers  # noqa: F401, I001  before torch, since it says how torch's thre
 from helpers import prompts
 from helpers.answers import inference, problem_sets
 from helpers.config import Config
-from helpers.model import loading
+from helpers.model import embedded, loading
 from helpers.runs.environment import environment
 from helpers.training import training
 
@@ -53,7 +53,7 @@ def same_beginning(server: str, model, tokenizer, text: str, length: int) -> int
 def check(config: Config, name: str, server: str, length: int) -> dict:
     """Tokens of the validation rows, the chat template, and the beginnings of greedy answers."""
     tokenizer = loading.load_tokenizer(config.model_name)
-    model = loading.load_gguf(config.gguf_dir / f"model.{name}.gguf", torch.float32)
+    model = embedded.load_gguf(config.gguf_dir / f"model.{name}.gguf", torch.float32)
     texts = [r["prompt"] + r["completion"] for r in training.load_dataset(config)["validation"]]
     options = {"add_special": True, "parse_special": True}
     tokens = [post(f"{server}/tokenize", content=text, **options)["tokens"] for text in texts]

@@ -154,7 +154,7 @@ def _record(options) -> None:
 
 
 def _fetch_model(options) -> None:
-    _load("helpers.model.loading").fetch_embedded_model()
+    _load("helpers.model.embedded").fetch_embedded_model()
 
 
 def _export_gguf(options) -> None:

@@ -21,6 +21,8 @@ MARKERS = (OPEN_SYSTEM, CLOSE_SYSTEM, OPEN_USER, CLOSE_USER)
 IGNORED_LABEL = -100  # the label that PyTorch's cross entropy leaves out
 
 SYSTEM = re.compile(r"<<SYS>>\n(?P<system>.*?)\n<</SYS>>\n\n(?P<user>.*)", re.DOTALL)
+# A block of code in an answer's Markdown: its fence, its language, its code.
+FENCE = re.compile(r"^ {0,3}(`{3,})(\w*)\n(.*?)^ {0,3}\1[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
 class TemplateError(ValueError):

@@ -15,6 +15,7 @@ from playwright.sync_api import sync_playwright
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.model import loading
+from helpers.model import embedded
 from helpers.config import PROJECT_DIR, Config
 from setup import for_tests
 
@@ -35,7 +36,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return loading.load_tokenizer(loading.EMBEDDED_NAME)
+    return loading.load_tokenizer(embedded.EMBEDDED_NAME)
 
 
 @pytest.fixture(scope="session")

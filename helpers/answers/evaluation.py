@@ -16,8 +16,9 @@ from helpers.answers.inference import Answer
 from helpers.answers.problem_sets import Problem
 from helpers.config import Config
 from helpers.data.code_kinds import parse_python
-from helpers.data.markdown import FENCE, fenced_blocks
+from helpers.data.markdown import fenced_blocks
 from helpers.model import measure
+from helpers.prompts import FENCE
 from helpers.runs.scores import interval
 
 NUMBERED_STEP = re.compile(r"^\s*\d+[.)]\s+(\S.*)$", re.MULTILINE)

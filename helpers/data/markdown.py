@@ -13,8 +13,8 @@ import textwrap
 from selectolax.lexbor import LexborHTMLParser
 
 from helpers.data.code_kinds import code_kind
+from helpers.prompts import FENCE
 
-FENCE = re.compile(r"^ {0,3}(`{3,})(\w*)\n(.*?)^ {0,3}\1[ \t]*$", re.DOTALL | re.MULTILINE)
 SPACES = re.compile(r"[ \t\r\n\f]+")
 
 TAG = re.compile(r"<(/?[a-zA-Z][\w-]*)([^>]*)>")  # the parser writes > in attributes as &gt;

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import TokenType
 from transformers import AutoConfig, AutoTokenizer
 
-from helpers.model import loading
+from helpers.model import hub
 
 # File name -> how matrices are stored, and the number by which a file says so.
 TYPES = {
@@ -100,7 +100,7 @@ def _add_shape(writer: gguf.GGUFWriter, shape, file_type: int) -> None:
 def tensors_of(source: Path, shape) -> Iterator[tuple]:
     """(name in GGUF, lazily read tensor) of all files; NoGGUF for one with no name there."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.num_hidden_layers)
-    for name, tensor in loading.stored_tensors(source):
+    for name, tensor in hub.stored_tensors(source):
         if name == "lm_head.weight" and shape.tie_word_embeddings:
             continue  # a reader takes the embedding where there is no output matrix
         stem, _, suffix = name.rpartition(".")

@@ -120,7 +120,7 @@ def layer_table(model) -> list[dict]:
     stands for (a packed byte stands for two), and its bytes without quantization constants.
     """
     tied = model.config.tie_word_embeddings
-    table = {}
+    table: dict[tuple, dict] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is None or (tied and name == "lm_head"):

@@ -1,9 +1,8 @@
-"""Will it fit? The memory of a QLoRA training step, predicted from shapes alone.
+"""Will it fit? The memory of a QLoRA training step, predicted from shapes alone, in bytes.
 
 Every part is counted from the code that allocates it (transformers' Llama layers, peft's LoRA
-layer, bitsandbytes, the loss); gaps between tensors alone are fitted to measurements. Sizes are in
-bytes. There is one formula for each part; what differs between the ways to compute a step stands
-as numbers in a `Way`.
+layer, bitsandbytes, the loss); gaps between tensors alone are fitted to measurements. Each part has
+one formula; what differs between the ways to compute stands as numbers in `Way` and `Loss`.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ from typing import NamedTuple
 from helpers.model.architecture import FLOAT32, Shape, quantized_bytes
 from helpers.model.steps import OPTIMIZERS, Run, offload_lead
 
-GIB = 2**30
+GIB = 2**30  # bytes
 # trl 1.16 projects to the vocabulary in tiles of 4,096 tokens by 32,768 words
 # (kernels/chunked_logprob.py).
 TILE_TOKENS, TILE_WORDS = 4096, 32768
@@ -99,17 +98,15 @@ class Step:
 
     @classmethod
     def of(cls, model_config, run: Run) -> "Step":
-        """The Step on a model of which transformers' config is given."""
         return cls(Shape.of(model_config), run)
 
     @cached_property
     def way(self) -> Way:
         """The fast path fuses the gate and reads the rows' bounds in place of a mask.
 
-        transformers' norms keep float32, its gate is there before and after SiLU, and of three wide
-        gradients (base path, adapter path, their sum) the fast path has two. The embedding is
-        frozen, so without checkpoints transformers' first norm keeps nothing: the last has its
-        place.
+        transformers' norms keep float32, its gate is there before and after SiLU, and of its wide
+        gradients (base path, adapter path, their sum) the fast path has two. Without checkpoints
+        transformers' first norm keeps nothing, on a frozen embedding: the last has its place.
         """
         stream = self.run.stream_bytes
         if self.run.fast:
@@ -139,8 +136,7 @@ class Step:
     def weights(self) -> int:
         """All weights of the base model as they lie on the device, constants included.
 
-        Of a model in shards a device has its share; the constants are no parameters and lie on
-        each.
+        Of a model in shards a device has its share, but all of the constants: no parameters.
         """
         run, shape, constants = self.run, self.shape, 0
         if run.packed:
@@ -153,7 +149,6 @@ class Step:
 
     @cached_property
     def adapter_tensors(self) -> list[int]:
-        """Elements of each LoRA matrix."""
         return self.shape.adapter_tensors(self.run.rank, self.run.targets)
 
     @property
@@ -219,7 +214,7 @@ class Step:
     def kept_layer(self) -> int:
         """The same as `layer` of a layer that keeps its activations between checkpoints.
 
-        The fast path makes inputs of adapters again there, from what norms and gates keep anyway.
+        The fast path makes inputs of adapters again, from what norms and gates keep anyway.
         """
         return self.layer - (self.adapter_inputs if self.way.inputs_made_again else 0)
 
@@ -268,10 +263,8 @@ class Step:
 
     @property
     def walking_back(self) -> int:
-        """What walking back through one layer needs besides its activations.
-
-        The residual's gradient twice, gradients as wide as the MLP's middle, and the widest weight
-        if it has to be unpacked.
+        """What walking back through one layer needs besides its activations: the residual's
+        gradient twice, wide gradients, and the widest weight if it is unpacked.
         """
         wide = 2 * self.shape.hidden + self.way.wide_gradients * self.shape.inner
         unpacked = self.widest_weight if self.run.packed else 0
@@ -303,10 +296,9 @@ class Step:
 
     @property
     def gathered(self) -> int:
-        """What FSDP has put together again at one moment, besides the device's own share.
-
-        Three decoder layers (one computes, the next one arrives, in a buffer first), each with its
-        adapters and their gradients, and the head, which stays whole from its first use on.
+        """What FSDP has put together again at one moment, besides the device's own share: three
+        layers (one computes, one arrives, in a buffer first), each with its adapters and their
+        gradients, and the head, which stays whole from its first use on.
         """
         run, shape = self.run, self.shape
         layer = shape.linear_parameters / shape.layers * run.linear_bytes
@@ -320,8 +312,7 @@ class Step:
         # A recorded step always has them in one place.
         kept = self.adapters if run.accumulation > 1 or run.fast else 0
         first = max(kept, self.adapters // self.shape.layers)
-        # Layers that keep their activations come first; theirs are gone when a checkpoint runs
-        # again.
+        # Layers that keep theirs come first, so these are gone when a checkpoint runs again.
         gone = run.kept_layers * self.kept_layer
         again = max(0, self.layer + self.travelling - gone) if run.checkpointing else 0
         last = self.layer + (self.checkpoint if run.checkpointing else 0)
@@ -333,7 +324,7 @@ class Step:
         }
 
     def estimate(self) -> Estimate:
-        """The fullest of the step's moments, with what is there all the time."""
+        """The fullest of its moments, with what is there all the time."""
         name, fullest = max(self.moments().items(), key=lambda item: sum(item[1]))
         return Estimate(
             weights=self.weights,

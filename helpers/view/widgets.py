@@ -25,7 +25,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from helpers import prompts
-from helpers.data.markdown import FENCE
+from helpers.prompts import FENCE
 from helpers.view import plots
 from helpers.view.safe_text import visible
 

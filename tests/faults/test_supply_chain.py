@@ -9,7 +9,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from helpers.config import PROJECT_DIR, Config
-from helpers.model import loading
+from helpers.model import embedded, loading
 from setup import install
 
 LINE = re.compile(r"([A-Za-z0-9_.-]+)==([^\s#]+)")
@@ -110,7 +110,7 @@ def damaged(tmp_path):
     """A copy of the embedded model with one bit of its weights flipped."""
     folder = tmp_path / "smollm2-135m"
     folder.mkdir()
-    content = bytearray((loading.EMBEDDED_DIR / "model.safetensors").read_bytes())
+    content = bytearray((embedded.EMBEDDED_DIR / "model.safetensors").read_bytes())
     content[200_000_000] ^= 1
     (folder / "model.safetensors").write_bytes(content)
     return folder
@@ -118,16 +118,18 @@ def damaged(tmp_path):
 
 def test_one_flipped_bit_is_refused_with_the_way_out(damaged):
     message = rf"model.safetensors has SHA-256 \w{{64}}, not 7ef9.*delete {damaged} and run `python"
-    with pytest.raises(loading.ModelUnavailable, match=message):
-        loading.fetch_embedded_model(damaged)
+    with pytest.raises(embedded.ModelUnavailable, match=message):
+        embedded.fetch_embedded_model(damaged)
     assert (damaged / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("use", ["tokenizer", "model"])
 def test_every_use_checks_the_weights(monkeypatch, use):
-    monkeypatch.setattr(loading, "EMBEDDED_WEIGHTS_SHA256", "0" * 64)
-    with pytest.raises(loading.ModelUnavailable, match="damaged or not the one that was made here"):
+    monkeypatch.setattr(embedded, "EMBEDDED_WEIGHTS_SHA256", "0" * 64)
+    with pytest.raises(
+        embedded.ModelUnavailable, match="damaged or not the one that was made here"
+    ):
         if use == "tokenizer":
-            loading.load_tokenizer(loading.EMBEDDED_NAME)
+            loading.load_tokenizer(embedded.EMBEDDED_NAME)
         else:
             loading.load_model(Config.from_profile("smoke"))

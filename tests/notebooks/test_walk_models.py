@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from helpers.config import Config, ConfigError
-from helpers.model import loading
+from helpers.model import hub, loading
 from helpers.runs import inventory
 from tests.notebooks.test_smoke import NAMES
 from tests.walking import (
@@ -74,7 +74,7 @@ def lora_parameters(folder) -> int:
     """Rank 64 on the seven matrices of each layer, counted from the file."""
     sizes = [
         64 * sum(tensor.get_shape())
-        for name, tensor in loading.stored_tensors(folder)
+        for name, tensor in hub.stored_tensors(folder)
         if name.removesuffix("_proj.weight") != name
     ]
     return sum(sizes)

