@@ -31,6 +31,11 @@ def checked(default, check: Callable[[Any], bool], rule: str) -> Any:
     return field(default=default, metadata={"check": check, "rule": rule})
 
 
+def worked_out() -> Any:
+    """A field that is given as None where it is to follow from the others."""
+    return field(default=None)
+
+
 def between(default, low, high) -> Any:
     return checked(default, lambda v: low <= v <= high, f"must lie between {low:,} and {high:,}")
 

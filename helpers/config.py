@@ -26,6 +26,7 @@ from helpers.checks import (
     shown,
     some_of,
     up_to,
+    worked_out,
 )
 from helpers.profiles import ALL_LINEAR_TARGETS, ATTENTION_TARGETS, PROFILES, RECIPES
 
@@ -57,7 +58,7 @@ class Config:
     # How is trained, whatever the profile says: a key of RECIPES; None leaves it to the profile.
     recipe: str | None = one_of(None, "article", "qlora_paper", "recommended")
     # The one folder through which notebooks hand over their results; None means runs/<profile>.
-    run_dir: Path | None = None
+    run_dir: Path = worked_out()
     seed: int = between(42, 0, 2**32 - 1)  # of everything that is drawn
 
     # -- The model.
