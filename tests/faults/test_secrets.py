@@ -14,10 +14,10 @@ from tests.notebook_code import curate
 
 CANARY = "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"
 # Asks the Hub for what is not there, so that the client's own error is in the output.
-ASK_THE_HUB = """from helpers.model import loading
+ASK_THE_HUB = """from helpers.model import embedded, loading
 try:
     loading.load_tokenizer("meta-llama/Llama-2-7b-hf")
-except loading.ModelUnavailable as error:
+except embedded.ModelUnavailable as error:
     print("the error:", error)"""
 
 
