@@ -81,7 +81,7 @@ def one(size: str, cap: float, length: int, way: str) -> dict:
 
     from helpers.config import Config, ConfigError
     from helpers.model import architecture, measure, plan, predict, steps
-    from helpers.training import training
+    from helpers.training import planning
 
     whole = torch.cuda.get_device_properties(None).total_memory
     torch.cuda.set_per_process_memory_fraction(cap * predict.GIB / whole)
@@ -97,9 +97,9 @@ def one(size: str, cap: float, length: int, way: str) -> dict:
         if way != "planned":
             planned = plan.for_card(shape, steps.Run.from_config(config), room, reserve_bytes=0)
             found |= {"plan": planned.advice, "fits": planned.fits}
-            config = training.follow(config, planned.run)
+            config = planning.follow(config, planned.run)
         try:
-            config = training.planned(config)
+            config = planning.planned(config)
         except ConfigError as refusal:
             return {**found, "refusal": str(refusal)}
         step = steps.Run.from_config(config)
@@ -118,7 +118,7 @@ def train(config, size: str) -> dict:
 
     from benchmarks.training import random_rows
     from helpers.model import loading
-    from helpers.training import training
+    from helpers.training import building, running
 
     rows = random_rows(2 * STEPS * TOKENS_PER_STEP[size] // 300, config.max_length)
     data = Dataset.from_dict({"input_ids": rows, "labels": [[-100, *r[1:]] for r in rows]})
@@ -127,11 +127,11 @@ def train(config, size: str) -> dict:
     found = {"weights_bytes": torch.cuda.memory_allocated()}
     found |= {"load_reserved_bytes": torch.cuda.max_memory_reserved()}
     torch.cuda.reset_peak_memory_stats()
-    trainer = training.build_trainer(
+    trainer = building.build_trainer(
         config, model, loading.load_tokenizer(config.model_name),
         {"train": data, "validation": data.select(range(8))},
     )  # fmt: skip
-    with training.kernels(trainer):
+    with running.kernels(trainer):
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {

@@ -17,7 +17,7 @@ from trl import SFTTrainer
 from helpers.config import Config
 from helpers.model import loading, precision
 from helpers.runs.environment import environment
-from helpers.training import training
+from helpers.training import building, running, training_rows, trl_settings
 
 RESULT = Path(__file__).parent / "results" / "cpu_step.json"
 BATCHES = 6
@@ -27,11 +27,11 @@ def trl_trainer(config, tokenizer, dataset) -> SFTTrainer:
     """trl's trainer with the same settings; its adapter is given the format that ours has."""
     trainer = SFTTrainer(
         model=loading.load_model(config),
-        args=training.sft_config(config),
+        args=trl_settings.sft_config(config),
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
         processing_class=tokenizer,
-        peft_config=training.lora_config(config),
+        peft_config=trl_settings.lora_config(config),
     )
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     precision.cast(trained, precision.adapter_dtype(config))
@@ -47,12 +47,15 @@ def seconds_of(trainer, batch) -> float:
 
 def main(run_dir: str) -> None:
     config = Config.from_profile("demo", run_dir=run_dir)
-    tokenizer, dataset = loading.load_tokenizer(config.model_name), training.load_dataset(config)
-    ours = training.build_trainer(config, loading.load_model(config), tokenizer, dataset)
+    tokenizer, dataset = (
+        loading.load_tokenizer(config.model_name),
+        training_rows.load_dataset(config),
+    )
+    ours = building.build_trainer(config, loading.load_model(config), tokenizer, dataset)
     ways = {"trl": trl_trainer(config, tokenizer, dataset), "ours": ours}
     batches = list(itertools.islice(ours.get_train_dataloader(), BATCHES))
     speeds = {way: [] for way in ways}
-    with training.kernels(ours):
+    with running.kernels(ours):
         for trainer in ways.values():
             seconds_of(trainer, batches[0])  # warm up
         for batch, (way, trainer) in itertools.product(batches, ways.items()):

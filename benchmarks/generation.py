@@ -108,7 +108,7 @@ def on_gpu(folder: Path, prompts_asked: int, tokens: int, turns: int) -> dict:
 
     from benchmarks.training import circumstances, random_rows
     from helpers.model import measure
-    from helpers.training import training
+    from helpers.training import trl_settings
 
     config = Config.from_profile(
         "llama2_7b",
@@ -124,7 +124,7 @@ def on_gpu(folder: Path, prompts_asked: int, tokens: int, turns: int) -> dict:
         model = loading.load_model(config, quantized=form != "merged, 16 bits")
         if "adapter" in form:
             model = get_peft_model(
-                model, training.lora_config(config), autocast_adapter_dtype=False
+                model, trl_settings.lora_config(config), autocast_adapter_dtype=False
             ).eval()
         runs.append({"model": form, **tokens_per_second(model, tokenizer, texts, config)})
         print(json.dumps(runs[-1]), flush=True)

@@ -21,7 +21,7 @@ from helpers.answers import inference, problem_sets
 from helpers.config import Config
 from helpers.model import embedded, loading
 from helpers.runs.environment import environment
-from helpers.training import training
+from helpers.training import training_rows
 
 RESULTS = Path(__file__).resolve().parent / "results" / "llama_cpp.json"
 
@@ -54,7 +54,9 @@ def check(config: Config, name: str, server: str, length: int) -> dict:
     """Tokens of the validation rows, the chat template, and the beginnings of greedy answers."""
     tokenizer = loading.load_tokenizer(config.model_name)
     model = embedded.load_gguf(config.gguf_dir / f"model.{name}.gguf", torch.float32)
-    texts = [r["prompt"] + r["completion"] for r in training.load_dataset(config)["validation"]]
+    texts = [
+        r["prompt"] + r["completion"] for r in training_rows.load_dataset(config)["validation"]
+    ]
     options = {"add_special": True, "parse_special": True}
     tokens = [post(f"{server}/tokenize", content=text, **options)["tokens"] for text in texts]
     messages = [{"role": "user", "content": "Hello?"}]

@@ -159,7 +159,8 @@ def by_part(kernels: list) -> dict[str, float]:
 def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
     """This project's own trainer, as notebook 04 builds it."""
     from helpers.model import loading
-    from helpers.training import training  # isort: skip  (says how memory grows, before it is asked)
+    from helpers.training import running
+    from helpers.training import building  # isort: skip  (says how memory grows, before it is asked)
     from datasets import Dataset
     from transformers import TrainerCallback
 
@@ -188,7 +189,7 @@ def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
         tokenizer = loading.load_tokenizer(str(folder))
         model = loading.load_model(config)
         splits = {"train": data, "validation": data.select(range(8))}
-        trainer = training.build_trainer(config, model, tokenizer, splits)
+        trainer = building.build_trainer(config, model, tokenizer, splits)
         clock = Clock(options.steps)
 
         class Timer(TrainerCallback):
@@ -199,7 +200,7 @@ def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
                 clock.end(state.global_step, state.num_input_tokens_seen)
 
         trainer.add_callback(Timer())
-        with training.kernels(trainer):
+        with running.kernels(trainer):
             trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         losses = [round(float(loss), 4) for loss in losses]

@@ -3,10 +3,10 @@
     python benchmarks/two_gpus.py FOLDER          every case of CASES, to results/two_gpus.json
     python benchmarks/two_gpus.py FOLDER NAME...  these, added to it
 
-A case is `training.train`, what `python -m helpers train` calls, started through accelerate
-with the committed files of accelerate/. Every case of a model sees the same rows in each step: one
-GPU takes half of them at a time. The 7B model has random weights, for losses are compared; the 70B
-model's are zeros from a file that is one hole. A cap is
+A case is the script of notebook 04's cells, started through accelerate with the committed files of
+accelerate/. Every case of a model sees the same rows in each step: one GPU takes half of them at a
+time. The 7B model has random weights, for losses are compared; the 70B model's are zeros from a
+file that is one hole. A cap is
 `torch.cuda.set_per_process_memory_fraction`, in each process.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import runpy
 import shutil
 import subprocess
 import sys
@@ -78,17 +79,22 @@ def write_rows(run_dir: Path, longest: int) -> None:
     inventory.seal(run_dir / "dataset")
 
 
+def parameters(model: Path, run_dir: Path, settings: dict) -> dict:
+    """Of the notebook, for a case's settings."""
+    steps, rows = settings["max_steps"], settings["per_device_train_batch_size"]
+    settings = {"eval_steps": steps, "save_steps": steps, **settings}
+    settings |= {"model_name": str(model), "run_dir": str(run_dir)}
+    settings["per_device_eval_batch_size"] = rows
+    return {"PROFILE": "llama2_7b", **{name.upper(): value for name, value in settings.items()}}
+
+
 def make_config(model: Path, run_dir: Path, settings: dict):
     from helpers.config import Config
 
-    steps = settings["max_steps"]
-    return Config.from_profile(
-        "llama2_7b", model_name=str(model), run_dir=run_dir, eval_steps=steps, save_steps=steps,
-        per_device_eval_batch_size=settings["per_device_train_batch_size"], **settings,
-    )  # fmt: skip
+    return Config.from_parameters(parameters(model, run_dir, settings))
 
 
-def work(model: Path, run_dir: Path, cap: float, forced: bool, settings: dict) -> dict:
+def work(run_dir: Path, cap: float, forced: bool) -> dict:
     """Train in this process, which may be one of two; its peak and what training measured.
 
     Forced, it trains what the planner refuses.
@@ -97,23 +103,22 @@ def work(model: Path, run_dir: Path, cap: float, forced: bool, settings: dict) -
 
     from helpers.model import predict
     from helpers.runs import inventory
-    from helpers.training import training
+    from helpers.training import planning
 
     rank = int(os.environ.get("LOCAL_RANK", 0))
     torch.cuda.set_device(rank)
     if cap:
         whole = torch.cuda.get_device_properties(rank).total_memory
         torch.cuda.set_per_process_memory_fraction(cap * predict.GIB / whole)
-    config = make_config(model, run_dir, settings)
     if forced:
-        training.refuse_without_room = lambda config: None
+        planning.refuse_without_room = lambda config: None
     found = {"rank": rank}
     try:
-        metrics = training.train(config)
+        metrics = runpy.run_path(str(run_dir / "train.py"), run_name="__main__")["metrics"]
     except Exception as error:  # what kept it from training is the result
-        said = f"{type(error).__name__}: {error}".replace(str(model), model.name)
+        said = f"{type(error).__name__}: {error}".replace(f"{run_dir.parent}/", "")
         return {**found, "refused": said[:600]}
-    log = json.loads((config.adapter_dir / inventory.TRAINING_LOG).read_text("utf-8"))
+    log = json.loads((run_dir / "adapter" / inventory.TRAINING_LOG).read_text("utf-8"))
     losses = [round(float(e["loss"]), 4) for e in log["history"] if "loss" in e]
     return {
         **found,
@@ -127,9 +132,9 @@ def work(model: Path, run_dir: Path, cap: float, forced: bool, settings: dict) -
 
 def speed(log: dict) -> float:
     """Tokens of all GPUs a second in the later half of the steps."""
-    from helpers.training import training
+    from helpers.training import callbacks
 
-    return round(training.tokens_per_second(log["steps"][len(log["steps"]) // 2 :]))
+    return round(callbacks.tokens_per_second(log["steps"][len(log["steps"]) // 2 :]))
 
 
 def planned_bytes(model: Path, run_dir: Path, shards: int, settings: dict) -> int:
@@ -175,11 +180,13 @@ def losses_of_merge(model: Path, run_dir: Path, settings: dict) -> dict[str, flo
 def measure(folder: Path, name: str) -> dict:
     """One case in processes of its own."""
     from benchmarks.training import circumstances
+    from helpers.training import export
 
     size, file, cap, settings = CASES[name]
     model, run_dir = write_model(folder, size), folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     write_rows(run_dir, settings["max_length"])
+    export.export_training(parameters(model, run_dir, settings))
     command = [sys.executable]
     if file:
         launcher = ["accelerate.commands.launch", "--config_file", f"accelerate/{file}.yaml"]
@@ -234,10 +241,10 @@ def main() -> None:
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        size, _, cap, settings = CASES[options.cases[0]]
-        forced = options.cases[0].endswith("forced")
-        found = work(options.folder / size, options.folder / "run", cap, forced, settings)
-        print(f"\n{MARK}{json.dumps(found)}", flush=True)
+        cap, forced = CASES[options.cases[0]][2], options.cases[0].endswith("forced")
+        found = work(options.folder / "run", cap, forced)
+        # The script has silenced each process but the first.
+        print(f"\n{MARK}{json.dumps(found)}", file=sys.__stdout__, flush=True)
         sys.exit("refused" in found)  # the other process must not wait for this one
     rows = (
         json.loads(RESULTS.read_text("utf-8"))["rows"] if RESULTS.exists() and options.cases else []

@@ -1,4 +1,4 @@
-"""The command line: `python -m helpers run`, `train`, `compare-recipes`, `verify`, `ask` and more.
+"""The command line: `python -m helpers run`, `ask`, `verify`, `compare-recipes` and more.
 
 Each command is one call of a helper.
 """
@@ -25,9 +25,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
     except KeyboardInterrupt as stop:
-        if hasattr(stop, "number"):  # training, which has said it all
-            print(f"stopped: {stop}", file=sys.stderr)
-            return 128 + stop.number
         number = stop.args[0] if stop.args else signal.SIGINT
         print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         return 128 + number
@@ -56,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("model", help="base (or llama2), tuned (or new_model)")
     ask.add_argument("question", nargs="?", default=LINKED_LIST_PROMPT)
 
-    _command(commands, "train", _train, "notebook 04 alone, also under accelerate launch")
+    _command(commands, "export-training", _export_training, "notebook 04 for several GPUs")
 
     compare = _command(commands, "compare-recipes", _compare_recipes, "train by each recipe")
     compare.add_argument("--max-steps", type=int, help="of each training (default: the profile's)")
@@ -130,17 +127,13 @@ def _ask(options) -> None:
     print()
 
 
-def _train(options) -> None:
-    from helpers.training import training
-
-    config = _config(options)
-    with training.alone_there(config):  # from the start, not when the model has been loaded
-        metrics = training.train(config)
-    print(f"validation loss {metrics['eval_loss_after']:.3f}, adapter in {config.adapter_dir}")
+def _export_training(options) -> None:
+    path = _load("helpers.training.export").export_training(_parameters(options))
+    print(f"accelerate launch --config_file accelerate/ddp.yaml {path}")
 
 
 def _compare_recipes(options) -> None:
-    recipes = _load("helpers.training.recipes")
+    recipes = _load("helpers.runs.recipes")
     steps = {} if options.max_steps is None else {"MAX_STEPS": options.max_steps}
     parameters = {**steps, **_parameters(options)}
     output = options.output or recipes.RESULTS

@@ -4,7 +4,6 @@ The trainer writes a checkpoint file by file under its final name. Only the seal
 says that all of it is there.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from helpers.config import Config
 from helpers.data import curation_note, dataset_folder
 from helpers.model import identity, loading
 from helpers.runs import folders, inventory
+from helpers.training.several_processes import in_any, wait_for_all
 
 STATE = "trainer_state.json"
 PLAN = "plan.json"
@@ -35,7 +35,7 @@ NAMED_BY = (
     *("max_length", "completion_only_loss", "save_steps", "eval_steps"),
     "early_stopping_patience",
 )
-# What is decided for a step when it is planned to a card: see training.planned.
+# What is decided for a step when it is planned to a card: see planning.py.
 PLANNED = (
     *("per_device_train_batch_size", "grad_acc_steps", "optim"),
     *("activation_checkpointing", "kept_layers", "activation_offloading"),
@@ -43,14 +43,7 @@ PLANNED = (
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A signal ended the run at a step's edge, with a checkpoint. The message says how to go on.
-
-    `number` is the signal's.
-    """
-
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.number = number
+    """A signal ended the run at a step's edge, with a checkpoint. The message says how to go on."""
 
 
 class SealCheckpoints(TrainerCallback):
@@ -98,8 +91,7 @@ class StopAtStepEdge(TrainerCallback):
             who = self.received.name if self.received else "a signal to another process"
             raise TrainingInterrupted(
                 f"{who} ended training after step {state.global_step}, and a checkpoint holds it: "
-                "run the same cell or command again to go on from there",
-                self.received or signal.SIGINT,
+                "run the same cell or command again to go on from there"
             )
 
 
@@ -114,26 +106,6 @@ class LogEachCheckpoint(TrainerCallback):
         control.should_log = control.should_log or control.should_save
 
 
-def wait_for_all() -> None:
-    """Under DDP, wait until every process has come here."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def in_any(raised: bool, device) -> bool:
-    """Whether it is so in any process of DDP; all must ask, and then all have the same answer."""
-    return bool(-least_of_all(-int(raised), device))
-
-
-def least_of_all(number: int, device) -> int:
-    """The smallest of the numbers that the processes of DDP ask with; all must ask."""
-    if not torch.distributed.is_initialized():
-        return number
-    least = torch.tensor(number, device=device)
-    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
-    return int(least)
-
-
 class SameOrder(TrainerCallback):
     """Draws the order of every epoch from the seed and the epoch, so that a resume has it.
 
@@ -146,15 +118,6 @@ class SameOrder(TrainerCallback):
         sampler = getattr(batches, "batch_sampler", batches).sampler  # DDP deals out another's
         if isinstance(sampler, LengthGroupedSampler):
             sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch))
-
-
-def load_in_own_type(model) -> None:
-    """Let an adapter that is loaded keep its type, and its optimizer's moments with it.
-
-    peft casts what it loads to float32. For the checkpoint that a run goes on from that would be
-    another run, for the best one at the end a file of twice the size with the same numbers.
-    """
-    model.load_adapter = functools.partial(model.load_adapter, autocast_adapter_dtype=False)
 
 
 def checkpoint_bytes(model) -> int:

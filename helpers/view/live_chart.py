@@ -9,9 +9,10 @@ import time
 
 import ipywidgets
 import matplotlib.pyplot as plt
+from IPython import get_ipython
+from IPython.display import display
 from transformers import TrainerCallback
 
-from helpers.training import training
 from helpers.view import plots, widgets
 
 SECONDS_BETWEEN_PICTURES = 1.0
@@ -26,12 +27,15 @@ PANELS = (
 )
 
 
-def chart(trainer) -> ipywidgets.HTML:
-    """A picture of the trainer's numbers that is drawn anew while it trains, once a second at most.
+def show(trainer) -> None:
+    """Display `chart` above the training of a notebook's cell; a script has the log lines alone."""
+    if get_ipython() is not None:
+        display(chart(trainer))
 
-    Display it in the cell before the training.
-    """
-    callback = LiveChart(trainer)
+
+def chart(trainer) -> ipywidgets.HTML:
+    """A picture of the trainer's numbers, drawn anew while it trains, once a second at most."""
+    callback = LiveChart()
     trainer.add_callback(callback)
     return callback.view
 
@@ -39,9 +43,9 @@ def chart(trainer) -> ipywidgets.HTML:
 class LiveChart(TrainerCallback):
     """Draws the trainer's log into `view` at its log steps, and at the end."""
 
-    def __init__(self, trainer):
+    def __init__(self):
         self.view = ipywidgets.HTML("The chart begins with the first numbers of the training.")
-        self.trainer, self.drawn, self.redraw = trainer, float("-inf"), None
+        self.drawn, self.redraw = float("-inf"), None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.began, self.first_step = time.perf_counter(), state.global_step
@@ -57,7 +61,7 @@ class LiveChart(TrainerCallback):
 
     def draw(self, state) -> None:
         """Move the lines to what the log holds now, and say it in words as the picture's text."""
-        found = curves(state.log_history, training.step_log(self.trainer))
+        found = curves(state.log_history)
         for line, (bottom, top), points in zip(self.lines, self.bounds, found, strict=True):
             steps, values = zip(*points, strict=True) if points else ((), ())
             low, high = min(values, default=0), max(values, default=0)
@@ -103,8 +107,9 @@ def _empty_chart(max_steps: int):
     return lines, bounds, widgets.background(figure, [*lines, *itertools.chain(*bounds)])
 
 
-def curves(history: list[dict], steps: list[dict]) -> list[list[tuple[int, float]]]:
-    """For each of PANELS its (step, value) pairs, from the trainer's log and the step log."""
+def curves(history: list[dict]) -> list[list[tuple[int, float]]]:
+    """For each of PANELS its (step, value) pairs, from the trainer's log, which has every step."""
+    steps = [entry for entry in history if "tokens" in entry]
     named = ("loss", "eval_loss", "learning_rate", "grad_norm")
     found = [
         [(entry["step"], float(entry[name])) for entry in history if name in entry]
@@ -121,4 +126,8 @@ def speeds(history: list[dict], steps: list[dict]) -> list[tuple[int, float]]:
         (last, [item for item in steps if first < item["step"] <= last])
         for first, last in itertools.pairwise([0, *ends])
     ]
-    return [(last, training.tokens_per_second(part)) for last, part in parts if part]
+    return [
+        (last, sum(item["tokens"] for item in part) / sum(item["seconds"] for item in part))
+        for last, part in parts
+        if part
+    ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from helpers.config import Config
 from helpers.model import loading
 from helpers.runs import inventory
-from helpers.training import training
+from helpers.training import building, saving, training_rows
 from tests.notebook_code import curate
 
 
@@ -17,9 +17,9 @@ def make_run(model_dir: Path, tokenizer, run_dir: Path, **changes) -> Config:
         "smoke", model_name=str(model_dir), run_dir=run_dir, lora_r=4, max_steps=4, **changes
     )
     curate(config)
-    dataset = training.load_dataset(config)
-    trainer = training.build_trainer(config, loading.load_model(config), tokenizer, dataset)
-    training.save_adapter(trainer, tokenizer, config)
+    dataset = training_rows.load_dataset(config)
+    trainer = building.build_trainer(config, loading.load_model(config), tokenizer, dataset)
+    saving.save_adapter(trainer, tokenizer, config)
     inventory.record_metrics(config, "04", {"eval_loss_before": 2.5, "eval_loss_after": 1.5})
     inventory.record_metrics(config, "05", {"eval_loss_merged": 1.6})
     return config

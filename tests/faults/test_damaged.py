@@ -18,7 +18,7 @@ from helpers.merging import adapter_folder, export, merged_folder, merging, publ
 from helpers.model import loading
 from helpers.runs import inventory
 from helpers.runs.inventory import ArtefactError, ArtefactWarning
-from helpers.training import training
+from helpers.training import training_rows
 from tests.conftest import write_bos_twice
 from tests.faults.finished_run import contents, copy_run, make_run
 from tests.notebook_code import curate, merge, save_merged
@@ -72,7 +72,7 @@ def test_an_undamaged_run_loads_without_a_word(config):
     with warnings.catch_warnings():
         warnings.simplefilter("error", ArtefactWarning)
         merging.load_tuned(config)
-        assert len(training.load_dataset(config)["train"]) == 16
+        assert len(training_rows.load_dataset(config)["train"]) == 16
         assert "| eval_loss_after | 1.5 |" in publishing.model_card(config)
 
 
@@ -236,7 +236,7 @@ def test_an_adapter_keeps_its_message_when_the_rows_get_another(own, tmp_path):
 def test_another_message_is_used_where_it_is_named_and_both_are_told(own, given):
     config = dataclasses.replace(own, system_message=given)
     words = f"SYSTEM_MESSAGE is '{given}', and the training rows have '{OWN_MESSAGE}': leave it out"
-    for act in (training.load_dataset, export.modelfile, publishing.model_card):
+    for act in (training_rows.load_dataset, export.modelfile, publishing.model_card):
         with pytest.warns(ArtefactWarning, match=words):
             act(config)
     with pytest.warns(ArtefactWarning, match=words):
@@ -254,7 +254,7 @@ def test_a_run_from_before_has_no_note_and_works(own, tmp_path):
         assert inference.system_message(config, "merged") == SYSTEM_MESSAGE
         named = dataclasses.replace(config, system_message=OWN_MESSAGE)
         assert inference.system_message(named, "merged") == OWN_MESSAGE
-        assert len(training.load_dataset(config)["train"]) == 16
+        assert len(training_rows.load_dataset(config)["train"]) == 16
 
 
 def test_a_note_that_was_changed_is_found(own, tmp_path):
@@ -367,7 +367,7 @@ def test_a_merged_model_from_elsewhere_has_no_record_and_loads(merged):
 
 
 def load_dataset(config):
-    return training.load_dataset(config)["train"][:]
+    return training_rows.load_dataset(config)["train"][:]
 
 
 @pytest.mark.parametrize("size", [0, 100, -1])

@@ -12,6 +12,7 @@ import pytest
 
 from helpers.config import PROJECT_DIR
 from helpers.runs import runner
+from helpers.training.export import export_training
 from tests.faults.staging import record_cell, run_notebooks, write_notebook
 from tests.faults.train_tiny import tiny_config, write_dataset
 
@@ -102,22 +103,21 @@ def test_a_killed_runner_leaves_no_kernel_behind(notebooks, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_training_by_the_command_line_ends_with_the_signals_code(
+def test_a_training_by_its_script_ends_at_a_signal_with_a_checkpoint(
     tmp_path, tiny_model_dir, number
 ):
     config = tiny_config(tmp_path / "run", tiny_model_dir)
     write_dataset(config)
-    command = [sys.executable, "-m", "helpers", "train", "--profile", "smoke"]
-    command += ["--run-dir", str(config.run_dir), "-p", "MODEL_NAME", config.model_name]
-    command += ["-p", "USE_4BIT", "False", "-p", "MAX_STEPS", "10000"]
+    settings = {"MODEL_NAME": config.model_name, "USE_4BIT": False, "MAX_STEPS": 10_000}
+    script = export_training({"PROFILE": "smoke", "RUN_DIR": str(config.run_dir), **settings})
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    training = subprocess.Popen(command, cwd=PROJECT_DIR, **options)
+    training = subprocess.Popen([sys.executable, str(script)], **options)
     while not training.stdout.readline().startswith("step    1/"):
         assert training.poll() is None, training.stderr.read()
     training.send_signal(number)
     _, err = training.communicate(timeout=60)
-    assert training.returncode == 128 + number
-    assert err.splitlines()[-1].startswith(f"stopped: {number.name} ended training after step ")
+    assert training.returncode == -signal.SIGINT  # Python's own end of what nobody caught
+    assert f"TrainingInterrupted: {number.name} ended training after step " in err.splitlines()[-1]
     assert list(config.checkpoints_dir.glob("*/checkpoint-*"))
 
 

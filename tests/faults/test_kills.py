@@ -18,7 +18,7 @@ from peft import get_peft_model
 from helpers.config import Config
 from helpers.model import embedded, loading
 from helpers.runs import inventory, lessons, recording
-from helpers.training import training
+from helpers.training import running, saving, trl_settings
 from tests.faults.staging import (
     die_at,
     first_of_each,
@@ -114,8 +114,8 @@ def test_curation(tmp_path, questions):
 
 def training_job(folder, model, seed=42):
     config = tiny_config(folder, model, max_steps=2, save_steps=2, eval_steps=2, seed=seed)
-    trainer, _ = training.fine_tune(build(config))
-    training.save_adapter(trainer, trainer.processing_class, config)
+    trainer, _ = running.fine_tune(build(config))
+    saving.save_adapter(trainer, trainer.processing_class, config)
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def with_adapter(tmp_path, tiny_model_dir):
     config = Config.from_profile("smoke", model_name=str(tiny_model_dir), run_dir=template)
     for seed in (1, 2):
         torch.manual_seed(seed)
-        settings = training.lora_config(config)
+        settings = trl_settings.lora_config(config)
         settings.init_lora_weights = False
         adapted = get_peft_model(loading.load_model(config, quantized=False), settings)
         adapted.save_pretrained(config.adapter_dir)

@@ -11,11 +11,10 @@ import filelock
 import psutil
 import pytest
 
-from helpers.__main__ import main
 from helpers.config import PROJECT_DIR
 from helpers.model import loading
 from helpers.runs import folders
-from helpers.training import training
+from helpers.training import running, saving
 from tests.faults.staging import (
     folder_hashes,
     left_over,
@@ -93,7 +92,7 @@ def test_two_writers_of_one_artefact(tmp_path):
     assert (tmp_path / "dataset" / "rows").read_text("utf-8") == "first"
 
 
-# -- Outside of the runner: a notebook in JupyterLab, `python -m helpers train`.
+# -- Outside of the runner: a notebook in JupyterLab, the script of several processes.
 
 SAVE = """from pathlib import Path
 from helpers import artefacts
@@ -106,12 +105,12 @@ def curates(config):
 
 
 def trains(config):
-    training.fine_tune(build(config))
+    running.fine_tune(build(config))
 
 
 def saves_an_adapter(config):
     trainer = build(config)
-    training.save_adapter(trainer, trainer.processing_class, config)
+    saving.save_adapter(trainer, trainer.processing_class, config)
 
 
 def merges(config):
@@ -128,14 +127,6 @@ def test_nobody_else_writes_where_a_run_goes_on(holder, tmp_path, tiny_model_dir
         writes(config)
     assert folder_hashes(tmp_path / "run", "[!.c]*") == before
     assert not list(config.checkpoints_dir.rglob("checkpoint-*"))
-
-
-def test_the_command_line_is_refused_before_it_loads_anything(
-    holder, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("loaded a model"))
-    assert main(["train", "--profile", "smoke", "--run-dir", str(tmp_path / "run")]) == 1
-    assert f"is being written by process {holder.pid}," in capsys.readouterr().err
 
 
 def test_a_training_holds_the_folder_against_a_run_and_another_training(

@@ -148,7 +148,7 @@ def test_the_cell_that_wraps_the_model_cannot_run_twice(execute, straight, run_d
 def test_no_adapter_is_loaded_onto_another(tiny_config, tiny_model_dir):
     from peft import get_peft_model
 
-    from helpers.training.training import lora_config
+    from helpers.training.trl_settings import lora_config
 
     adapted = get_peft_model(loading.load_model(tiny_config), lora_config(tiny_config))
     adapted.save_pretrained(tiny_config.adapter_dir)
@@ -168,7 +168,7 @@ def test_no_adapter_is_loaded_onto_another(tiny_config, tiny_model_dir):
     ("number", "last", "artefact"),
     [
         ("02", "curate(", "dataset"),
-        ("04", "training.fine_tune(", "adapter"),
+        ("04", "running.fine_tune(", "adapter"),
         ("05", "merging.saving(", "merged"),
     ],
 )
@@ -185,7 +185,7 @@ def test_from_the_start_after_a_stop_half_way_gives_the_same(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "middle"), [("04", "training.save_adapter("), ("05", "merging.saving(")]
+    ("number", "middle"), [("04", "saving.save_adapter("), ("05", "merging.saving(")]
 )
 def test_on_from_the_middle_in_a_fresh_kernel_stops_and_loses_nothing(
     execute, straight, run_dir, number, middle

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from helpers.merging import export
 from helpers.model import loading
 from helpers.runs import folders
-from helpers.training import training
+from helpers.training import building, running, training_rows
 from tests.faults.finished_run import make_run
 from tests.faults.staging import record_cell, run_notebooks, start, write_notebook
 from tests.notebook_code import merge, save_merged
@@ -36,9 +36,9 @@ def every_artefact(umask, model_dir, run_dir):
     config = make_run(model_dir, tokenizer, run_dir)
     save_merged(merge(config, "16bit"), tokenizer, config)
     export.export_gguf(config)
-    dataset = training.load_dataset(config)
-    trainer = training.build_trainer(config, loading.load_model(config), tokenizer, dataset)
-    training.fine_tune(trainer)
+    dataset = training_rows.load_dataset(config)
+    trainer = building.build_trainer(config, loading.load_model(config), tokenizer, dataset)
+    running.fine_tune(trainer)
 
 
 @UMASKS

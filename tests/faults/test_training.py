@@ -16,12 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import TrainerCallback, TrainerState
+from trl import SFTTrainer
 
 from helpers.data import dataset_folder
 from helpers.model import loading
 from helpers.runs import inventory
 from helpers.runs.folders import DiskFull
-from helpers.training import checkpoints, training
+from helpers.training import (
+    callbacks,
+    checkpoints,
+    running,
+    saving,
+    smaller_steps,
+    trl_settings,
+)
 from helpers.view import live_chart
 from tests.faults.train_tiny import build, outcome, tiny_config, write_dataset
 
@@ -34,7 +42,7 @@ def config(tmp_path, tiny_model_dir):
 
 
 def finish(config):
-    trainer, metrics = training.fine_tune(build(config))
+    trainer, metrics = running.fine_tune(build(config))
     return outcome(trainer), metrics
 
 
@@ -53,7 +61,7 @@ def interrupt(config, after):
     trainer = build(config)
     trainer.add_callback(StopAfter(after))
     with pytest.raises(InterruptedError):
-        training.fine_tune(trainer)
+        running.fine_tune(trainer)
 
 
 @pytest.mark.parametrize("after", [1, 3, 5])
@@ -137,7 +145,7 @@ def test_a_disk_without_room_is_named_before_a_checkpoint_is_written(config, mon
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     with pytest.raises(DiskFull, match="the next checkpoint needs .* MB .* are free: make room"):
-        training.fine_tune(trainer)
+        running.fine_tune(trainer)
     monkeypatch.undo()
     assert checkpoints.latest(folder) == folder / "checkpoint-2"
     resumed, _ = finish(config)
@@ -159,7 +167,7 @@ def test_a_signal_stops_at_a_step_edge_with_a_checkpoint(config, number):
     with pytest.raises(
         KeyboardInterrupt, match=f"{number.name} ended training after step 3.*again"
     ):
-        training.fine_tune(trainer)
+        running.fine_tune(trainer)
     assert signal.getsignal(number) is before
     assert checkpoints.latest(Path(trainer.args.output_dir)).name == "checkpoint-3"
     resumed, _ = finish(config)
@@ -168,20 +176,21 @@ def test_a_signal_stops_at_a_step_edge_with_a_checkpoint(config, number):
 
 @pytest.mark.parametrize(("loss", "stops"), [(1.0, False), (4.9, False), (5.1, True)])
 def test_a_loss_that_explodes_stops_the_run_and_names_the_cause(config, loss, stops):
-    arguments = training.sft_config(dataclasses.replace(config, learning_rate=0.5))
+    arguments = trl_settings.sft_config(dataclasses.replace(config, learning_rate=0.5))
     state = TrainerState(global_step=7, log_history=[{"loss": 2.0}, {"eval_loss": 9.0}])
     expected = pytest.raises(
-        training.TrainingDiverged, match="step 7: the loss is 5.1.* LEARNING_RATE = 0.5 is too high"
+        callbacks.TrainingDiverged,
+        match="step 7: the loss is 5.1.* LEARNING_RATE = 0.5 is too high",
     )
     with expected if stops else nullcontext():
-        training.StopOnDivergence().on_log(arguments, state, None, logs={"loss": loss})
+        callbacks.StopOnDivergence().on_log(arguments, state, None, logs={"loss": loss})
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config):
     trainer = build(config)
     trained = next(p for p in trainer.model.parameters() if p.requires_grad)
     torch.nn.init.constant_(trained, float("nan"))
-    with pytest.raises(training.TrainingDiverged, match="step 1: the loss is nan"):
+    with pytest.raises(callbacks.TrainingDiverged, match="step 1: the loss is nan"):
         trainer.train()
 
 
@@ -203,8 +212,8 @@ def test_a_full_gpu_is_answered_with_the_next_rung(config, monkeypatch, changes,
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer, "train", full)
-    with pytest.raises(training.OutOfMemory, match=f"set {advice}.* saves about .* GiB"):
-        training.fine_tune(trainer)
+    with pytest.raises(smaller_steps.OutOfMemory, match=f"set {advice}.* saves about .* GiB"):
+        running.fine_tune(trainer)
 
 
 @pytest.mark.parametrize("batch", range(1, 65))
@@ -218,7 +227,7 @@ def test_every_rung_keeps_the_rows_of_a_step(config, batch):
         )
         seen = [batch]
         while rung.per_device_train_batch_size > 1:
-            rung = dataclasses.replace(rung, **training.next_rung(rung, None, None))
+            rung = dataclasses.replace(rung, **smaller_steps.next_rung(rung, None, None))
             seen.append(rung.per_device_train_batch_size)
             assert seen[-1] * rung.grad_acc_steps == batch * accumulation
         rows = range(1, batch)
@@ -230,8 +239,8 @@ class Card:
 
     def __init__(self, monkeypatch, rows):
         self.rows, self.asked = rows, []
-        self.step = training.SFTTrainer.training_step
-        monkeypatch.setattr(training.SFTTrainer, "training_step", self._training_step())
+        self.step = SFTTrainer.training_step
+        monkeypatch.setattr(SFTTrainer, "training_step", self._training_step())
 
     def _training_step(card):
         def training_step(trainer, *args, **kwargs):
@@ -250,7 +259,7 @@ def test_a_run_may_take_the_rungs_by_itself(config, monkeypatch, capsys):
     small = dataclasses.replace(config, fit_to_memory=True, per_device_train_batch_size=4)
     first = build(small)
     view = live_chart.chart(first)
-    trainer, metrics = training.fine_tune(first)
+    trainer, metrics = running.fine_tune(first)
     assert f"step {small.max_steps} of {small.max_steps}" in view.value  # it follows the last one
     assert list(dict.fromkeys(card.asked)) == [
         (False, 4, 1),
@@ -267,7 +276,7 @@ def test_a_run_may_take_the_rungs_by_itself(config, monkeypatch, capsys):
 def test_a_rung_that_changes_no_step_goes_on_from_the_checkpoints(config, monkeypatch):
     whole, _ = finish(config)
     shutil.rmtree(config.checkpoints_dir)
-    taken, step = [], training.SFTTrainer.training_step
+    taken, step = [], SFTTrainer.training_step
 
     def training_step(trainer, *args, **kwargs):
         now = trainer.args.activation_checkpointing, trainer.state.global_step
@@ -276,7 +285,7 @@ def test_a_rung_that_changes_no_step_goes_on_from_the_checkpoints(config, monkey
             raise torch.OutOfMemoryError("CUDA out of memory")
         return step(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(training.SFTTrainer, "training_step", training_step)
+    monkeypatch.setattr(SFTTrainer, "training_step", training_step)
     found, _ = finish(dataclasses.replace(config, fit_to_memory=True))
     assert taken[5:] == [(False, 5), (True, 4), (True, 5)] and found == whole
 
@@ -291,8 +300,8 @@ def test_a_cell_that_took_rungs_and_was_stopped_goes_on_in_their_folder(config, 
     trainer = build(config)
     send_in_step(trainer, 2)
     with pytest.raises(KeyboardInterrupt):
-        training.fine_tune(trainer)
-    trainer, _ = training.fine_tune(trainer)
+        running.fine_tune(trainer)
+    trainer, _ = running.fine_tune(trainer)
     assert outcome(trainer) == whole
 
 
@@ -334,8 +343,8 @@ def test_after_ctrl_c_the_same_cell_goes_on_to_the_end(config):
     trainer = build(config)
     send_in_step(trainer, 2)
     with pytest.raises(KeyboardInterrupt):
-        training.fine_tune(trainer)
-    trainer, metrics = training.fine_tune(trainer)
+        running.fine_tune(trainer)
+    trainer, metrics = running.fine_tune(trainer)
     assert same((outcome(trainer), metrics), whole)
 
 
@@ -347,16 +356,16 @@ def test_after_an_error_the_same_cell_does_not_begin_with_what_was_learnt(config
     trainer = build(config)
     trainer.add_callback(StopAfter(after))
     with pytest.raises(InterruptedError):
-        training.fine_tune(trainer)
+        running.fine_tune(trainer)
     trainer.remove_callback(StopAfter)
-    trainer, metrics = training.fine_tune(trainer)
+    trainer, metrics = running.fine_tune(trainer)
     assert same((outcome(trainer), metrics), whole)
 
 
 def test_a_run_that_is_over_is_the_same_when_its_cell_runs_again(config):
-    trainer, metrics = training.fine_tune(build(config))
+    trainer, metrics = running.fine_tune(build(config))
     first = (outcome(trainer), metrics)
-    trainer, metrics = training.fine_tune(trainer)
+    trainer, metrics = running.fine_tune(trainer)
     assert same((outcome(trainer), metrics), first)
 
 
@@ -366,9 +375,9 @@ def test_a_run_that_is_over_is_the_same_when_its_cell_runs_again(config):
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_every_step_keeps_its_seconds_and_its_tokens_through_a_resume(config, how):
     config = dataclasses.replace(config, log_steps=4, max_steps=7)
-    trainer, _ = training.fine_tune(build(config))
+    trainer, _ = running.fine_tune(build(config))
     losses = outcome(trainer)["losses"]
-    tokens = [step["tokens"] for step in training.step_log(trainer)]
+    tokens = [step["tokens"] for step in callbacks.step_log(trainer)]
     assert len(tokens) == 7 and min(tokens) > 0
     shutil.rmtree(config.checkpoints_dir)
     if how == "killed":
@@ -377,9 +386,9 @@ def test_every_step_keeps_its_seconds_and_its_tokens_through_a_resume(config, ho
         trainer = build(config)
         send_in_step(trainer, 5)
         with pytest.raises(KeyboardInterrupt):
-            training.fine_tune(trainer)
-    trainer, metrics = training.fine_tune(build(config))
-    steps = training.step_log(trainer)
+            running.fine_tune(trainer)
+    trainer, metrics = running.fine_tune(build(config))
+    steps = callbacks.step_log(trainer)
     assert [step["tokens"] for step in steps] == tokens
     assert outcome(trainer)["losses"] == losses and [step for step, _ in losses] == [2, 4, 6, 7]
     seconds = sum(step["seconds"] for step in steps)
@@ -388,16 +397,16 @@ def test_every_step_keeps_its_seconds_and_its_tokens_through_a_resume(config, ho
 
 def test_the_tokens_of_a_step_are_those_of_its_rows(config):
     trainer = build(dataclasses.replace(config, grad_acc_steps=2, max_steps=3))
-    training.fine_tune(trainer)
+    running.fine_tune(trainer)
     rows = trainer.train_dataset["input_ids"]
     longest, shortest = max(map(len, rows)), min(map(len, rows))
-    for step in training.step_log(trainer):
+    for step in callbacks.step_log(trainer):
         assert 4 * shortest <= step["tokens"] <= 4 * longest
 
 
 def test_fewer_steps_than_a_log_line_takes_are_trained_and_measured(config):
     config = dataclasses.replace(config, max_steps=3, log_steps=5, eval_steps=5, save_steps=5)
-    first = trainer, metrics = training.fine_tune(build(config))
+    first = trainer, metrics = running.fine_tune(build(config))
     assert metrics["train_tokens_per_second"] > 0
     history = trainer.state.log_history
     assert [entry["step"] for entry in history if "loss" in entry] == [3]
@@ -410,7 +419,7 @@ def test_the_loss_after_is_that_of_the_adapter_which_is_kept(config):
     """Here the best evaluation is of a step without a checkpoint."""
     wild = {"learning_rate": 0.05, "scheduler_type": "constant", "max_grad_norm": 100.0}
     steps = {"save_steps": 6, "eval_steps": 1, "log_steps": 50, "max_steps": 7}
-    trainer, metrics = training.fine_tune(build(dataclasses.replace(config, **wild, **steps)))
+    trainer, metrics = running.fine_tune(build(dataclasses.replace(config, **wild, **steps)))
     assert trainer.state.best_global_step not in (6, 7)
     assert metrics["eval_loss_after"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
 
@@ -437,16 +446,16 @@ def test_what_training_does_not_depend_on_changes_nothing(config):
             begun.append(state.global_step)
 
     trainer.add_callback(Note())
-    training.fine_tune(trainer)
+    running.fine_tune(trainer)
     assert begun[0] == 4
 
 
 def test_the_log_names_the_data_that_was_trained_on(config):
-    trainer, _ = training.fine_tune(build(config))
+    trainer, _ = running.fine_tune(build(config))
     trained_on = dataset_folder.dataset_fingerprint(config)
     shutil.rmtree(config.dataset_dir)
     write_dataset(config, rows=30)
-    training.save_adapter(trainer, trainer.processing_class, config)
+    saving.save_adapter(trainer, trainer.processing_class, config)
     log = json.loads((config.adapter_dir / inventory.TRAINING_LOG).read_text(encoding="utf-8"))
     assert log["dataset"] == trained_on != dataset_folder.dataset_fingerprint(config)
 

@@ -15,7 +15,7 @@ from helpers.config import PROJECT_DIR
 from helpers.merging import adapter_folder, merging
 from helpers.model import loading
 from helpers.runs.inventory import ArtefactError
-from helpers.training import checkpoints, training
+from helpers.training import building, checkpoints, training_rows
 from tests.faults.finished_run import contents, copy_run, make_run
 from tests.notebook_code import NOTEBOOKS, notebook_source
 
@@ -145,8 +145,8 @@ def test_an_adapter_with_a_pickle_beside_it_loads_without_it(config, canary):
 def checkpoint(finished, tokenizer):
     """The folder of a checkpoint after two steps."""
     config = dataclasses.replace(finished, max_steps=2)
-    trainer = training.build_trainer(
-        config, loading.load_model(config), tokenizer, training.load_dataset(config)
+    trainer = building.build_trainer(
+        config, loading.load_model(config), tokenizer, training_rows.load_dataset(config)
     )
     trainer.train()
     return checkpoints.latest(Path(trainer.args.output_dir))
@@ -159,8 +159,8 @@ def test_a_payload_in_a_checkpoint_does_not_run(finished, checkpoint, tokenizer,
     config = dataclasses.replace(finished, max_steps=2)
     whole = contents(checkpoint)
     torch.save({"state": Payload(canary)}, checkpoint / name)
-    trainer = training.build_trainer(
-        config, loading.load_model(config), tokenizer, training.load_dataset(config)
+    trainer = building.build_trainer(
+        config, loading.load_model(config), tokenizer, training_rows.load_dataset(config)
     )
     try:
         if name == "training_args.bin":  # nothing reads it

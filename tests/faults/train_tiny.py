@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.model import loading
-from helpers.training import training
+from helpers.training import building, callbacks, running, training_rows
 
 
 def tiny_config(run_dir: Path, model_dir: Path, **changes) -> Config:
@@ -37,6 +37,13 @@ def tiny_config(run_dir: Path, model_dir: Path, **changes) -> Config:
     return Config.from_profile("smoke", run_dir=run_dir, **settings)
 
 
+def parameters_of(config: Config) -> dict:
+    """What tells a notebook, or a script of its cells, to have the settings of a Config."""
+    profile = vars(Config.from_profile(config.profile))
+    changed = {n.upper(): value for n, value in vars(config).items() if value != profile[n]}
+    return {"PROFILE": config.profile, **changed, "RUN_DIR": str(config.run_dir)}
+
+
 def write_dataset(config: Config, rows: int = 40, held_out: int = 4) -> None:
     """Sums, asked and answered; the last rows are held out."""
     pairs = [
@@ -55,8 +62,8 @@ def build(config: Config):
     tokenizer = loading.load_tokenizer(config.model_name)
     if not config.dataset_dir.exists():
         write_dataset(config)
-    dataset = training.load_dataset(config)
-    return training.build_trainer(config, loading.load_model(config), tokenizer, dataset)
+    dataset = training_rows.load_dataset(config)
+    return building.build_trainer(config, loading.load_model(config), tokenizer, dataset)
 
 
 def outcome(trainer) -> dict:
@@ -68,7 +75,7 @@ def outcome(trainer) -> dict:
     return {
         "losses": [(entry["step"], float(entry["loss"])) for entry in history if "loss" in entry],
         "eval": [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e and e["step"]],
-        "steps": [item["step"] for item in training.step_log(trainer)],
+        "steps": [item["step"] for item in callbacks.step_log(trainer)],
         "adapter": digest.hexdigest(),
     }
 
@@ -77,5 +84,5 @@ if __name__ == "__main__":
     run_dir, model_dir, *changes = sys.argv[1:]
     settings = {name: json.loads(value) for name, value in (text.split("=") for text in changes)}
     trainer = build(tiny_config(Path(run_dir), Path(model_dir), **settings))
-    training.fine_tune(trainer)
+    running.fine_tune(trainer)
     print(json.dumps(outcome(trainer)))

@@ -35,7 +35,7 @@ def given(tmp_path_factory, tokenizer):
     write_corpus(corpus)
     overridden = {name: value for name, (value, _) in NOT_ON_A_CPU.items()}
     # Notebooks collect garbage dozens of times. What the libraries hold is looked through but once.
-    importlib.import_module("helpers.training.training")
+    importlib.import_module("helpers.training.running")
     gc.collect()
     gc.freeze()
     yield {"MODEL_NAME": str(model), "DATA_SOURCE": str(corpus), **SHORT, **overridden}

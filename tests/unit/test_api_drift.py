@@ -89,9 +89,9 @@ def test_from_pretrained_gets_no_old_keyword():
 @pytest.mark.parametrize("device", ["cpu"])
 def test_sft_config_of_every_cpu_profile_can_be_built(device):
     from helpers.config import PROFILES, Config
-    from helpers.training import training
+    from helpers.training import trl_settings
 
     for profile in PROFILES:
         config = Config.from_profile(profile)
         if config.device == device:
-            assert training.sft_config(config).use_cpu
+            assert trl_settings.sft_config(config).use_cpu

@@ -8,13 +8,12 @@ from helpers.__main__ import _parser, main
 from helpers.answers import inference
 from helpers.config import Config
 from helpers.merging import export, publishing
-from helpers.runs import recording
-from helpers.training import recipes, training
+from helpers.runs import recipes, recording
+from tests.faults.train_tiny import write_dataset
 
 # Command -> the function that it calls with a Config, and what it needs besides.
 COMMANDS = {
     "ask": (inference, "ask", ["tuned"]),
-    "train": (training, "train", []),
     "record": (recording, "record", []),
     "export-gguf": (export, "export_gguf", []),
     "push-dataset": (publishing, "push_dataset", []),
@@ -35,9 +34,6 @@ def called(monkeypatch, tmp_path):
     for module, name, _ in COMMANDS.values():
         monkeypatch.setattr(module, name, keep)
     monkeypatch.setattr(inference, "ask", lambda config, *_: configs.append(config) or [])
-    monkeypatch.setattr(
-        training, "train", lambda config: configs.append(config) or {"eval_loss_after": 1.0}
-    )
     return configs
 
 
@@ -59,6 +55,20 @@ def test_the_recipes_take_a_run_folder_too(monkeypatch, tmp_path):
     assert main([*command, "--run-dir", str(tmp_path), "-p", "LORA_R", "4"]) == 0
     assert seen[0] == {"PROFILE": "smoke", "MAX_STEPS": 3}
     assert seen[1] == {**seen[0], "RUN_DIR": str(tmp_path), "LORA_R": 4}
+
+
+def test_the_script_for_several_gpus_has_the_parameters(tiny_config, capsys):
+    write_dataset(tiny_config)
+    command = ["export-training", "--profile", "smoke", "--run-dir", str(tiny_config.run_dir)]
+    assert main([*command, "-p", "MODEL_NAME", tiny_config.model_name, "-p", "LORA_R", "4"]) == 0
+    assert capsys.readouterr().out.endswith(f"ddp.yaml {tiny_config.run_dir / 'train.py'}\n")
+    script = (tiny_config.run_dir / "train.py").read_text("utf-8")
+    assert "\nLORA_R = 4\n" in script and "display(" not in script
+
+
+def test_a_script_without_a_dataset_is_refused(tmp_path, capsys):
+    assert main(["export-training", "--profile", "smoke", "--run-dir", str(tmp_path)]) == 1
+    assert "run notebook 02" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

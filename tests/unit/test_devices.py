@@ -11,7 +11,7 @@ from helpers.config import Config
 from helpers.merging import merging
 from helpers.model import architecture, embedded, loading, measure, precision, predict
 from helpers.runs import environment
-from helpers.training import training
+from helpers.training import callbacks, decorators, planning, trl_settings
 
 SECOND = {"": 1}
 ANSWERS = {
@@ -64,18 +64,18 @@ def config_on(place, **changes):
 
 
 def after_a_step(config):
-    log, arguments = training.StepLog(), SimpleNamespace(device=torch.device(config.device))
+    log, arguments = callbacks.StepLog(), SimpleNamespace(device=torch.device(config.device))
     state = TrainerState(global_step=1)
     log.on_train_begin(arguments, state, None)
     log.on_step_begin(arguments, state, None)
     log.on_step_end(arguments, state, TrainerControl(should_log=True))
-    (step,) = log.steps
+    (step,) = state.log_history
     assert (step["memory_bytes"], step["peak_memory_bytes"]) == (7, 8)
 
 
 def measured(config):
     trainer = SimpleNamespace(model=SimpleNamespace(device=torch.device(config.device)))
-    _, metrics = training.memory_decorator(lambda trainer: (trainer, {}))(trainer)
+    _, metrics = decorators.memory_decorator(lambda trainer: (trainer, {}))(trainer)
     assert metrics == {"peak_memory_bytes": 8}
 
 
@@ -83,9 +83,9 @@ QUESTIONS = {
     "number format": lambda config: precision.compute_dtype(
         Config.from_profile("demo", device_map=config.device_map)
     ),
-    "fast path": training.uses_fast_path,
-    "room for a plan": lambda config: training.rooms(config, architecture.llama2_config("7B")),
-    "room in shards": training.refuse_without_room,
+    "fast path": trl_settings.uses_fast_path,
+    "room for a plan": lambda config: planning.rooms(config, architecture.llama2_config("7B")),
+    "room in shards": planning.refuse_without_room,
     "room for a merge": lambda config: merging.with_room(config, 1),
     "now": lambda config: measure.current_memory_bytes(config.device),
     "peak": lambda config: measure.peak_memory_bytes(config.device),
@@ -121,7 +121,7 @@ def test_every_kind_of_gpu_is_named(monkeypatch, names, shown):
 @pytest.mark.parametrize("place", [1, "cuda:1"])
 def test_a_trainer_is_on_the_gpu_of_its_model(gpus, tmp_path, place):
     """Kernels, streams and a recorded step are those of the current GPU."""
-    arguments = training.sft_config(config_on(place), tmp_path)
+    arguments = trl_settings.sft_config(config_on(place), tmp_path)
     assert arguments.device == torch.device("cuda:1") and arguments.n_gpu == 1
     assert arguments.distributed_state.device == torch.device("cuda:1")
     assert gpus.current == 1

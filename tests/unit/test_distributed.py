@@ -17,49 +17,56 @@ from trl import SFTConfig
 
 from helpers.config import PROJECT_DIR, Config, ConfigError
 from helpers.merging import adapter_folder
-from helpers.model import architecture, embedded, loading, measure, predict
+from helpers.model import architecture, loading, measure, predict
 from helpers.runs import inventory
-from helpers.training import checkpoints, training
-from tests.faults.train_tiny import tiny_config, write_dataset
-from tests.unit.shard_tiny import sharded_config
+from helpers.training import (
+    building,
+    checkpoints,
+    planning,
+    several_processes,
+    training_rows,
+    trl_settings,
+)
+from helpers.training.export import export_training
+from tests.faults.train_tiny import parameters_of, tiny_config, write_dataset
 
 CONFIG_FILE = PROJECT_DIR / "accelerate" / "ddp_cpu.yaml"
 
 
-def launch(config, *parameters, processes):
-    place = [("MODEL_NAME", config.model_name), ("RUN_DIR", config.run_dir), *parameters]
-    for name in ("use_4bit", "bf16", "bnb_4bit_compute_dtype", "lora_r", "learning_rate"):
-        place.append((name.upper(), getattr(config, name)))
-    place += [("LORA_DROPOUT", 0.0), ("GROUP_BY_LENGTH", False), ("MAX_STEPS", 4)]
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["accelerate.commands.launch", "--config_file", str(CONFIG_FILE), "-m"]
-    command += ["helpers", "train", "--profile", "smoke"]
-    command += [str(word) for name, value in place for word in ("-p", name, value)]
-    done = subprocess.run(
-        command, capture_output=True, encoding="utf-8", env=os.environ, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def script_of(run_dir, model_dir, rows, **changes):
+    """(the Config of four steps, the script of notebook 04 that trains it on that many rows)."""
+    config = tiny_config(
+        run_dir, model_dir, lora_dropout=0.0, group_by_length=False, max_steps=4,
+        per_device_train_batch_size=rows, **changes,
+    )  # fmt: skip
+    write_dataset(config)
+    return config, export_training(parameters_of(config))
+
+
+def train(config, command, **variables):
+    """Run a command; its output and the log beside the adapter that it saved."""
+    options = {"capture_output": True, "encoding": "utf-8", "env": os.environ | variables}
+    done = subprocess.run([sys.executable, *map(str, command)], timeout=300, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    inventory.check_seal(config.adapter_dir, "04")
+    assert not config.checkpoints_dir.exists()
     log = json.loads((config.adapter_dir / inventory.TRAINING_LOG).read_text("utf-8"))
-    return done.stdout, [entry["loss"] for entry in log["history"] if "loss" in entry]
+    return done.stdout, log["history"]
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does_on_the_same_rows(tmp_path, tiny_model_dir):
-    losses, lines = {}, {}
+    losses = {}
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", CONFIG_FILE)
     for processes, rows in ((1, 4), (2, 2)):
-        config = tiny_config(tmp_path / str(processes), tiny_model_dir)
-        write_dataset(config, rows=20, held_out=4)
-        given = ("PER_DEVICE_TRAIN_BATCH_SIZE", rows)
-        lines[processes], losses[processes] = launch(config, given, processes=processes)
-        inventory.check_seal(config.adapter_dir, "04")
+        config, script = script_of(tmp_path / str(processes), tiny_model_dir, rows)
+        text, history = train(config, [*(launcher if processes > 1 else ()), script])
+        losses[processes] = [entry["loss"] for entry in history if "loss" in entry]
         metrics = json.loads((config.metrics_dir / "04.json").read_text("utf-8"))
         assert metrics["eval_loss_after"] < metrics["eval_loss_before"]
-        assert not config.checkpoints_dir.exists()
+        assert text.count("step    4/4   loss") == 1  # the first process alone speaks
     assert losses[2] == pytest.approx(losses[1], abs=1e-4)
     assert losses[1][-1] < losses[1][0] - 0.1
-    for text in lines.values():  # the first process alone prints the log
-        assert text.count("step    4/4   loss") == 1
 
 
 def fsdp_environment() -> dict:
@@ -74,23 +81,14 @@ def fsdp_environment() -> dict:
 def test_two_shards_train_as_one_model_does(tmp_path, tiny_model_dir):
     logs, adapters = {}, {}
     for processes, rows in ((1, 4), (2, 2)):
-        config = sharded_config(tmp_path / str(processes), tiny_model_dir, rows)
-        write_dataset(config)
+        folder = tmp_path / str(processes)
+        config, script = script_of(folder, tiny_model_dir, rows, use_4bit=True)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
         sharded = fsdp_environment() if processes > 1 else {}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(processes), "-m", "tests.unit.shard_tiny"]
-        command += [str(config.run_dir), str(tiny_model_dir), str(rows)]
-        environment = os.environ | sharded
-        done = subprocess.run(
-            command, capture_output=True, encoding="utf-8", env=environment, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        inventory.check_seal(config.adapter_dir, "04")
-        log = json.loads((config.adapter_dir / inventory.TRAINING_LOG).read_text("utf-8"))
-        history = [entry for entry in log["history"] if entry["step"] > 0]
+        _, history = train(config, [*launcher, "-m", "tests.unit.shard_tiny", script], **sharded)
+        history = [entry for entry in history if entry["step"] > 0]
         logs[processes] = [e[key] for e in history for key in ("loss", "eval_loss") if key in e]
         adapters[processes] = load_file(config.adapter_dir / adapter_folder.ADAPTER_WEIGHTS)
-        assert not config.checkpoints_dir.exists()
     assert logs[2] == pytest.approx(logs[1], abs=1e-4)
     assert logs[1][-1] < logs[1][0] - 1
     shapes = [{name: t.shape for name, t in adapter.items()} for adapter in adapters.values()]
@@ -120,11 +118,11 @@ def test_shards_without_room_are_refused_before_the_weights_load(tmp_path, monke
     for name, value in {**fsdp_environment(), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     settings = {"model_name": str(tmp_path), "per_device_train_batch_size": 2}
-    large = training.for_this_process(Config.from_profile("llama2_7b", **settings))
+    large = several_processes.for_this_process(Config.from_profile("llama2_7b", **settings))
     assert not large.fast_path
     with pytest.raises(ConfigError, match="2 shards, each of 2 GPUs needs .* of 23.0: lower LORA"):
-        training.refuse_without_room(large)
-    training.refuse_without_room(dataclasses.replace(large, lora_r=16))
+        planning.refuse_without_room(large)
+    planning.refuse_without_room(dataclasses.replace(large, lora_r=16))
     assert "planned for 2 shards" in capsys.readouterr().out
 
 
@@ -147,13 +145,7 @@ def test_two_gpus_learnt_what_one_learnt():
 
 def test_several_gpus_in_sight_do_not_split_the_batch(tmp_path, tiny_model_dir, monkeypatch):
     monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda arguments: 2))
-    assert training.sft_config(tiny_config(tmp_path, tiny_model_dir))._n_gpu == 1
-
-
-def test_a_gpu_that_is_not_there_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(embedded.ModelUnavailable, match="on cuda:0, and torch sees no GPU"):
-        training.train(Config.from_profile("llama2_7b", run_dir=tmp_path))
+    assert trl_settings.sft_config(tiny_config(tmp_path, tiny_model_dir))._n_gpu == 1
 
 
 def test_under_fsdp_packed_bytes_pass_for_numbers(tmp_path, tiny_model_dir, monkeypatch):
@@ -161,10 +153,10 @@ def test_under_fsdp_packed_bytes_pass_for_numbers(tmp_path, tiny_model_dir, monk
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     config = tiny_config(tmp_path, tiny_model_dir, use_4bit=True)
     write_dataset(config, rows=8, held_out=2)
-    model, dataset = loading.load_model(config), training.load_dataset(config)
+    model, dataset = loading.load_model(config), training_rows.load_dataset(config)
     layer = model.model.layers[0].mlp.up_proj
     assert layer.weight.dtype == layer.compute_dtype == torch.float32
-    training.build_trainer(config, model, loading.load_tokenizer(config.model_name), dataset)
+    building.build_trainer(config, model, loading.load_tokenizer(config.model_name), dataset)
 
 
 def test_the_fsdp_file_wraps_the_layers_of_a_llama():
@@ -177,9 +169,11 @@ def test_the_fsdp_file_wraps_the_layers_of_a_llama():
 def test_each_process_has_its_gpu(tmp_path, tiny_model_dir, monkeypatch):
     on_cpu = tiny_config(tmp_path, tiny_model_dir)
     on_gpu = tiny_config(tmp_path, tiny_model_dir, device_map={"": 0})
-    assert training.for_this_process(on_gpu) is on_gpu
+    assert several_processes.for_this_process(on_gpu) is on_gpu
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert training.for_this_process(on_gpu).device == "cuda:1"
-    assert training.for_this_process(on_cpu).device == "cpu"
+    assert several_processes.for_this_process(on_gpu).device == "cuda:1"
+    assert several_processes.for_this_process(on_cpu).device == "cpu"
     with pytest.raises(ConfigError, match="FIT_TO_MEMORY is True.*in one process only"):
-        training.for_this_process(tiny_config(tmp_path, tiny_model_dir, fit_to_memory=True))
+        several_processes.for_this_process(
+            tiny_config(tmp_path, tiny_model_dir, fit_to_memory=True)
+        )

@@ -18,7 +18,7 @@ from helpers.data.sources import SAMPLE_DIR
 from helpers.model import architecture, loading, measure, predict
 from helpers.model.steps import Run
 from helpers.runs import inventory
-from helpers.training import checkpoints, training
+from helpers.training import building, checkpoints, planning, running, trl_settings
 from helpers.training.fast import fast_path, kernels
 from tests.conftest import fill_adapters, relative_error
 
@@ -64,7 +64,7 @@ def test_batches_have_room_for_any_packed_row_of_the_dataset(tmp_path, tokenizer
     config = tiny_config(tmp_path)
     full, short = [[7] * 4] * 64, [[7] * 4] * 2
     splits = [Dataset.from_list(examples(rows)) for rows in (full, short)]
-    collate = training.fixed_collator(config, tokenizer, splits)
+    collate = fast_path.fixed_collator(config, tokenizer, splits)
     for split, rows in zip(splits, (full, short), strict=True):
         bounds = collate([split[0]])["cu_seq_lens_q"]
         assert bounds[: len(rows) + 1].tolist() == [*range(0, 4 * len(rows) + 1, 4)]
@@ -101,7 +101,7 @@ def build(config, texts=None):
     rows = [tokenizer(text)["input_ids"][: config.max_length] for text in texts]
     data = Dataset.from_dict({"input_ids": rows, "labels": [[-100, *row[1:]] for row in rows]})
     splits = {"train": data, "validation": data.select(range(8))}
-    trainer = training.build_trainer(config, loading.load_model(config), tokenizer, splits)
+    trainer = building.build_trainer(config, loading.load_model(config), tokenizer, splits)
     fill_adapters(trainer.model)
     return trainer
 
@@ -130,7 +130,7 @@ def one_step(tmp_path, fast: bool, **changes):
     trainer = build(tiny_config(tmp_path, fast_path=fast, **GPU, **changes))
     batch = next(iter(trainer.get_train_dataloader()))
     count = (batch["labels"][..., 1:] != -100).sum()
-    with training.kernels(trainer):
+    with running.kernels(trainer):
         loss = trainer.training_step(trainer.model, dict(batch), count)
         if fast:  # the first call recorded; a replay is what trains
             trainer.model.zero_grad()
@@ -140,15 +140,15 @@ def one_step(tmp_path, fast: bool, **changes):
 
 
 def planned(tmp_path, monkeypatch, gib, host_gib=0, folder=None, **changes):
-    """`training.planned` of a Llama 2 7B with `gib` of a GPU; loading a weight is an error."""
+    """`planning.planned` of a Llama 2 7B with `gib` of a GPU; loading a weight is an error."""
     free = Mock(available=host_gib * predict.GIB)
-    monkeypatch.setattr(training.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: free)
     monkeypatch.setattr(fast_path, "is_supported", lambda device: True)
     monkeypatch.setattr(measure, "torch_bytes", lambda device: round(gib * predict.GIB))
     monkeypatch.setattr(loading, "load_model", None)
     architecture.llama2_config("7B").save_pretrained(tmp_path)
     settings = {"model_name": str(tmp_path), "run_dir": tmp_path / "run", **changes}
-    return training.planned(Config.from_profile("llama2_7b", **settings), folder)
+    return planning.planned(Config.from_profile("llama2_7b", **settings), folder)
 
 
 def test_beside_ddp_which_keeps_gradients_too_fewer_layers_keep_theirs(tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_the_fast_path_is_planned_to_the_card_and_says_so(tmp_path, monkeypatch,
         assert config.per_device_train_batch_size * config.grad_acc_steps == 16
     assert 0 < small.kept_layers < 32 and small.activation_checkpointing
     assert not large.activation_checkpointing and large.optim == "adamw_torch_fused"
-    assert training.planned(small) == small
+    assert planning.planned(small) == small
 
 
 def test_half_of_the_hosts_memory_takes_activations_and_the_plan_says_so(
@@ -227,7 +227,7 @@ def test_a_run_goes_on_with_its_rows_where_there_is_no_fast_path(tmp_path, monke
     monkeypatch.setattr(fast_path, "is_supported", lambda device: False)
     asked = Config.from_profile("llama2_7b", model_name=str(tmp_path), run_dir=tmp_path)
     assert (asked.per_device_train_batch_size, small.per_device_train_batch_size) == (8, 4)
-    found = training.planned(asked, begun(tmp_path, small))
+    found = planning.planned(asked, begun(tmp_path, small))
     assert (found.per_device_train_batch_size, found.grad_acc_steps) == (4, 4)
 
 
@@ -250,7 +250,7 @@ def test_a_model_that_is_no_llama_leaves_the_fast_path(tmp_path, monkeypatch, ca
     monkeypatch.setattr(fast_path, "is_supported", lambda device: True)
     Qwen2Config().save_pretrained(tmp_path)
     config = Config.from_profile("llama2_7b", model_name=str(tmp_path), run_dir=tmp_path / "run")
-    assert not training.uses_fast_path(training.planned(config))
+    assert not trl_settings.uses_fast_path(planning.planned(config))
     assert "without the fast path, which knows no 'qwen2' model" in capsys.readouterr().out
 
 
@@ -263,7 +263,7 @@ def test_the_loss_of_a_packed_row_is_that_of_the_model(tmp_path, tiny_model_dir,
     monkeypatch.setattr(kernels, "compiled", lambda function: function)
     monkeypatch.setattr(kernels, "LOSS_CHUNK", 5)
     config = tiny_config(tmp_path, model_name=str(tiny_model_dir))
-    model = get_peft_model(loading.load_model(config), training.lora_config(config)).eval()
+    model = get_peft_model(loading.load_model(config), trl_settings.lora_config(config)).eval()
     ids = torch.arange(5, 28)[None]
     labels = torch.where(ids % 4 > 0, ids, -100)
     with torch.no_grad():
@@ -311,7 +311,7 @@ def packed(tmp_path, tiny_model_dir, monkeypatch):
     config = tiny_config(
         tmp_path, model_name=str(tiny_model_dir), bnb_4bit_compute_dtype="float32", bf16=False
     )
-    model = get_peft_model(loading.load_model(config), training.lora_config(config)).float()
+    model = get_peft_model(loading.load_model(config), trl_settings.lora_config(config)).float()
     fill_adapters(model)
     rows = [torch.randint(5, 100, (len(row),)).tolist() for row in ROWS]
     batch = collator(tokens=256, longest=64)(examples(rows))
@@ -321,7 +321,7 @@ def packed(tmp_path, tiny_model_dir, monkeypatch):
 
 
 def checkpointed(model):
-    getattr(model, f"{training.CHECKPOINTING}_enable")({"use_reentrant": False})
+    getattr(model, f"{trl_settings.CHECKPOINTING}_enable")({"use_reentrant": False})
 
 
 @pytest.mark.parametrize("kept_layers", [None, 0, 1, 2], ids="{} kept".format)
@@ -397,7 +397,7 @@ def test_one_step_is_as_near_to_float32_as_trls_own(tmp_path, way):
 def test_rows_of_a_packed_batch_do_not_see_each_other(tmp_path):
     trainer = build(tiny_config(tmp_path, fast_path=True, **GPU))
     hidden = {}
-    with training.kernels(trainer), torch.no_grad():
+    with running.kernels(trainer), torch.no_grad():
         for name, rows in (("alone", ROWS[-1:]), ("after others", [*ROWS])):
             batch = collator(tokens=512, longest=64)(examples(rows))
             batch.pop("used_tokens"), batch.pop("labels")
@@ -416,7 +416,7 @@ def test_training_goes_as_with_trls_own_step(tmp_path):
     for fast in (True, False):
         settings = {"learning_rate": 1e-3, "max_steps": STEPS, "max_length": 256, **GPU}
         trainer = build(tiny_config(tmp_path, fast_path=fast, **settings), texts)
-        with training.kernels(trainer):
+        with running.kernels(trainer):
             trainer.train()
         losses[fast] = [e["loss"] for e in trainer.state.log_history if "loss" in e]
     ours, trls = (np.array(losses[fast]).reshape(-1, 10).mean(axis=1) for fast in (True, False))

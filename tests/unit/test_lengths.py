@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from trl import SFTTrainer
 
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, ConfigError
 from helpers.model import loading
-from helpers.training import training
+from helpers.training import building, running, smaller_steps, training_rows
 from tests.faults.train_tiny import tiny_config
 
 ROWS, HELD_OUT = 16, 4
@@ -41,7 +42,7 @@ def length(number: int, tokenizer) -> int:
 
 def graded_by(loader) -> list[list[int]]:
     """The tokens on which the loss falls, of every row that a loader gives."""
-    return [graded.tolist() for batch in loader for _, graded in training.examples_of(batch)]
+    return [graded.tolist() for batch in loader for _, graded in training_rows.examples_of(batch)]
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
@@ -49,8 +50,8 @@ def graded_by(loader) -> list[list[int]]:
 def test_every_row_that_trains_keeps_its_end(config, tokenizer, capsys, packing, completion_only):
     changes = {"packing": packing, "completion_only_loss": completion_only}
     config = dataclasses.replace(config, max_length=length(9, tokenizer), **changes)
-    dataset, model = training.load_dataset(config), loading.load_model(config)
-    trainer = training.build_trainer(config, model, tokenizer, dataset)
+    dataset = training_rows.load_dataset(config, tokenizer)
+    trainer = building.build_trainer(config, loading.load_model(config), tokenizer, dataset)
     said = capsys.readouterr().out
     assert (
         f"MAX_LENGTH = {config.max_length}: 6 of 16 training rows and 1 of 4 validation rows are "
@@ -72,11 +73,11 @@ def test_every_row_that_trains_keeps_its_end(config, tokenizer, capsys, packing,
 
 def test_rows_that_fit_are_all_taken_and_nothing_is_said(config, tokenizer, capsys):
     fits = dataclasses.replace(config, max_length=length(ROWS - 1, tokenizer))
-    dataset = training.load_dataset(fits, tokenizer)
+    dataset = training_rows.load_dataset(fits, tokenizer)
     assert dataset.num_rows == {"train": ROWS, "validation": HELD_OUT}
     assert capsys.readouterr().out == ""
     shorter = dataclasses.replace(fits, max_length=fits.max_length - 1)
-    dataset = training.load_dataset(shorter, tokenizer)
+    dataset = training_rows.load_dataset(shorter, tokenizer)
     assert dataset.num_rows == {"train": ROWS - 1, "validation": HELD_OUT}
     assert "1 of 16 training rows and 0 of 4 validation rows" in capsys.readouterr().out
 
@@ -85,7 +86,7 @@ def test_rows_that_are_tokens_already_are_counted_too(config, tokenizer):
     tokens = [[5] * count for count in (20, 40, 60)]
     rows = Dataset.from_dict({"input_ids": tokens, "labels": tokens})
     short = dataclasses.replace(config, max_length=40)
-    kept = training.rows_that_fit(short, tokenizer, {"train": rows, "validation": rows})
+    kept = training_rows.rows_that_fit(short, tokenizer, {"train": rows, "validation": rows})
     assert [len(ids) for ids in kept["train"]["input_ids"]] == [20, 40]
 
 
@@ -101,15 +102,15 @@ def test_a_length_that_leaves_too_little_is_refused_before_the_weights(
     said = f"MAX_LENGTH is {max_length}, and {lost} training rows and . of 4 validation rows"
     said += rf" are longer: raise it \(the longest has {length(ROWS - 1, tokenizer)} tokens"
     with pytest.raises(ConfigError, match=said):
-        training.train(short)
+        training_rows.load_dataset(short, tokenizer)
 
 
 def test_validation_needs_a_row(config, tokenizer):
-    dataset = training.load_dataset(config)
+    dataset = training_rows.load_dataset(config)
     dataset["validation"] = dataset["validation"].select([HELD_OUT - 1])
     short = dataclasses.replace(config, max_length=length(9, tokenizer))
     with pytest.raises(ConfigError, match="6 of 16 training rows and 1 of 1 validation rows are"):
-        training.rows_that_fit(short, tokenizer, dataset)
+        training_rows.rows_that_fit(short, tokenizer, dataset)
 
 
 # -- The rung of FIT_TO_MEMORY that lowers the length
@@ -123,8 +124,8 @@ def small_trainer(config, tokenizer, **changes):
     """One that has no rung left but the length."""
     smallest = {"activation_checkpointing": True, "per_device_train_batch_size": 1, **changes}
     config = dataclasses.replace(config, **smallest)
-    return training.build_trainer(
-        config, loading.load_model(config), tokenizer, training.load_dataset(config)
+    return building.build_trainer(
+        config, loading.load_model(config), tokenizer, training_rows.load_dataset(config)
     )
 
 
@@ -132,33 +133,34 @@ def test_the_rung_that_lowers_the_length_says_what_it_loses(config, tokenizer, m
     trainer, median = small_trainer(config, tokenizer), length(7, tokenizer)
     monkeypatch.setattr(trainer, "train", full)
     with pytest.raises(
-        training.OutOfMemory,
+        smaller_steps.OutOfMemory,
         match=f"set MAX_LENGTH = {median}, which leaves out 8 of 16 training rows and 2 of 4 "
         "validation rows and saves about .* GiB",
     ):
-        training.fine_tune(trainer)
+        running.fine_tune(trainer)
 
 
 def test_where_a_shorter_length_loses_little_it_is_halved(config, tokenizer, monkeypatch):
     long_row = row(60)
-    dataset = training.load_dataset(config)
+    dataset = training_rows.load_dataset(config)
     dataset["train"] = Dataset.from_list([*dataset["train"].to_list(), long_row])
     longest = len(prompts.encode(tokenizer, **long_row)["input_ids"])
     wide = dataclasses.replace(config, max_length=512, per_device_train_batch_size=1)
     rung = {"max_length": longest // 2}
-    assert training.next_rung(wide, tokenizer, dataset) == {"activation_checkpointing": True}
+    assert smaller_steps.next_rung(wide, tokenizer, dataset) == {"activation_checkpointing": True}
     wide = dataclasses.replace(wide, activation_checkpointing=True)
-    assert training.next_rung(wide, tokenizer, dataset) == rung
+    assert smaller_steps.next_rung(wide, tokenizer, dataset) == rung
     assert rung["max_length"] > length(ROWS - 1, tokenizer)
 
 
 def test_a_ladder_ends_before_most_rows_are_lost(config, tokenizer, monkeypatch, capsys):
     trainer = small_trainer(config, tokenizer, fit_to_memory=True)
-    monkeypatch.setattr(training.SFTTrainer, "training_step", full)
+    monkeypatch.setattr(SFTTrainer, "training_step", full)
     with pytest.raises(
-        training.OutOfMemory, match="no shorter MAX_LENGTH keeps half of the rows: lower LORA_R"
+        smaller_steps.OutOfMemory,
+        match="no shorter MAX_LENGTH keeps half of the rows: lower LORA_R",
     ):
-        training.fine_tune(trainer)
+        running.fine_tune(trainer)
     said = capsys.readouterr().out
     median = length(7, tokenizer)
     assert (

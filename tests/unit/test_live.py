@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from helpers.model import loading
-from helpers.training import training
+from helpers.training import building, running, training_rows
 from helpers.view import live_chart
 from tests.faults.train_tiny import write_dataset
 
@@ -15,8 +15,8 @@ PNG_AS_DATA = 'src="data:image/png;base64,iVBORw0KGgo'
 
 
 def history(last: int) -> list[dict]:
-    """A log line each 5 steps, an evaluation each 10."""
-    entries = []
+    """An entry for every step, a log line each 5 steps, an evaluation each 10."""
+    entries = step_log(last)
     for step in range(5, last + 1, 5):
         line = {"learning_rate": 1e-3, "grad_norm": 1.0}
         entries.append({"step": step, "loss": 2 - step / 1000, **line})
@@ -32,9 +32,8 @@ def step_log(last: int) -> list[dict]:
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "step_log", lambda trainer: step_log(400))
-    chart = live_chart.LiveChart(trainer=None)
+def call(tmp_path):
+    chart = live_chart.LiveChart()
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False)
 
     def call(event: str, step: int):
@@ -90,11 +89,14 @@ def test_speed_is_that_of_the_steps_since_the_log_line_before():
 
 def test_training_feeds_the_chart_and_still_prints_its_lines(tiny_config, tokenizer, capsys):
     write_dataset(tiny_config, rows=8, held_out=2)
-    trainer = training.build_trainer(
-        tiny_config, loading.load_model(tiny_config), tokenizer, training.load_dataset(tiny_config)
+    trainer = building.build_trainer(
+        tiny_config,
+        loading.load_model(tiny_config),
+        tokenizer,
+        training_rows.load_dataset(tiny_config),
     )
     view = live_chart.chart(trainer)
     assert "img" not in view.value
-    training.fine_tune(trainer)
+    running.fine_tune(trainer)
     assert "step 2 of 2" in view.value and "speed" in view.value and "done" in view.value
     assert "step    2/2   loss" in capsys.readouterr().out

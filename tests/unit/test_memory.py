@@ -163,7 +163,7 @@ from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.model import loading, measure, predict
 from helpers.model.steps import Run
-from helpers.training import training
+from helpers.training import building, running
 
 config = Config.from_profile("demo", run_dir=Path(sys.argv[1]), max_steps=2)
 baseline = measure.current_memory_bytes("cpu")
@@ -173,11 +173,11 @@ prompt = prompts.render_prompt("How do I reverse a list?", SYSTEM_MESSAGE)
 row = {"prompt": prompt, "completion": prompts.render_completion("reverse the list, " * 58)}
 length = len(prompts.encode(tokenizer, **row)["input_ids"])
 rows = Dataset.from_list([row] * 16)
-trainer = training.build_trainer(
+trainer = building.build_trainer(
     config, model, tokenizer, DatasetDict(train=rows, validation=rows.select(range(2)))
 )
 measure.reset_peak_memory("cpu")
-with training.kernels(trainer):
+with running.kernels(trainer):
     trainer.train()
 run = Run.from_config(config, length)
 predicted = predict.estimate(model.config, run, baseline)

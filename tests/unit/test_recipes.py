@@ -7,7 +7,8 @@ import pytest
 
 from helpers import __main__
 from helpers.config import RECIPES, ConfigError
-from helpers.training import recipes, training
+from helpers.runs import recipes
+from helpers.training import planning
 from tests.faults.train_tiny import write_dataset
 
 RATES = ("stop_rate_tuned", "parse_rate_tuned", "pass_rate_tuned")
@@ -50,7 +51,7 @@ def test_a_training_that_was_planned_is_measured_and_leaves_no_checkpoints(param
     def planned(config, *folder):
         return dataclasses.replace(config, kept_layers=0, per_device_train_batch_size=1)
 
-    monkeypatch.setattr(training, "planned", planned)
+    monkeypatch.setattr(planning, "planned", planned)
     config = recipes._config(parameters, "recommended", 0)
     assert recipes.measure(config)["steps"] == 2
     assert not list(config.checkpoints_dir.rglob("checkpoint-*"))

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,16 @@ from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
 from helpers.merging import adapter_folder, comparison, merging
 from helpers.model import architecture, embedded, loading, measure, precision
 from helpers.runs import inventory
-from helpers.training import checkpoints, training
+from helpers.training import (
+    building,
+    callbacks,
+    checkpoints,
+    planning,
+    running,
+    saving,
+    training_rows,
+    trl_settings,
+)
 from helpers.training.fast import fast_path
 from tests.conftest import fill_adapters, relative_error
 from tests.faults.train_tiny import write_dataset
@@ -45,13 +55,13 @@ def config(tiny_model_dir, tmp_path):
 
 def trainer_for(config, tokenizer):
     model = loading.load_model(config)
-    return training.build_trainer(config, model, tokenizer, training.load_dataset(config))
+    return building.build_trainer(config, model, tokenizer, training_rows.load_dataset(config))
 
 
 @pytest.fixture
 def trained(config, tokenizer):
-    trainer, metrics = training.fine_tune(trainer_for(config, tokenizer))
-    training.save_adapter(trainer, tokenizer, config)
+    trainer, metrics = running.fine_tune(trainer_for(config, tokenizer))
+    saving.save_adapter(trainer, tokenizer, config)
     return trainer, metrics
 
 
@@ -68,23 +78,25 @@ def test_only_the_adapter_is_trained_and_its_size_is_predicted(config, tokenizer
 def test_a_gpus_steps_take_the_time_from_wait_to_wait(monkeypatch):
     """It works on while the process is between two steps, and where that waits varies."""
     clock = iter([0.0, 0.1, 2.0, 2.1, 3.9])  # begin, end, begin, end, and the GPU is done
-    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    log, arguments = training.StepLog(), SimpleNamespace(device=torch.device("cuda"))
+    log, arguments = callbacks.StepLog(), SimpleNamespace(device=torch.device("cuda"))
     log.on_train_begin(arguments, TrainerState(num_input_tokens_seen=100), None)
+    state = TrainerState()
     for step, waits in ((1, False), (2, True)):
         control = TrainerControl(should_log=waits)
         log.on_step_begin(arguments, None, control)
-        state = TrainerState(global_step=step, num_input_tokens_seen=100 + 30 * step)
+        state.global_step, state.num_input_tokens_seen = step, 100 + 30 * step
         log.on_step_end(arguments, state, control)
-    assert [step["seconds"] for step in log.steps] == [1.95, 1.95]
-    assert [step["tokens"] for step in log.steps] == [30, 30]
+    steps = callbacks.step_log(SimpleNamespace(state=state))
+    assert [step["seconds"] for step in steps] == [1.95, 1.95]
+    assert [step["tokens"] for step in steps] == [30, 30]
 
 
 def test_a_step_that_a_signal_ends_has_its_seconds_as_one_that_is_waited_for(config, tokenizer):
     """So StepLog comes last: what asks for a checkpoint has asked by then, resumed or not."""
     kinds = [type(item) for item in trainer_for(config, tokenizer).callback_handler.callbacks]
-    order = (checkpoints.StopAtStepEdge, checkpoints.LogEachCheckpoint, training.StepLog)
+    order = (checkpoints.StopAtStepEdge, checkpoints.LogEachCheckpoint, callbacks.StepLog)
     assert [kind for kind in kinds if kind in order] == [*order]
 
 
@@ -97,7 +109,7 @@ def test_the_cell_that_shows_a_batch_shows_any(config, tokenizer, capsys, packin
     trainer = trainer_for(config, tokenizer)
     cells = nbformat.read(notebook_path("04"), as_version=4).cells
     (cell,) = [cell for cell in cells if "get_train_dataloader()" in cell.source]
-    names = {"trainer": trainer, "tokenizer": tokenizer, "prompts": prompts, "training": training}
+    names = {"trainer": trainer, "tokenizer": tokenizer, "training_rows": training_rows}
     exec(cell.source, names)
     said = capsys.readouterr().out
     begin = " 1. Add" if completion_only else r"(<.im_start.>)?\[INST\]"
@@ -115,7 +127,7 @@ def test_a_filled_up_batch_of_the_fast_path_has_its_examples(tokenizer):
     rows = [[5, 6, 7], [8, 9]]
     collate = fast_path.FixedCollator(0, padding_free=True, tokens=16, longest=8, rows=4)
     row = {"input_ids": sum(rows, []), "labels": sum(rows, []), "seq_lengths": [3, 2]}
-    found = training.examples_of(collate([row]))
+    found = training_rows.examples_of(collate([row]))
     assert [ids.tolist() for ids, _ in found] == rows
     assert [graded.tolist() for _, graded in found] == [[6, 7], [9]]  # none is the first
 
@@ -140,13 +152,13 @@ def test_training_lowers_the_loss_and_measures_itself(trained):
     assert metrics["exec_time_seconds"] > 0
     assert metrics["peak_memory_bytes"] > 50_000_000
     assert metrics["train_tokens_per_second"] > 0
-    assert [step["step"] for step in training.step_log(trainer)] == [1, 2, 3, 4]
+    assert [step["step"] for step in callbacks.step_log(trainer)] == [1, 2, 3, 4]
 
 
 def test_a_model_with_an_adapter_is_not_wrapped_twice(config, tokenizer):
     trainer = trainer_for(config, tokenizer)
     with pytest.raises(ValueError, match="carries an adapter already"):
-        training.build_trainer(config, trainer.model, tokenizer, training.load_dataset(config))
+        building.build_trainer(config, trainer.model, tokenizer, training_rows.load_dataset(config))
 
 
 def test_the_adapter_is_saved_whole_and_the_checkpoints_are_gone(trained, config):
@@ -232,7 +244,7 @@ def test_the_checkpoints_are_named_by_what_was_asked_for_and_not_by_the_plan(
     config, tokenizer, monkeypatch
 ):
     asked = checkpoints.folder_of(config, tokenizer)
-    monkeypatch.setattr(training, "planned", lambda config, folder: planned(config))
+    monkeypatch.setattr(planning, "planned", lambda config, folder: planned(config))
 
     def planned(config):
         return dataclasses.replace(config, kept_layers=1, per_device_train_batch_size=1)
@@ -253,19 +265,26 @@ def test_adapters_are_float32_where_bfloat16_is_not_to_be_had(config, tokenizer)
 
 
 def test_an_adapter_is_loaded_in_the_type_that_it_has(config, tokenizer, tmp_path):
-    model = trainer_for(config, tokenizer).model
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trainer = trainer_for(config, tokenizer)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
     precision.cast(trained, torch.bfloat16)
-    model.save_pretrained(tmp_path / "best")
-    model.load_adapter(tmp_path / "best", "default")  # as the trainer does at the end
-    assert {p.dtype for p in trained} == {torch.bfloat16}
+    trainer.model.save_pretrained(tmp_path / "best")
+    before = [p.detach().clone() for p in trained]
+    trainer.state.best_model_checkpoint = str(tmp_path / "best")
+    resume = partial(trainer._load_from_checkpoint, str(tmp_path / "best"))
+    for load in (trainer._load_best_model, resume):
+        for parameter in trained:
+            parameter.data.zero_()
+        load()
+        assert {p.dtype for p in trained} == {torch.bfloat16}
+        assert all(map(torch.equal, trained, before))
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "trackio"])
 def test_a_tracker_that_is_not_installed_is_named(config, tokenizer, monkeypatch, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=f"REPORT_TO is '{package}', .*pip install {package}"):
-        training.prepare_tracker(dataclasses.replace(config, report_to=package), "a-run")
+        trl_settings.prepare_tracker(dataclasses.replace(config, report_to=package), "a-run")
 
 
 def test_a_tracker_keeps_its_files_in_the_run_folder(config, tokenizer, monkeypatch):
@@ -273,9 +292,9 @@ def test_a_tracker_keeps_its_files_in_the_run_folder(config, tokenizer, monkeypa
         monkeypatch.setenv(name, "elsewhere")
         monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
         tracked = dataclasses.replace(config, report_to=package)
-        training.prepare_tracker(tracked, "a-run")
+        trl_settings.prepare_tracker(tracked, "a-run")
         assert Path(os.environ[name]) == config.run_dir / package / "a-run"
-        assert training.sft_config(tracked).report_to == [package]
+        assert trl_settings.sft_config(tracked).report_to == [package]
         folders = {checkpoints.folder_of(each, tokenizer) for each in (tracked, config)}
         assert len(folders) == 1
 
@@ -283,7 +302,7 @@ def test_a_tracker_keeps_its_files_in_the_run_folder(config, tokenizer, monkeypa
 def test_tensorboard_gets_the_log(config, tokenizer, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
     trainer = trainer_for(dataclasses.replace(config, report_to="tensorboard"), tokenizer)
-    training.fine_tune(trainer)
+    running.fine_tune(trainer)
     (events,) = (config.run_dir / "tensorboard").rglob("events.out.*")
     assert b"train/learning_rate" in events.read_bytes()
 
@@ -292,7 +311,7 @@ def test_tensorboard_gets_the_log(config, tokenizer, monkeypatch):
 
 
 def test_merges_differ_from_the_trained_model_as_little_as_they_should(trained, config, tokenizer):
-    rows = training.load_dataset(config)["validation"]
+    rows = training_rows.load_dataset(config)["validation"]
     reference = comparison.answer_logits(merging.load_tuned(config), tokenizer, rows)
     distance = {
         into: comparison.kl_divergence(
@@ -384,7 +403,7 @@ def test_merging_by_hand_is_pefts_merge_and_an_unmerged_matrix_is_not(tiny_confi
 def test_a_merged_model_is_saved_beside_the_adapter_and_comes_back_equal(
     trained, config, tokenizer
 ):
-    rows = training.load_dataset(config)["validation"]
+    rows = training_rows.load_dataset(config)["validation"]
     merged = merge(config, "16bit")
     folder = save_merged(merged, tokenizer, config)
     template = (folder / "chat_template.jinja").read_text("utf-8")
@@ -424,7 +443,7 @@ def test_layers_that_travel_answer_and_are_saved_as_those_that_stay(
     trained, config, tokenizer, monkeypatch
 ):
     """What a GPU without room does; here the layers travel from the CPU to itself."""
-    rows = training.load_dataset(config)["validation"]
+    rows = training_rows.load_dataset(config)["validation"]
     stays = merge(config, "16bit")
     expected = comparison.answer_logits(stays, tokenizer, rows)
     layer = "model.layers.0.self_attn.q_proj"

@@ -1,4 +1,5 @@
 """The same training step, faster: a recorded graph, kernels, offloading, the CPU's loss.
 
-Nothing here changes what is computed. Imports the room model, and what lies below it.
+Nothing here changes what is computed. Imports the trainer of training, the room model, and what
+lies below it.
 """

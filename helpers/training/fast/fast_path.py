@@ -2,7 +2,7 @@
 
 A QLoRA step of a 7B model launches some 8,000 small kernels, and many a host cannot launch them as
 fast as a card runs them. With every shape fixed, forward and backward pass are recorded once and
-replayed as one. It knows nothing of recipes or data; `FAST_PATH = False` trains the same batches
+replayed as one. `FAST_PATH = False` trains the same batches
 through trl's own step, to the same losses. The kernels are those of kernels.py.
 """
 
@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch.utils.checkpoint import checkpoint
-from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from helpers.model import precision
+from helpers.config import Config
+from helpers.model import plan, precision
+from helpers.model.steps import Run
 from helpers.prompts import IGNORED_LABEL
+from helpers.training.course_trainer import CourseTrainer
 from helpers.training.fast.kernels import ChunkedLoss, Pass
 from helpers.training.fast.offloading import offload_layers
 
@@ -74,12 +76,27 @@ class FixedCollator(DataCollatorForLanguageModeling):
         }
 
 
-class FastTrainer(SFTTrainer):
-    """SFTTrainer whose forward and backward pass is one recorded CUDA graph."""
+def fixed_collator(config: Config, tokenizer, packed) -> FixedCollator:
+    """One whose batches have room for any packed row of these datasets."""
+    return FixedCollator(
+        tokenizer.pad_token_id,
+        padding_free=True,
+        tokens=config.per_device_train_batch_size * config.max_length,
+        longest=config.max_length,
+        rows=max(len(lengths) for dataset in packed for lengths in dataset["seq_lengths"]),
+    )
+
+
+class FastTrainer(CourseTrainer):
+    """A trainer whose forward and backward pass is one recorded CUDA graph."""
 
     graph = None
-    kept_layers = 0
-    keep_weights = offload = False  # see choose_checkpoints
+
+    def __init__(self, config: Config, dataset, **arguments):
+        super().__init__(config, dataset, **arguments)
+        packed = (self.train_dataset, self.eval_dataset)
+        # trl takes none when it packs
+        self.data_collator = fixed_collator(config, self.processing_class, packed)
 
     def _prepare_for_training(self, *arguments, **options):
         # DDP's part in the backward pass stays in the stream in which DDP was made, and what runs
@@ -98,15 +115,20 @@ class FastTrainer(SFTTrainer):
         if not model.training:
             model.train()
         if self.graph is None:
-            bare_model = self.accelerator.unwrap_model(model)
-            layers = bare_model.get_base_model().model.layers
-            choose_checkpoints(layers, self.kept_layers, self.keep_weights, self.offload)
-            self.graph = StepGraph(bare_model, inputs)
+            self.graph = self._recorded(self.accelerator.unwrap_model(model), inputs)
         loss, processes = self.graph(inputs), self.accelerator.num_processes
         if processes > 1 and self.accelerator.sync_gradients:
             # DDP would do that bit by bit within the pass, which is one piece here.
             torch.distributed.all_reduce(self.graph.gradient)
         return loss * processes  # its share of the step's tokens; the trainer takes the mean
+
+    def _recorded(self, model, inputs: dict) -> "StepGraph":
+        """The step as it was planned, recorded on its first batch."""
+        step = Run.from_config(self.settings)
+        keep_weights = plan.weights_fit_in_place(model.config, step)
+        layers = model.get_base_model().model.layers
+        choose_checkpoints(layers, step.kept_layers, keep_weights, step.offload)
+        return StepGraph(model, inputs)
 
     def _load_best_model(self):
         self.graph = None  # the adapter is read into the memory of the recording

@@ -6,6 +6,7 @@ two to five times. A CPU takes the adapters' part alone.
 """
 
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -91,15 +92,15 @@ class Pass:
     is_second: bool = False
 
     def __enter__(self):
-        global current_pass
-        current_pass = self
+        self.before = current_pass.set(self)
 
     def __exit__(self, *error):
-        global current_pass
-        current_pass = Pass()
+        current_pass.reset(self.before)
 
 
-current_pass = Pass()
+# A layer is called by transformers' code, which hands on no argument of ours. A context belongs to
+# its thread: the second run of a checkpoint is in one of the backward pass.
+current_pass: ContextVar[Pass] = ContextVar("current_pass")
 
 
 # -- Layers
@@ -118,7 +119,7 @@ def rms_norm(norm: modeling_llama.LlamaRMSNorm):
 def mlp_forward(mlp, norm, hidden_states: torch.Tensor) -> torch.Tensor:
     gate, up = joint_lora_forward([mlp.gate_proj, mlp.up_proj], norm, hidden_states)
     # A layer's last product is no inner value: in a second run nobody reads it.
-    is_needed = not current_pass.is_second
+    is_needed = not current_pass.get(Pass()).is_second
     (output,) = joint_lora_forward([mlp.down_proj], compiled(gated), gate, up, is_needed=is_needed)
     return output
 
@@ -178,7 +179,7 @@ def joint_lora_forward(layers: list, make, *sources: torch.Tensor, is_needed: bo
         for part in ("lora_A", "lora_B")
     )
     weights = [layer.base_layer.weight for layer in layers]
-    origin = (make, sources) if current_pass.remakes_inputs else (as_it_is, (x,))
+    origin = (make, sources) if current_pass.get(Pass()).remakes_inputs else (as_it_is, (x,))
     return LowRankUpdate.apply(x, origin, layers[0].scaling[name], weights, is_needed, *downs, *ups)
 
 
@@ -197,7 +198,7 @@ class LowRankUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, origin, scale, weights, is_needed, *parts):
         downs, ups = parts[: len(weights)], parts[len(weights) :]
-        flat, keeps_weights = x.flatten(0, -2), current_pass.keeps_weights
+        flat, keeps_weights = x.flatten(0, -2), current_pass.get(Pass()).keeps_weights
         down = joined(downs)
         low = flat.new_empty(len(flat), len(down)).addmm_(flat, down.T, beta=0, alpha=scale)
         outputs, kept = [], []

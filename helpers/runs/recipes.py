@@ -22,7 +22,7 @@ from helpers.merging import comparison
 from helpers.model import loading
 from helpers.runs import folders
 from helpers.runs.environment import environment
-from helpers.training import training
+from helpers.training import building, running, training_rows
 
 RESULTS = PROJECT_DIR / "benchmarks" / "results" / "recipes.json"
 
@@ -88,7 +88,7 @@ def _measured_alone(parameters: dict) -> dict:
         command = [
             sys.executable,
             "-m",
-            "helpers.training.recipes",
+            "helpers.runs.recipes",
             json.dumps(parameters),
             str(result),
         ]
@@ -103,11 +103,11 @@ def _measured_alone(parameters: dict) -> dict:
 def measure(config: Config) -> dict:
     """Train once. Losses are nats per token of the validation answers, the question not counted."""
     tokenizer = loading.load_tokenizer(config.model_name)
-    dataset = training.load_dataset(config, tokenizer)
+    dataset = training_rows.load_dataset(config, tokenizer)
     model = loading.load_model(config)
     before = comparison.text_loss(model, tokenizer, dataset["validation"])
-    trainer = training.build_trainer(config, model, tokenizer, dataset)
-    trainer, metrics = training.fine_tune(trainer)
+    trainer = building.build_trainer(config, model, tokenizer, dataset)
+    trainer, metrics = running.fine_tune(trainer)
     numbers = {
         "recipe": config.recipe,
         "seed": config.seed,

@@ -1,0 +1,96 @@
+"""What is measured and said at each step of a training, and what ends one that cannot recover."""
+
+import math
+import time
+
+import torch
+from transformers import TrainerCallback
+
+from helpers.model import measure
+
+EXPLOSION = 3.0  # nats above the first loss, twenty times less likely words: it will not return
+
+
+class StepLog(TrainerCallback):
+    """Adds an entry for every optimizer step to the trainer's log: see `step_log`.
+
+    A process runs ahead of its GPU and waits for it at log lines, evaluations and checkpoints, so
+    a step between two of these has the mean of the seconds from one to the other.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun, self.entries = [], []  # since the last wait: seconds at the beginning, entries
+        self.seen = state.num_input_tokens_seen
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begun.append(time.perf_counter())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        entry = {
+            "step": state.global_step,
+            "seconds": time.perf_counter() - self.begun[-1],
+            "tokens": state.num_input_tokens_seen - self.seen,
+            "memory_bytes": measure.current_memory_bytes(args.device),
+            "peak_memory_bytes": measure.peak_memory_bytes(args.device),
+        }
+        state.log_history.append(entry)
+        self.entries.append(entry)
+        self.seen = state.num_input_tokens_seen
+        if control.should_log or control.should_evaluate or control.should_save:
+            if args.device.type == "cuda":
+                torch.cuda.synchronize(args.device)
+                seconds = (time.perf_counter() - self.begun[0]) / len(self.begun)
+                for entry in self.entries:
+                    entry["seconds"] = seconds
+            self.begun, self.entries = [], []
+
+
+def step_log(trainer) -> list[dict]:
+    """A dictionary for each optimizer step: its tokens, its seconds, the memory in use after it.
+
+    They lie in the trainer's log, which each checkpoint has, so those before a resume are there.
+    """
+    return [entry for entry in trainer.state.log_history if "seconds" in entry]
+
+
+def tokens_per_second(steps: list[dict]) -> float:
+    """The tokens of steps of a step log over their seconds, evaluations not counted."""
+    return sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no number any more, or far above where it began. The message says the cause."""
+
+
+class StopOnDivergence(TrainerCallback):
+    """Ends a run whose loss cannot recover, before it spends hours on it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        first = next(entry["loss"] for entry in state.log_history if "loss" in entry)
+        if math.isfinite(logs["loss"]) and logs["loss"] < first + EXPLOSION:
+            return
+        overflow = ", or float16 overflowed (set BF16 where the card has it)" if args.fp16 else ""
+        raise TrainingDiverged(
+            f"step {state.global_step}: the loss is {logs['loss']:.3f} and began at {first:.3f}; "
+            f"most likely LEARNING_RATE = {args.learning_rate} is too high{overflow}: set a lower "
+            f"one. The checkpoints up to here are in {args.output_dir}"
+        )
+
+
+class LogLines(TrainerCallback):
+    """Prints one line for each logging step and each evaluation, headless or not."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            said = (
+                f"loss {float(logs['loss']):.3f}   "
+                f"learning rate {float(logs['learning_rate']):.1e}   "
+                f"gradient norm {float(logs['grad_norm']):.2f}"
+            )
+        elif "eval_loss" in logs:
+            said = f"validation loss {float(logs['eval_loss']):.3f}"
+        else:
+            return
+        print(f"step {state.global_step:>4}/{state.max_steps}   {said}", flush=True)

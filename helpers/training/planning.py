@@ -1,0 +1,127 @@
+"""How a training takes its step on the memory that is there, decided before any weight is loaded.
+
+The rows of a step stay what the Config says. How many go at a time, which layers keep or offload
+their activations, and the optimizer are `plan.for_card`'s to choose.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import psutil
+
+from helpers.config import Config, ConfigError
+from helpers.model import loading, measure, plan, predict
+from helpers.model.steps import Run
+from helpers.training import checkpoints, several_processes
+from helpers.training.trl_settings import uses_fast_path
+
+
+def planned(config: Config, folder: Path | None = None) -> Config:
+    """The Config with the fastest way to take its step that its GPU has room for, which is printed.
+
+    A Config that is off the fast path or names KEPT_LAYERS stays as it is. A run that has
+    checkpoints in `folder` goes on as it began, or, in less memory, with the same rows at a time
+    and the same optimizer. A model that is no Llama leaves the fast path. Raises ConfigError when
+    nothing fits: only the model's shape was loaded by then.
+    """
+    several_processes.join(config)
+    config = several_processes.for_this_process(config)
+    begun = checkpoints.recorded_plan(folder) if folder else {}
+    config = dataclasses.replace(config, **_same_steps(begun))
+    if loading.is_sharded() and config.device != "cpu":
+        refuse_without_room(config)
+    if not uses_fast_path(config):
+        return config
+    shape = loading.load_shape(config.model_name)
+    if shape.model_type != "llama":
+        print(f"trained without the fast path, which knows no {shape.model_type!r} model")
+        return dataclasses.replace(config, fast_path=False)
+    if config.kept_layers is not None:
+        return config
+    return _fastest(config, shape, begun, folder)
+
+
+def _same_steps(begun: dict) -> dict:
+    """Of the settings that a run began with, those that its steps depend on."""
+    return {name: value for name, value in begun.items() if name in checkpoints.NAMED_BY}
+
+
+def _fastest(config: Config, shape, begun: dict, folder: Path | None) -> Config:
+    """The Config as its run began, or with the plan for the room that there is now."""
+    room, host_room = rooms(config, shape)
+    as_begun = dataclasses.replace(config, **begun)
+    if begun and plan.fits(shape, Run.from_config(as_begun), room, host_room):
+        print(f"planned as when this run began: {in_words(begun)}")
+        return as_begun
+    step, gib = Run.from_config(config), f"{room / predict.GIB:.1f} GiB"
+    found = plan.for_card(shape, step, room, 0, host_room, same_step=bool(begun))
+    if begun and not found.fits:
+        raise ConfigError(
+            f"the run in {folder} began with {in_words(_same_steps(begun))}, and in {gib} it "
+            "cannot go on so: free the memory that it had, or remove that folder and training "
+            "begins again"
+        )
+    if not found.fits:
+        raise ConfigError(
+            f"{config.model_name} does not train on the fast path in {gib} "
+            f"with rows of {config.max_length} tokens: {found.advice}"
+        )
+    if begun:
+        print(f"{gib} do not hold this run as it began, with {in_words(begun)}")
+    print(f"planned for {gib}: {found.advice}")
+    return follow(config, found.run)
+
+
+def rooms(config: Config, shape) -> tuple[int, int]:
+    """Bytes that a plan may take: of the smallest of several GPUs, and of the host's memory.
+
+    Of what is free on the host that is half, a share for each process.
+    """
+    room = several_processes.least_of_all(measure.torch_bytes(config.device), config.device)
+    if "LOCAL_RANK" in os.environ:  # DDP keeps gradients a second time
+        room -= predict.estimate(shape, Run.from_config(config)).gradients
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = psutil.virtual_memory().available // 2 // sharing
+    return room, several_processes.least_of_all(free, config.device)
+
+
+def follow(config: Config, run: Run) -> Config:
+    """The Config that takes its step in the way of a plan's run."""
+    return dataclasses.replace(
+        config,
+        per_device_train_batch_size=run.batch,
+        grad_acc_steps=run.accumulation,
+        activation_checkpointing=run.checkpointing,
+        kept_layers=run.kept_layers,
+        activation_offloading=run.offload,
+        optim=run.optimizer,
+    )
+
+
+def step_of(config: Config, length: int | None = None) -> Run:
+    """What a step does, for `predict.estimate`; under FSDP on a share of the model."""
+    shards = int(os.environ["WORLD_SIZE"]) if loading.is_sharded() else 1
+    return dataclasses.replace(Run.from_config(config, length), shards=shards)
+
+
+def refuse_without_room(config: Config) -> None:
+    """Say what a share of the model and a step take of each GPU; ConfigError when it is too much.
+
+    A GiB is kept free for the allocator's gaps, as `plan.for_card` does off the fast path.
+    """
+    step, room = step_of(config), measure.torch_bytes(config.device) - predict.GIB
+    needed = predict.estimate(loading.load_shape(config.model_name), step).total
+    says = f"each of {step.shards} GPUs needs {needed / predict.GIB:.1f} GiB"
+    says += f" of {room / predict.GIB:.1f}"
+    if needed > room:
+        raise ConfigError(
+            f"{config.model_name} does not train in {step.shards} shards, {says}: lower LORA_R, "
+            "PER_DEVICE_TRAIN_BATCH_SIZE or MAX_LENGTH, or start more processes, one a GPU"
+        )
+    print(f"planned for {step.shards} shards: {says}")
+
+
+def in_words(changes: dict) -> str:
+    """Changes of a Config as one would write them into a parameters cell."""
+    return ", ".join(f"{name.upper()} = {value}" for name, value in changes.items())

@@ -1,0 +1,126 @@
+"""The rows that train: those of notebook 02, checked against this model's tokenizer and MAX_LENGTH.
+
+A row that is too long is left out whole. trl would cut it, and a row without its end teaches a
+model not to stop.
+"""
+
+import itertools
+import warnings
+
+import torch
+from datasets import DatasetDict, load_from_disk
+
+from helpers import prompts
+from helpers.config import Config, ConfigError
+from helpers.data import curation_note, dataset_folder
+from helpers.model import loading
+from helpers.prompts import IGNORED_LABEL
+from helpers.runs import inventory
+
+SPLITS = {"train": "training rows", "validation": "validation rows"}
+SMALLEST_SHARE = 0.1  # of the training rows must fit MAX_LENGTH: fewer are not what was meant
+
+
+def load_dataset(config: Config, tokenizer=None) -> DatasetDict:
+    """The train and validation rows that notebook 02 wrote, with only the columns that train.
+
+    With the tokenizer of a training: those rows that fit, see `rows_that_fit`.
+    Raises ArtefactError for rows in another template, and for rows that were made with another
+    tokenizer and fail with that of MODEL_NAME. Warns, ArtefactWarning, when none of these fails,
+    and of another SYSTEM_MESSAGE.
+    """
+    dataset = load_from_disk(str(dataset_folder.check_dataset(config)))
+    dataset = dataset.select_columns(["prompt", "completion"])
+    curation_note.system_message(config, config.dataset_dir)
+    note = curation_note.curation_of(config, config.dataset_dir)
+    if note and note["template"] != prompts.TEMPLATE:
+        raise inventory.ArtefactError(
+            f"the rows are in the template {note['template']!r}, and the one here is "
+            f"{prompts.TEMPLATE!r}: run notebook 02 again"
+        )
+    if note:
+        own = tokenizer or loading.load_tokenizer(config.model_name)
+        if not curation_note.tokenizer_note(own).items() <= note["tokenizer"].items():
+            _check_rows(config, dataset, own, note["tokenizer"]["name"])
+    return dataset if tokenizer is None else rows_that_fit(config, tokenizer, dataset)
+
+
+def _check_rows(config: Config, dataset: DatasetDict, tokenizer, made_with: str) -> None:
+    """ArtefactError for rows that fail with another tokenizer than they were made with."""
+    rows = [row for split in dataset.values() for row in zip(*split[:].values(), strict=True)]
+    failing = [
+        problems or [f"{length} tokens, MAX_LENGTH is {config.max_length}"]
+        for length, problems in prompts.verify_rows(tokenizer, rows)
+        if problems or length > config.max_length
+    ]
+    other = f"the rows were made with the tokenizer of {made_with}, and with that of MODEL_NAME "
+    other += f"({config.model_name})"
+    if failing:
+        raise inventory.ArtefactError(
+            f"{other} {len(failing)} of {len(rows)} fail, the first for {failing[0][0]}: run "
+            "notebook 02 again with this MODEL_NAME"
+        )
+    warnings.warn(
+        f"{other} all {len(rows)} verify and fit as well",
+        inventory.ArtefactWarning,
+        stacklevel=3,
+    )
+
+
+def rows_that_fit(config: Config, tokenizer, dataset: DatasetDict) -> DatasetDict:
+    """The rows of up to `max_length` tokens, BOS and EOS included; how many are not is printed.
+
+    Raises ConfigError when less than a tenth of the training rows fits, or no validation row.
+    """
+    lengths = row_lengths(tokenizer, dataset)
+    longest = max(itertools.chain(*lengths.values()))
+    if longest <= config.max_length:
+        return dataset
+    fitting = {
+        name: [place for place, length in enumerate(found) if length <= config.max_length]
+        for name, found in lengths.items()
+    }
+    longer = f"{count_longer(lengths, config.max_length)} are longer"
+    few = len(fitting["train"]) < SMALLEST_SHARE * len(lengths["train"])
+    if few or not fitting["validation"]:
+        raise ConfigError(
+            f"MAX_LENGTH is {config.max_length}, and {longer}: raise it (the longest has {longest} "
+            "tokens), or have shorter rows written by notebook 02"
+        )
+    print(f"MAX_LENGTH = {config.max_length}: {longer} and left out", flush=True)
+    return DatasetDict({name: rows.select(fitting[name]) for name, rows in dataset.items()})
+
+
+def row_lengths(tokenizer, dataset: DatasetDict) -> dict[str, list[int]]:
+    """The tokens of each row by split, as trl counts them before it cuts any."""
+    lengths = {}
+    for name, rows in dataset.items():
+        if "input_ids" in rows.column_names:
+            lengths[name] = [len(ids) for ids in rows["input_ids"]]
+            continue
+        pairs = zip(rows["prompt"], rows["completion"], strict=True)
+        lengths[name] = [length for length, _ in prompts.verify_rows(tokenizer, pairs)]
+    return lengths
+
+
+def count_longer(lengths: dict[str, list[int]], max_length: int) -> str:
+    """How many rows of these lengths are longer than that, in words."""
+    return " and ".join(
+        f"{sum(length > max_length for length in lengths[name])} of {len(lengths[name])} {words}"
+        for name, words in SPLITS.items()
+    )
+
+
+def examples_of(batch: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The ids of each example in a batch that are shown to the model, and those that are graded.
+
+    The examples are padded on the right, or with PACKING laid end to end.
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
+    if "position_ids" not in batch:
+        places = [(row, slice(n)) for row, n in enumerate(batch["attention_mask"].sum(dim=1))]
+    else:
+        used = batch.get("used_tokens", ids.shape[1])  # on the fast path a filling follows
+        starts = (batch["position_ids"][0, :used] == 0).nonzero().flatten().tolist()
+        places = [(0, slice(*ends)) for ends in itertools.pairwise([*starts, used])]
+    return [(ids[at], labels[at][labels[at] != IGNORED_LABEL]) for at in places]
