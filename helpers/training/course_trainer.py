@@ -59,7 +59,7 @@ def own_types(model) -> Iterator[None]:
     peft casts what it loads to float32. For the checkpoint that a run goes on from that would be
     another run, for the best one at the end a file of twice the size with the same numbers.
     """
-    types = [(p, p.dtype) for p in model.parameters() if p.requires_grad]
+    types = [(p, p.dtype) for name, p in model.named_parameters() if "lora_" in name]
     yield
     for parameter, dtype in types:
         if parameter.dtype != dtype:

@@ -103,6 +103,7 @@ def made_anew(trainer: CourseTrainer, changes: dict, folder: Path | None) -> Cou
     measure.free_memory()
     fitting = rows_that_fit(config, tokenizer, trainer.dataset)
     new = wrap(config, base, tokenizer, fitting, folder)
+    new.dataset = trainer.dataset  # all rows, so that no ladder loses most of them rung by rung
     own = tuple(type(callback) for callback in new.callback_handler.callbacks)
     for callback in trainer.callback_handler.callbacks:
         if not isinstance(callback, own):  # added by a notebook, as the live chart is
