@@ -6,7 +6,7 @@ first answer, stays in the notebook.
 
 from pathlib import Path
 
-import nbformat
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from helpers.config import PROJECT_DIR, Config
@@ -35,7 +35,7 @@ def export_training(parameters: dict) -> Path:
     config = Config.from_parameters(parameters)
     config.require(config.dataset_dir, "02")
     loading.load_tokenizer(config.model_name)
-    notebook = parameterize_notebook(nbformat.read(NOTEBOOK, as_version=4), parameters)
+    notebook = parameterize_notebook(load_notebook_node(str(NOTEBOOK)), parameters)
     cells = [cell for cell in notebook.cells if TAGS & {*cell.metadata.get("tags", [])}]
     parts = [HEAD.format(project=str(PROJECT_DIR)), *(cell.source for cell in cells)]
     path = folders.writable(config.run_dir) / "train.py"
