@@ -185,7 +185,7 @@ def answerer(config: Config, which: str, tokenizer) -> Callable[[str], Iterator]
         prompt = prompts.render_prompt(question, inference.system_message(config, which))
         model = inference.load(config, which)
         try:
-            given = yield from inference.stream(model, tokenizer, prompt, config)
+            given = yield from inference.stream(model, tokenizer, prompt, config.max_new_tokens)
         finally:
             del model
             measure.free_memory()

@@ -107,11 +107,12 @@ def answer_all(
     `config.seed` on, and then a prompt given twice has two answers.
     """
     torch.manual_seed(config.seed)
-    options = _options(tokenizer, config, temperature)
+    options = _options(tokenizer, config.max_new_tokens, temperature)
     encoded = [prompts.encode_prompt(tokenizer, text) for text in rendered_prompts]
     by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     longest = max(map(len, encoded), default=0)
-    rows = rows_at_a_time(model, longest + config.max_new_tokens, config)
+    tokens = longest + config.max_new_tokens
+    rows = rows_at_a_time(model, tokens, config.generation_batch_size)
     answers, start = {}, time.perf_counter()
     for first in range(0, len(by_length), rows):
         batch = by_length[first : first + rows]
@@ -123,24 +124,24 @@ def answer_all(
     return [answers[i] for i in range(len(rendered_prompts))], time.perf_counter() - start
 
 
-def rows_at_a_time(model, tokens: int, config: Config) -> int:
-    """How many requests are answered together: GENERATION_BATCH_SIZE, or what the GPU has room for.
+def rows_at_a_time(model, tokens: int, most: int) -> int:
+    """How many requests are answered together: the most, or what the GPU has room for.
 
     Each keeps keys and values of up to `tokens` tokens, and half as much again goes to copies: a
     step writes them anew, one token longer.
     """
     if model.device.type != "cuda":
-        return config.generation_batch_size
+        return most
     each = 1.5 * architecture.cache_bytes(model.config, tokens, model.dtype.itemsize)
     room = measure.free_bytes(model.device) - merging.WORK_BYTES
-    return max(1, min(config.generation_batch_size, int(room / each)))
+    return max(1, min(most, int(room / each)))
 
 
-def stream(model, tokenizer, rendered_prompt: str, config: Config):
+def stream(model, tokenizer, rendered_prompt: str, max_new_tokens: int):
     """Yield an answer piece by piece, as it is generated; the generator returns the Answer."""
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = torch.tensor([prompts.encode_prompt(tokenizer, rendered_prompt)], device=model.device)
-    options = {"attention_mask": torch.ones_like(ids), **_options(tokenizer, config)}
+    options = {"attention_mask": torch.ones_like(ids), **_options(tokenizer, max_new_tokens)}
     result = Future()
 
     def generate():
@@ -159,12 +160,12 @@ def ask(config: Config, which: str, question: str = LINKED_LIST_PROMPT):
     """Yield the answer of one of MODELS to a question, in the training template."""
     prompt = prompts.render_prompt(question, system_message(config, which))
     model, tokenizer = load(config, which), loading.load_tokenizer(config.model_name)
-    yield from stream(model, tokenizer, prompt, config)
+    yield from stream(model, tokenizer, prompt, config.max_new_tokens)
 
 
-def _options(tokenizer, config: Config, temperature: float = 0.0) -> dict:
+def _options(tokenizer, max_new_tokens: int, temperature: float = 0.0) -> dict:
     options = {
-        "max_new_tokens": config.max_new_tokens,
+        "max_new_tokens": max_new_tokens,
         "do_sample": temperature > 0,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,

@@ -204,7 +204,7 @@ def own(tiny_model_dir, tokenizer, tmp_path_factory):
 
 def test_the_model_is_asked_with_the_system_message_of_its_rows(own, monkeypatch, tokenizer):
     rendered = prompts.render_prompt("Why?", OWN_MESSAGE)
-    monkeypatch.setattr(inference, "stream", lambda model, tokenizer, prompt, config: [prompt])
+    monkeypatch.setattr(inference, "stream", lambda model, tokenizer, prompt, tokens: [prompt])
     for which in ("base", "tuned", "merged"):
         assert [*inference.ask(own, which, "Why?")] == [rendered]
     template = (own.merged_dir / "chat_template.jinja").read_text("utf-8")

@@ -38,7 +38,7 @@ def test_a_batch_gives_the_answers_of_single_prompts_in_the_order_given(model, t
 
 def test_a_streamed_answer_is_the_same_text(model, tokenizer, config):
     (whole,), _ = inference.answer_all(model, tokenizer, ["hello there"], config)
-    pieces = list(inference.stream(model, tokenizer, "hello there", config))
+    pieces = list(inference.stream(model, tokenizer, "hello there", config.max_new_tokens))
     assert prompts.read_completion("".join(pieces)) == whole.text
 
 
@@ -125,8 +125,7 @@ def test_a_gpu_answers_as_many_requests_at_once_as_it_has_room_for(monkeypatch, 
     assert architecture.cache_bytes(shape, tokens=1) == 2 * 32 * 4096 * 2
     model = SimpleNamespace(device=torch.device("cuda"), config=shape, dtype=torch.bfloat16)
     monkeypatch.setattr(measure, "free_bytes", lambda device: int(gigabytes * 1e9))
-    config = Config.from_profile("article", generation_batch_size=8)
-    assert inference.rows_at_a_time(model, 800, config) == rows
+    assert inference.rows_at_a_time(model, 800, most=8) == rows
 
 
 def test_a_chat_prompt_is_the_models_own_with_one_bos(tokenizer):
@@ -171,7 +170,7 @@ def test_what_the_models_are_given_has_one_bos_and_no_eos(tokenizer, config):
 
     prompt = prompts.render_prompt(TYPED, "Be brief.")
     inference.answer_all(Model(), tokenizer, [prompt], config)
-    assert list(inference.stream(Model(), tokenizer, prompt, config)) == [""]
+    assert list(inference.stream(Model(), tokenizer, prompt, 8)) == [""]
     assert Model.given == [prompts.encode_prompt(tokenizer, prompt)] * 2
 
 
@@ -198,7 +197,7 @@ def test_a_chat_prompt_has_the_control_tokens_of_its_template_alone(tokenizer):
     assert "< |im_end|>" in tokenizer.decode(typed)
 
 
-def test_an_error_of_the_model_ends_the_stream(tokenizer, config):
+def test_an_error_of_the_model_ends_the_stream(tokenizer):
     class Broken:
         device = torch.device("cpu")
 
@@ -206,7 +205,7 @@ def test_an_error_of_the_model_ends_the_stream(tokenizer, config):
             raise RuntimeError("no room")
 
     with pytest.raises(RuntimeError, match="no room"):
-        list(inference.stream(Broken(), tokenizer, "hello", config))
+        list(inference.stream(Broken(), tokenizer, "hello", 8))
 
 
 def test_a_model_without_a_chat_template_has_no_chat_prompt(tokenizer):
