@@ -79,8 +79,8 @@ def sample_tokenizer():
     """A byte-level BPE tokenizer with Llama 2's special tokens, trained on the sample's posts."""
     import pandas as pd
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
 
+    from benchmarks.training import with_special_tokens
     from helpers.data.sources import SAMPLE_DIR
 
     tokenizer = Tokenizer(models.BPE())
@@ -98,13 +98,7 @@ def sample_tokenizer():
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<unk>",
-    )
+    return with_special_tokens(tokenizer)
 
 
 # -- The walk

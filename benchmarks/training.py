@@ -52,18 +52,19 @@ def make(folder: Path, shape: str) -> None:
 def word_tokenizer():
     """A tokenizer of 32,000 words w3, w4, ... with Llama 2's special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 32000)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<unk>",
-    )
+    return with_special_tokens(tokenizer)
+
+
+def with_special_tokens(tokenizer):
+    """The tokenizer in transformers' terms, with the special tokens of Llama 2."""
+    from transformers import PreTrainedTokenizerFast
+
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def row_lengths(count: int, longest: int) -> list[int]:
