@@ -1,6 +1,8 @@
 """Where a model's files come from: the embedded one, a local folder, or the Hub.
 
 Where the Hub fails, the copy that an earlier load left is taken, or one sentence says why not.
+Downloading is huggingface_hub's: it takes a connection up again where it was cut, several times
+within one call. A later call keeps the files that came whole and begins the cut one again.
 """
 
 from collections.abc import Iterator
@@ -8,20 +10,20 @@ from pathlib import Path
 
 import httpx2
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors import safe_open
 
-from helpers.model import downloads
 from helpers.model.embedded import EMBEDDED_NAME, ModelUnavailable, fetch_embedded_model
 from helpers.model.model_folder import check_code
 from helpers.runs import folders
 
+WEIGHTS = "model*.safetensors"  # what transformers loads
 HUB_REASONS = {
     GatedRepoError: "access to {name} is gated: accept its licence on its Hub page, then run "
     "`hf auth login`",
     RepositoryNotFoundError: "{name} is neither a local folder nor a model on the Hub that you may "
     "see: check the name, or run `hf auth login`",
-    downloads.DamagedDownload: "{error}, and was removed: load {name} again",
 }
 
 STATUS_ADVICE = {
@@ -52,9 +54,24 @@ def _fetch(name: str) -> Path:
         return Path(name)
     # First the small files: with them comes the list by which half a copy is known as such.
     huggingface_hub.snapshot_download(name, allow_patterns=["*.json"])
-    downloads.fetch_weights(name)
+    need_room(name)
     patterns = ["*.safetensors", "*.json"]
     return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+
+
+def need_room(name: str) -> None:
+    """Raise DiskFull, before the first byte, for weights of the Hub that the disk cannot hold.
+
+    Does nothing where the Hub cannot be asked: loading then finds its copy or says why not.
+    """
+    if Path(name).is_dir():
+        return
+    try:
+        files = huggingface_hub.snapshot_download(name, allow_patterns=[WEIGHTS], dry_run=True)
+    except (OSError, ValueError, httpx2.HTTPError):
+        return
+    needed = sum(file.file_size or 0 for file in files if file.will_download)
+    folders.need_space(Path(constants.HF_HUB_CACHE), needed, f"downloading {name}")
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple]:
@@ -97,8 +114,8 @@ def _reason(name: str, error: BaseException) -> str:
         return f"the Hub answered {statuses[0]} when asked for {name}: {advice}"
     first = (str(causes[-1]).strip() or type(error).__name__).splitlines()[0]
     return (
-        f"{name} could not be loaded ({first}): check the network and try again, a download goes "
-        "on where it was cut; or name a local folder in MODEL_NAME"
+        f"{name} could not be loaded ({first}): check the network and try again, files that "
+        "came whole are kept; or name a local folder in MODEL_NAME"
     )
 
 

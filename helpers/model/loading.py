@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from helpers.config import Config, ConfigError
-from helpers.model import downloads, precision
+from helpers.model import hub, precision
 from helpers.model.embedded import ModelUnavailable
 from helpers.model.hub import from_hub
 from helpers.model.model_folder import check_code, check_model
@@ -160,7 +160,7 @@ def packing_on(device: str):
 def _load_weights(path: str, **options):
     # A model that cannot be built, or not be used, is not downloaded first.
     need_llama_layers(path, AutoConfig.from_pretrained(path))
-    downloads.fetch_weights(path)
+    hub.need_room(path)
     return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
 
 

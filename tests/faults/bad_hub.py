@@ -4,9 +4,6 @@
     any/unauthorized   answers 401, any/gated 403 of a gated model, any/busy 429, any/broken 500
     any/slow           answers after the client has given up
     any/cut            serves half of the weights and closes, until `healed` is set
-    any/damaged        the same
-    any/renewed        the same, and has other weights from then on
-    any/held           serves half of the weights at once, the rest when `released` is set
 While `down` is set, every connection is closed without an answer.
 """
 
@@ -20,7 +17,6 @@ from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CUT_ABOVE = 10_000_000  # the weights, and not the tokenizer
-CUT = ("cut", "damaged", "renewed")
 REFUSALS = {
     "unauthorized": (401, {"X-Error-Message": "Invalid username or password."}),
     "gated": (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."}),
@@ -37,7 +33,6 @@ class BadHub(http.server.ThreadingHTTPServer):
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.down, self.healed = folder, False, False
-        self.released = threading.Event()
         self.requests: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -86,23 +81,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._send(*REFUSALS[kind], b"")
         file = self.server.folder / self.path.rpartition("/")[2]
         if "/resolve/" not in self.path:
-            files = [self._describe(path, kind) for path in self.server.folder.iterdir()]
+            files = [self._describe(path) for path in self.server.folder.iterdir()]
             answer = {"id": kind, "sha": COMMIT, "siblings": files}
             body = json.dumps(files if "/tree/" in self.path else answer).encode()
             return self._send(200, {"Content-Type": "application/json"}, body * with_body)
         if not file.is_file():
             return self._send(404, {"X-Error-Code": "EntryNotFound"}, b"")
-        self._send_file(self._content(file, kind), asked, with_body, kind)
+        self._send_file(file.read_bytes(), asked, with_body, kind)
 
-    def _content(self, file: Path, kind: str) -> bytes:
-        content = file.read_bytes()
-        if kind == "renewed" and self.server.healed and len(content) > CUT_ABOVE:
-            content = content[:-1] + bytes([content[-1] ^ 1])
-        return content
-
-    def _describe(self, file: Path, kind: str) -> dict:
+    def _describe(self, file: Path) -> dict:
         """What the Hub says of a file: of a large one, which lies in LFS, the SHA-256 too."""
-        size, sha256 = len(content := self._content(file, kind)), digest(content)
+        size, sha256 = len(content := file.read_bytes()), digest(content)
         answer = {
             "type": "file",
             "path": file.name,
@@ -125,12 +114,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if first:
             headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
         half = len(content) // 2 if len(content) > CUT_ABOVE else len(content)
-        cut = kind in CUT and not self.server.healed
-        held = b"" if cut or not with_body else content[max(first, half) :]
-        body = content[first:half] if with_body else b""
-        self._send(206 if first else 200, headers, body, held)
+        cut = kind == "cut" and not self.server.healed
+        body = content[first : half if cut else None] if with_body else b""
+        self._send(206 if first else 200, headers, body)
 
-    def _send(self, status: int, headers: dict, body: bytes, held: bytes = b"") -> None:
+    def _send(self, status: int, headers: dict, body: bytes) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
@@ -138,6 +126,3 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         with contextlib.suppress(ConnectionError):  # the client has given up
             self.wfile.write(body)
-            if held and "/held/" in self.path:
-                self.server.released.wait(60)
-            self.wfile.write(held)
