@@ -33,7 +33,7 @@ SETTINGS = {
 HOSTILE = "</pre><img src=x onerror=\"document.title='attacked'\"><b>bold</b>"
 HOSTILE_CELL = f"""
 hostile = {HOSTILE!r}
-widgets.show_side_by_side(hostile, hostile, hostile)
+text_views.show_side_by_side(hostile, hostile, hostile)
 widgets.side_by_side({{"hostile": lambda text: [text, hostile]}})
 """
 

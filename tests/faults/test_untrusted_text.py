@@ -16,7 +16,7 @@ from helpers.answers import inference
 from helpers.answers.evaluation import Score
 from helpers.config import Config
 from helpers.runs import inventory, runner
-from helpers.view import widgets
+from helpers.view import text_views, widgets
 from helpers.view.safe_text import ACTING, visible
 
 HOSTILE = {
@@ -45,8 +45,8 @@ def side_by_side(monkeypatch):
 
     def shown(*texts):
         bundles = []
-        monkeypatch.setattr(widgets, "display", lambda data, raw: bundles.append(data))
-        widgets.show_side_by_side(*texts)
+        monkeypatch.setattr(text_views, "display", lambda data, raw: bundles.append(data))
+        text_views.show_side_by_side(*texts)
         return bundles[0]
 
     return shown
@@ -63,10 +63,10 @@ def views(side_by_side, tokenizer):
             "code and scores": side_by_side(text, f"```python\n{text}\n```", text, [SCORE] * 2)[
                 "text/html"
             ],
-            "tokens": widgets.tokens_html([text, text], [False, True]),
+            "tokens": text_views.tokens_html([text, text], [False, True]),
         }
         if len(text) < 10_000:  # no row of a dataset is longer
-            html["row"] = widgets.dataset_page(row, text, tokenizer)
+            html["row"] = text_views.dataset_page(row, text, tokenizer)
             html["browser"] = widgets.dataset_browser([row], [text], tokenizer).children[1].value
         return html
 
@@ -152,7 +152,7 @@ def executed_notebook(side_by_side):
     outputs += [new_output("display_data", data=side_by_side(text, text, text)) for text in texts]
     rich = {"text/html": table.to_html(), "text/plain": str(table)}
     outputs.append(new_output("execute_result", data=rich, execution_count=1))
-    tokens = {"text/html": widgets.tokens_html(texts[:-1], [True] * len(texts[:-1]))}
+    tokens = {"text/html": text_views.tokens_html(texts[:-1], [True] * len(texts[:-1]))}
     outputs.append(new_output("display_data", data=tokens))
     attack = HOSTILE["handler"]
     outputs.append(new_output("error", ename=attack, evalue=attack, traceback=[attack]))

@@ -35,7 +35,7 @@ def config(tmp_path):
         inventory.record_metrics(config, lesson, metrics)
     figure = displayed("plots.show(figure)", {"image/png": PNG}, **{"image/png": {"alt": HOSTILE}})
     texts = {"text/html": "<table></table>", "text/plain": f"Reverse a list.\n\n-- base\n{HOSTILE}"}
-    answers = displayed("widgets.show_side_by_side(question, base, tuned)", texts)
+    answers = displayed("text_views.show_side_by_side(question, base, tuned)", texts)
     for name, cells in {"02_dataset": [figure], "06_answers": [figure, answers]}.items():
         record = {"settings": settings_of(config), "environment": ENVIRONMENT}
         notebook = new_notebook(cells=cells, metadata={"ran_with": record})

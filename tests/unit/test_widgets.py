@@ -13,7 +13,7 @@ from selectolax.lexbor import LexborHTMLParser
 from helpers.answers.evaluation import Score
 from helpers.model import architecture, predict, steps
 from helpers.model.plan import for_card
-from helpers.view import widgets
+from helpers.view import text_views, widgets
 
 PNG_AS_DATA = 'src="data:image/png;base64,iVBORw0KGgo'
 HOSTILE = "</pre><img src=x onerror=alert(1)>"
@@ -149,7 +149,7 @@ def text_of(html):
 
 
 def test_fenced_code_is_coloured_and_no_character_changes():
-    html = widgets.answer_html(CODED)
+    html = text_views.answer_html(CODED)
     assert text_of(html) == CODED
     assert html.startswith("<pre ") and "font-family:monospace" in html
     coloured = LexborHTMLParser(html).css("span[style^=color]")
@@ -161,7 +161,7 @@ def test_fenced_code_is_coloured_and_no_character_changes():
 @pytest.mark.parametrize("code", ["", "\n\n", "\n  x = 1\n\n", "<b>no Python</b> $ ? \\\n"])
 def test_blocks_keep_their_blank_lines_and_what_is_no_python(code):
     text = f"```\n{code}```\n````python\n```\n{code}````"
-    assert text_of(widgets.answer_html(text)) == text
+    assert text_of(text_views.answer_html(text)) == text
 
 
 def luminance(colour):
@@ -172,8 +172,8 @@ def luminance(colour):
 
 
 def test_every_colour_of_code_can_be_read_on_its_own_background():
-    background = re.search(r"background:(#\w{6})", widgets.CODE)[1]
-    colours = {f"#{look['color']}" for _, look in get_style_by_name(widgets.CODE_STYLE)}
+    background = re.search(r"background:(#\w{6})", text_views.CODE)[1]
+    colours = {f"#{look['color']}" for _, look in get_style_by_name(text_views.CODE_STYLE)}
     for colour in colours - {"#None", "#"}:
         contrast = (luminance(background) + 0.05) / (luminance(colour) + 0.05)
         assert contrast >= 4.5, colour
@@ -183,10 +183,10 @@ def test_every_colour_of_code_can_be_read_on_its_own_background():
 def shown(monkeypatch):
     """What show_side_by_side displays, by MIME type."""
     bundles = []
-    monkeypatch.setattr(widgets, "display", lambda data, raw: bundles.append(data))
+    monkeypatch.setattr(text_views, "display", lambda data, raw: bundles.append(data))
 
     def show(*arguments):
-        widgets.show_side_by_side(*arguments)
+        text_views.show_side_by_side(*arguments)
         return bundles[-1]
 
     return show
@@ -217,7 +217,7 @@ def test_both_answers_get_half_the_width_whatever_is_in_them(shown):
 
 
 def test_learned_tokens_are_told_without_colour():
-    html = widgets.tokens_html(["read", "learned"], [False, True])
+    html = text_views.tokens_html(["read", "learned"], [False, True])
     read, learned = LexborHTMLParser(html).css("span, b")
     assert (read.text(), learned.text(), learned.tag) == ("read", "learned", "b")
     ground, line = re.findall(r"#\w{6}", learned.attributes["style"])
