@@ -31,9 +31,7 @@ class TemplateError(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A system message and turns of (user, answer); the last answer is None when it is asked
-    for.
-    """
+    """A system message and turns of (user, answer), the last None when it is asked for."""
 
     system: str
     turns: tuple[tuple[str, str | None], ...]
@@ -99,10 +97,7 @@ def chat_template(system: str) -> str:
 
 
 def parse(text: str, bos: str = "", eos: str = "") -> Conversation:
-    """The conversation that `render` wrote.
-
-    Raises TemplateError with the first place that differs.
-    """
+    """The conversation that `render` wrote; TemplateError with the first place that differs."""
     bare = text
     for special in filter(None, (bos, eos)):
         bare = bare.replace(special, "")
@@ -121,10 +116,9 @@ def parse(text: str, bos: str = "", eos: str = "") -> Conversation:
 
 
 def encode(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
-    """Token ids of one training row and its labels, as trl makes them from a prompt and a
-    completion.
+    """`input_ids` of a training row, and `labels` of the same length, as trl makes them from both.
 
-    `input_ids` and `labels` have the same length; a label is IGNORED_LABEL on the prompt.
+    A label is IGNORED_LABEL on the prompt.
     """
     prompt_ids = tokenizer(prompt)["input_ids"]
     input_ids = tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"]
