@@ -138,10 +138,9 @@ def test_references_pass_and_wrong_answers_fail(problems, wrong_answers):
     assert failed == set(wrong)
 
 
-def test_every_new_problem_has_two_wrong_answers_and_four_assertions(problems, wrong_answers):
+def test_every_problem_has_two_wrong_answers_and_four_assertions(problems, wrong_answers):
     assert all(len(set(row["answers"])) == 2 for row in wrong_answers)
-    new = {p["id"] for p in problems if not p.get("first_set")}
-    assert new <= {row["id"] for row in wrong_answers}
+    assert [row["id"] for row in wrong_answers] == [p["id"] for p in problems]
     for problem in problems:
         nodes = ast.walk(ast.parse(problem["tests"]))
         assert sum(isinstance(node, ast.Assert) for node in nodes) >= 4, problem["id"]
