@@ -57,15 +57,16 @@ def run(profile, run_dir=None, only=None, first=None, parameters=None, timeout=N
     chosen = notebooks(only)
     forced = [path for path in notebooks() if only or (first and path >= notebooks(first)[0])]
     folders.need_space(config.run_dir, RUN_BYTES, "a run")
+    stopped = None
     with folders.alone(config.run_dir, "run"):
         try:
             _run_in_order(config, chosen, forced, given, timeout or CELL_TIMEOUT_SECONDS)
         except RunStopped as stop:
-            write_report(config, str(stop))
-            raise
-        finally:
-            manifest.write(config.run_dir)
-        write_report(config)
+            stopped = stop
+        manifest.write(config.run_dir)
+        write_report(config, str(stopped or ""))
+    if stopped:
+        raise stopped
     return config
 
 
