@@ -13,6 +13,8 @@ import os
 import sys
 import warnings
 
+__version__ = "0.2.0"
+
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also read by transformers
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # else trl reports each training to the Hub
