@@ -133,7 +133,8 @@ def clean_part(
         if text.rule:
             removed.append((question_id, text.rule, text.problem))
         else:
-            rows.append(training_row(pair, text.user, text.answer, posts, config.system_message))
+            system = str(config.system_message)  # curate has given it one
+            rows.append(training_row(pair, text.user, text.answer, posts, system))
             sketches.append(sketch(question_id, score, text.words, text.features, config.seed))
     write_rows(rows_file(posts, part), list(verified(rows, encoder)))
     return removed, np.array(sketches, SKETCH)

@@ -52,10 +52,10 @@ def html_to_markdown(source: str, kinds: list[str] | None = None) -> str:
     body = LexborHTMLParser(source).body
     if body is None:
         return ""
-    repaired = body.inner_html  # every tag closed and in its place
+    repaired = body.inner_html or ""  # every tag closed and in its place
     if UNSETTLED.search(repaired):
         _settle(body)
-        repaired = body.inner_html
+        repaired = body.inner_html or ""
     repaired = repaired.replace("\0", "")
     if "<!--" in repaired:
         repaired = COMMENT.sub("", repaired)
@@ -108,7 +108,9 @@ class _Writer:
     """Collects Markdown blocks while texts and tags go by, in one pass and without recursion."""
 
     def __init__(self, kinds: list[str] | None):
-        self.kinds, self.blocks, self.inline = kinds, [], []
+        self.kinds = kinds
+        self.blocks: list[str] = []
+        self.inline: list[str] = []
         self.attributes = ""  # of the tag that is going by
         self.code: list[str] | None = None  # the texts of an open <code> or <pre>
         self.in_pre = self.after_item = False
@@ -121,7 +123,8 @@ class _Writer:
         self.marker, self.heading, self.quotes = "", "", 0
         self.rows: list[list[str]] | None = None  # of the open table
         self.column: int | None = None  # of the open cell
-        self.has_header, self.spanned = False, {}  # column: the last row that a cell covers there
+        self.has_header = False
+        self.spanned: dict[int, int] = {}  # column: the last row that a cell covers there
 
     def text(self, text: str) -> None:
         if self.code is not None:
@@ -281,7 +284,7 @@ class _Writer:
 
     def close_cell(self, tag: str) -> None:
         self.close_paragraph()
-        if self.column is not None:
+        if self.rows and self.column is not None:
             self.rows[-1][self.column] = self.take_lines("<br>").replace("|", "\\|")
             self.column = None
 

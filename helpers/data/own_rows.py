@@ -92,10 +92,10 @@ def _pairs(records: Records, name: str, quarantine: Quarantine) -> Iterator[list
             quarantine.add(number, reason, record)
             continue
         if len(columns) == 1:
-            found = ARTICLE_TEXT.fullmatch(values[0].strip())
+            found = ARTICLE_TEXT.fullmatch(str(values[0]).strip())
             texts = found.groups() if found else ("", "")
             values = [read_completion(text) for text in texts]  # a space on either side here too
-        yield [text.replace("\r\n", "\n").replace("\r", "\n") for text in values]
+        yield [str(text).replace("\r\n", "\n").replace("\r", "\n") for text in values]
 
 
 def _pair_columns(record: dict, name: str) -> tuple[str, ...]:
@@ -140,10 +140,10 @@ def json_records(path: Path, quarantine: Quarantine | None = None) -> Records:
     """
     for number, line in _lines(path):
         record, reason = _parse(line)
-        if reason and quarantine is None:
-            raise DataError(f"{path.name}, line {number}, {reason}: repair or remove it")
-        if reason:
+        if reason and quarantine:
             quarantine.add(number, reason, line)
+        elif reason:
+            raise DataError(f"{path.name}, line {number}, {reason}: repair or remove it")
         elif record is not None:
             yield number, record
 

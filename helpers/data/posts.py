@@ -96,7 +96,7 @@ def new_database(folder: Path) -> Iterator[sqlite3.Connection]:
         raise
 
 
-def shuffle(database: sqlite3.Connection, seed: int) -> dict[str, int]:
+def shuffle(database: sqlite3.Connection, seed: int) -> tuple[int, int, int]:
     """Make a filled database ready to be read; the numbers of questions, answers and orphans."""
     database.executescript(INDEXES)
     rows = np.array(database.execute("SELECT rowid, id FROM questions").fetchall(), np.int64)
@@ -105,7 +105,7 @@ def shuffle(database: sqlite3.Connection, seed: int) -> dict[str, int]:
     database.executemany("INSERT INTO shuffled VALUES (?, ?)", shuffled)
     (answers,) = database.execute("SELECT count(*) FROM answers").fetchone()
     (orphans,) = database.execute(ORPHANS).fetchone()
-    return {"questions": len(rows), "answers": answers, "orphans": orphans}
+    return len(rows), answers, orphans
 
 
 def question_hash(ids: np.ndarray, seed: int) -> np.ndarray:

@@ -34,7 +34,8 @@ def open_source(source: str, folder: Path, seed: int, progress: bool = False) ->
             licence += public_name(path.name if path.is_file() else source)
             lost = own_rows.read(given, database, folder)
             found = Posts(folder / posts.DATABASE, False, licence, quarantined=lost)
-        return replace(found, **posts.shuffle(database, seed))
+        questions, answers, orphans = posts.shuffle(database, seed)
+        return replace(found, questions=questions, answers=answers, orphans=orphans)
 
 
 def _of_kaggle(source: Path, folder: Path) -> Posts:

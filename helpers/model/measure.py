@@ -104,6 +104,7 @@ def empty_4bit_model(model_config, quantization: BitsAndBytesConfig, dtype=torch
 
 def count_trainable(model, rank: int, targets) -> tuple[int, int]:
     """(trainable, all) parameters once peft has put an adapter on a meta model; the model stays."""
+    # Here, for peft is slow to import and a prediction does not need it.
     from peft import LoraConfig, inject_adapter_in_model
 
     adapter = LoraConfig(r=rank, target_modules=list(targets))

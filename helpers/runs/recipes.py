@@ -92,8 +92,7 @@ def _measured_alone(parameters: dict) -> dict:
             json.dumps(parameters),
             str(result),
         ]
-        said = {"stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
-        done = subprocess.run(command, **said)
+        done = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise RuntimeError(f"ended with code {done.returncode} ({last})")
