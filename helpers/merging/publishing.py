@@ -19,6 +19,7 @@ from helpers.runs.inventory import read_metrics
 from helpers.runs.scores import score_rows
 
 CARD = Path(__file__).with_name("model_card.md")
+SMALL_SET_ROWS = 20_000  # the size of the article's smaller dataset
 # Part of a base model's name -> its licence as the Hub calls it, and in words.
 LICENCES = {
     "smollm": ("apache-2.0", "Apache-2.0"),
@@ -29,7 +30,6 @@ LICENCES = {
         "Inc. All Rights Reserved (https://ai.meta.com/llama/license)",
     ),
 }
-SMALL_SET_ROWS = 20_000  # the size of the article's smaller dataset
 UNKNOWN_LICENCE = ("other", "that of the base model: read its page before you use or share this")
 
 
