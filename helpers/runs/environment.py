@@ -7,6 +7,8 @@ from importlib.metadata import version
 
 import psutil
 
+from helpers import __version__
+
 RECORDED_VERSIONS = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
 
 
@@ -19,6 +21,7 @@ def environment() -> dict[str, str]:
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB of memory"
     return {
         "date": datetime.date.today().isoformat(),
+        "course": __version__,
         "hardware": f"{os.cpu_count()} {platform.machine()} CPU cores, {memory}, {gpu}",
         "python": platform.python_version(),
         **{name: version(name) for name in RECORDED_VERSIONS},
