@@ -29,8 +29,8 @@ from tests.notebook_code import curate, save_merged
 HOLD = """
 import sys, time
 from pathlib import Path
-from helpers import artefacts
-with artefacts.alone(Path(sys.argv[1]), "run"):
+from helpers.runs import folders
+with folders.alone(Path(sys.argv[1]), "run"):
     print("held", flush=True)
     time.sleep(100)
 """
@@ -95,8 +95,8 @@ def test_two_writers_of_one_artefact(tmp_path):
 # -- Outside of the runner: a notebook in JupyterLab, the script of several processes.
 
 SAVE = """from pathlib import Path
-from helpers import artefacts
-with artefacts.whole_folder(Path(RUN_DIR) / "dataset") as draft:
+from helpers.runs import folders
+with folders.whole_folder(Path(RUN_DIR) / "dataset") as draft:
     (draft / "rows").write_text("from a kernel", encoding="utf-8")"""
 
 

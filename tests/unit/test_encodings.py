@@ -38,7 +38,7 @@ def nameless(code):
 def _is_nameless(call):
     keywords = {word.arg: ast.unparse(word.value) for word in call.keywords}
     owner, _, name = ast.unparse(call.func).rpartition(".")
-    if "encoding" in keywords or owner in ("os", "artefacts"):
+    if "encoding" in keywords or owner in ("os", "folders"):
         return False
     if name in ("read_text", "write_text") and owner:
         return len(call.args) == (name == "write_text")
@@ -117,7 +117,8 @@ def test_a_dataset_is_written_whole_where_the_locale_is_ascii(tmp_path):
 
 ASK = """
 import sys
-from helpers import __main__, inference
+from helpers import __main__
+from helpers.answers import inference
 inference.ask = lambda *arguments: iter(["caf\\u00e9, ", "done"])
 sys.exit(__main__.main(["ask", "base"]))
 """
