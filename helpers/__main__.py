@@ -1,4 +1,4 @@
-"""The command line: `python -m helpers run`, `ask`, `verify`, `compare-recipes` and more.
+"""The command line: `python -m helpers run`, `ask`, `verify`, `record` and more.
 
 Each command is one call of a helper.
 """
@@ -55,11 +55,6 @@ def _parser() -> argparse.ArgumentParser:
 
     _command(commands, "export-training", _export_training, "notebook 04 for several GPUs")
 
-    compare = _command(commands, "compare-recipes", _compare_recipes, "train by each recipe")
-    compare.add_argument("--max-steps", type=int, help="of each training (default: the profile's)")
-    compare.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    compare.add_argument("--output", type=Path, help="default: benchmarks/results/recipes.json")
-
     _command(commands, "record", _record, "put a run's outputs into the committed notebooks")
     fetch = commands.add_parser("fetch-model", help="fetch the embedded model, once")
     fetch.set_defaults(command=_fetch_model)
@@ -70,24 +65,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands, name: str, function, help_text: str) -> argparse.ArgumentParser:
-    """A command that needs settings: `_parameters` has what it was given of them."""
+    """A command that needs settings."""
     command = commands.add_parser(name, help=help_text)
-    command.add_argument("--profile", default="demo", help=", ".join(PROFILES))
-    command.add_argument("--run-dir", help="where artefacts lie (default: runs/<profile>)")
-    pair = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
-    command.add_argument("-p", **pair, help="a notebook's parameter, such as MAX_STEPS 10")
+    add_settings(command)
     command.set_defaults(command=function)
     return command
 
 
-def _parameters(options) -> dict:
+def add_settings(command: argparse.ArgumentParser) -> None:
+    """Let a command line be given settings: `parameters_of` has them then."""
+    command.add_argument("--profile", default="demo", help=", ".join(PROFILES))
+    command.add_argument("--run-dir", help="where artefacts lie (default: runs/<profile>)")
+    pair = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
+    command.add_argument("-p", **pair, help="a notebook's parameter, such as MAX_STEPS 10")
+
+
+def parameters_of(options) -> dict:
     """What a command was given, by the names that a notebook's parameters have."""
     place = {"RUN_DIR": options.run_dir} if options.run_dir else {}
     return {"PROFILE": options.profile, **place, **{name: _value(text) for name, text in options.p}}
 
 
 def _config(options) -> Config:
-    return Config.from_parameters(_parameters(options))
+    return Config.from_parameters(parameters_of(options))
 
 
 def _load(module: str):
@@ -96,7 +96,7 @@ def _load(module: str):
 
 
 def _run(options) -> None:
-    parameters = _parameters(options)
+    parameters = parameters_of(options)
     config = _load("helpers.runs.runner").run(
         options.profile, None, options.only, options.first, parameters, options.timeout
     )
@@ -128,18 +128,8 @@ def _ask(options) -> None:
 
 
 def _export_training(options) -> None:
-    path = _load("helpers.training.export").export_training(_parameters(options))
+    path = _load("helpers.training.export").export_training(parameters_of(options))
     print(f"accelerate launch --config_file accelerate/ddp.yaml {path}")
-
-
-def _compare_recipes(options) -> None:
-    recipes = _load("helpers.runs.recipes")
-    steps = {} if options.max_steps is None else {"MAX_STEPS": options.max_steps}
-    parameters = {**steps, **_parameters(options)}
-    output = options.output or recipes.RESULTS
-    for run in recipes.compare(parameters, options.seeds, output):
-        print(f"{run['recipe']:12} seed {run['seed']}  loss {run['answer_loss_after']:.3f}")
-    print(f"written to {output}")
 
 
 def _record(options) -> None:

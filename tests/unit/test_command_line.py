@@ -4,11 +4,12 @@ import argparse
 
 import pytest
 
+from benchmarks import recipes
 from helpers.__main__ import _parser, main
 from helpers.answers import inference
 from helpers.config import Config
 from helpers.merging import export, publishing
-from helpers.runs import recipes, recording
+from helpers.runs import recording
 from tests.faults.train_tiny import write_dataset
 
 # Command -> the function that it calls with a Config, and what it needs besides.
@@ -50,9 +51,9 @@ def test_a_command_takes_parameters_and_a_run_folder(called, tmp_path, command):
 def test_the_recipes_take_a_run_folder_too(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(recipes, "compare", lambda parameters, *_: seen.append(parameters) or [])
-    command = ["compare-recipes", "--profile", "smoke", "--max-steps", "3"]
-    assert main(command) == 0
-    assert main([*command, "--run-dir", str(tmp_path), "-p", "LORA_R", "4"]) == 0
+    command = ["--profile", "smoke", "--max-steps", "3"]
+    recipes.main(command)
+    recipes.main([*command, "--run-dir", str(tmp_path), "-p", "LORA_R", "4"])
     assert seen[0] == {"PROFILE": "smoke", "MAX_STEPS": 3}
     assert seen[1] == {**seen[0], "RUN_DIR": str(tmp_path), "LORA_R": 4}
 

@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-from helpers import __main__
+from benchmarks import recipes
 from helpers.config import RECIPES, ConfigError
-from helpers.runs import recipes
 from helpers.training import planning
 from tests.faults.train_tiny import write_dataset
 
@@ -30,8 +29,7 @@ def test_every_recipe_is_trained_and_measured_by_the_same_answers(parameters, tm
     output = tmp_path / "recipes.json"
     given = [("--max-steps", "2"), ("--seeds", "5"), ("--output", str(output))]
     given += [("-p", name, str(value)) for name, value in parameters.items() if name != "PROFILE"]
-    command = ["compare-recipes", "--profile", "smoke", *(word for part in given for word in part)]
-    assert __main__.main(command) == 0
+    recipes.main(["--profile", "smoke", *(word for part in given for word in part)])
     assert "step    2/2" in capfd.readouterr().out  # the trainings' own lines
     found = json.loads(output.read_text("utf-8"))
     assert {"date", "hardware", "torch", "parameters"} <= set(found)
