@@ -1,6 +1,6 @@
 """How a setting is checked, and the sentence that says what is wrong with it.
 
-Written here: pydantic takes 0.4 s to import, twice as long as all else that a Config needs, and its
+Written here: pydantic takes 0.4 s to import, longer than all else that a Config needs, and its
 sentences would have to be replaced one by one.
 """
 
