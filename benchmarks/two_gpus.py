@@ -1,13 +1,14 @@
 """What does a second GPU bring? Llama 2's shapes under DDP and FSDP-QLoRA.
 
-    python benchmarks/two_gpus.py FOLDER          every case of CASES, to results/two_gpus.json
-    python benchmarks/two_gpus.py FOLDER NAME...  these, added to it
+    python -m benchmarks.two_gpus FOLDER          every case of CASES, to results/two_gpus.json
+    python -m benchmarks.two_gpus FOLDER NAME...  these, added to it
 
 A case is the script of notebook 04's cells, started through accelerate with the committed files of
 accelerate/. Every case of a model sees the same rows in each step: one GPU takes half of them at a
 time. The 7B model has random weights, for losses are compared; the 70B model's are zeros from a
-file that is one hole. A cap is
-`torch.cuda.set_per_process_memory_fraction`, in each process.
+file that is one hole. A cap is `torch.cuda.set_per_process_memory_fraction`, in each process.
+
+Needs two NVIDIA GPUs of one host with 24 GB, and one to two minutes a case.
 """
 
 import argparse
@@ -23,8 +24,6 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
-
 RESULTS = PROJECT / "benchmarks" / "results" / "two_gpus.json"
 ROWS_7B = {"max_length": 1024, "per_device_train_batch_size": 4, "max_steps": 30, "log_steps": 5}
 ROWS_70B = {"max_length": 512, "per_device_train_batch_size": 2, "max_steps": 6, "log_steps": 2}
@@ -191,7 +190,7 @@ def measure(folder: Path, name: str) -> dict:
     if file:
         launcher = ["accelerate.commands.launch", "--config_file", f"accelerate/{file}.yaml"]
         command += ["-m", *launcher]
-    command += [__file__, str(folder), name, "--work"]
+    command += ["-m", "benchmarks.two_gpus", str(folder), name, "--work"]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, encoding="utf-8", timeout=400)
     found = {"case": name, **circumstances(), "settings": settings, "cap_gib": cap}
