@@ -116,7 +116,7 @@ def test_a_training_by_its_script_ends_at_a_signal_with_a_checkpoint(
         assert training.poll() is None, training.stderr.read()
     training.send_signal(number)
     _, err = training.communicate(timeout=60)
-    assert training.returncode == -signal.SIGINT  # Python's own end of what nobody caught
+    assert training.returncode == 1
     assert f"TrainingInterrupted: {number.name} ended training after step " in err.splitlines()[-1]
     assert list(config.checkpoints_dir.glob("*/checkpoint-*"))
 
