@@ -100,7 +100,7 @@ def test_a_changed_requirement_installs_again(monkeypatch, tmp_path):
 
 def test_the_script_runs_before_anything_is_installed():
     """It may import the standard library alone."""
-    tree = ast.parse((PROJECT_DIR / "helpers" / "install.py").read_text("utf-8"))
+    tree = ast.parse((PROJECT_DIR / "setup" / "install.py").read_text("utf-8"))
     names = {
         alias.name.split(".")[0]
         for node in ast.walk(tree)
