@@ -25,7 +25,7 @@ run: install  ## execute the six notebooks with PROFILE and write the report
 
 test: for-tests  ## style, units, notebooks, and the fast half of the faults
 	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check .
-	@.venv/bin/lint-imports && $(VENV_PYTHON) -m mypy
+	@$(VENV_PYTHON) -c "from importlinter.cli import lint_imports_command as check; check()" && $(VENV_PYTHON) -m mypy
 	@$(TEST_BY_TWO) -m "not slow and not alone" --part first
 	@$(VENV_PYTHON) -m pytest -m alone --part second
 
