@@ -1,5 +1,6 @@
 """manifest.json: what each notebook of a run ran with, and whether all of it is still so."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import nbformat
 
 from helpers.runs import folders, lessons, provenance
 from helpers.runs.inventory import read_json, sha256
+from helpers.runs.provenance import Sha256
 
 NAME = "manifest.json"
 
@@ -32,14 +34,17 @@ def verify(run_dir: Path) -> int:
     if not (run_dir / NAME).exists():
         raise ManifestError(f"{run_dir / NAME} is missing: `python -m helpers run` writes it")
     records = read_json(run_dir / NAME, "run the notebooks again")["notebooks"]
-    problems = [text for name, record in records.items() for text in _wrong(run_dir, name, record)]
+    once = functools.cache(sha256)  # most notebooks read the same model and helpers
+    problems = [
+        text for name, record in records.items() for text in _wrong(run_dir, name, record, once)
+    ]
     if problems:
         said = "; ".join(dict.fromkeys(problems))
         raise ManifestError(f"{run_dir} differs from its manifest: {said}")
     return len({name for record in records.values() for name in record["wrote"]})
 
 
-def _wrong(run_dir: Path, name: str, record: dict) -> list[str]:
+def _wrong(run_dir: Path, name: str, record: dict, sha256: Sha256) -> list[str]:
     """What is no longer as the record of one notebook says."""
     wrote = provenance.written_by(run_dir, name, sha256)
     if (executed := run_dir / "executed" / name).exists():

@@ -1,5 +1,7 @@
 """The committed notebooks get the outputs of one real run."""
 
+import functools
+
 import nbformat
 
 from helpers.config import Config, ConfigError
@@ -14,8 +16,9 @@ def record(config: Config) -> None:
     Kept: results, figures, printed text. Removed: stderr, widget views, papermill's traces.
     Raises ConfigError, before any is written, when one of them would run again today.
     """
+    once = functools.cache(sha256)  # most notebooks read the same model and helpers
     for source in notebooks():
-        if reason := provenance.why_unfinished(config, source, sha256):
+        if reason := provenance.why_unfinished(config, source, once):
             raise ConfigError(
                 f"{source.name} would not be recorded as it ran ({reason}), so none is: run it "
                 "again first"
