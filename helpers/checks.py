@@ -57,6 +57,11 @@ def some_of(default: tuple[str, ...], *choices: str) -> Any:
     return checked(default, lambda v: len({*v} & {*choices}) == len(v) > 0, rule)
 
 
+def none_or_some_of(*choices: str) -> Any:
+    rule = f"must name none, one or more of {', '.join(choices)}, each once"
+    return checked((), lambda v: len({*v} & {*choices}) == len(v), rule)
+
+
 def not_blank(default: str) -> Any:
     return checked(default, lambda v: bool(v.strip()), "must not be blank")
 

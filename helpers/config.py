@@ -18,6 +18,7 @@ from helpers.checks import (
     checked,
     count,
     did_you_mean,
+    none_or_some_of,
     not_blank,
     one_device,
     one_of,
@@ -70,6 +71,8 @@ class Config:
     bnb_4bit_compute_dtype: str = one_of("float16", "auto", "float16", "bfloat16", "float32")
     bnb_4bit_compute_quant_type: str = one_of("nf4", "nf4", "fp4")  # which 16 numbers 4 bits name
     use_nested_quant: bool = False  # the constants of blocks of weights are quantized too
+    # Kinds of linear layers that stay in 16 bits, such as ("down_proj",): some mind four bits most.
+    keep_in_16bit: tuple[str, ...] = none_or_some_of(*ALL_LINEAR_TARGETS)
 
     # -- The data.
     # "sample", "kagglehub", a folder with Kaggle's CSV files, or a Hub dataset id.
@@ -159,7 +162,7 @@ class Config:
     hf_hub_model_name: str = "luisroque/Llama-2-7b-minipython-instruct"
 
     def __post_init__(self):
-        for name in ("target_modules", "benchmarks", "gguf_types"):
+        for name in ("target_modules", "benchmarks", "gguf_types", "keep_in_16bit"):
             if isinstance(getattr(self, name), list):  # papermill knows lists alone
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         wrong = self._resolve_run_dir()

@@ -32,7 +32,11 @@ def load_tokenizer(model_name: str):
     too, and the model never learns to stop. Raises ConfigError when it has no EOS, or no other
     token to pad with.
     """
-    tokenizer = from_hub(model_name, AutoTokenizer.from_pretrained, check_code)
+    return choose_padding(from_hub(model_name, AutoTokenizer.from_pretrained, check_code), model_name)
+
+
+def choose_padding(tokenizer, model_name: str):
+    """The tokenizer, padding on the right with a token that is not EOS; raises ConfigError."""
     tokenizer.padding_side = "right"
     if tokenizer.eos_token is None:
         raise ConfigError(
@@ -73,6 +77,7 @@ def quantization_config(config: Config) -> BitsAndBytesConfig:
         bnb_4bit_quant_type=config.bnb_4bit_compute_quant_type,
         bnb_4bit_compute_dtype=precision.compute_dtype(config),
         bnb_4bit_use_double_quant=config.use_nested_quant,
+        llm_int8_skip_modules=["lm_head", *config.keep_in_16bit],
     )
 
 
@@ -96,6 +101,25 @@ def use_device(config: Config, name: str) -> None:
             "smaller number"
         )
     torch.cuda.set_device(config.device)
+
+
+def find_model(config: Config, source: str | Path | None = None) -> str:
+    """The folder or Hub id to give to `from_pretrained`: what will fail there is said here first.
+
+    Of the Config's model, or of `source`. Makes the Config's GPU the current one. Raises
+    ModelUnavailable for a model that cannot be had or a device that is not there, DiskFull, and
+    ArtefactError for a damaged model or one that brings code of its own.
+    """
+    name = str(source or config.model_name)
+    use_device(config, name)
+    return from_hub(name, _checked_path, check_model)
+
+
+def _checked_path(path: str) -> str:
+    # A model that cannot be built, or not be used, is not downloaded first.
+    need_llama_layers(path, AutoConfig.from_pretrained(path))
+    hub.need_room(path)
+    return path
 
 
 def load_model(config: Config, quantized: bool = True, source: str | Path | None = None):
@@ -158,9 +182,7 @@ def packing_on(device: str):
 
 
 def _load_weights(path: str, **options):
-    # A model that cannot be built, or not be used, is not downloaded first.
-    need_llama_layers(path, AutoConfig.from_pretrained(path))
-    hub.need_room(path)
+    path = _checked_path(path)
     return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
 
 

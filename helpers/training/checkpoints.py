@@ -27,7 +27,8 @@ PLAN = "plan.json"
 # here are those that only say where a layer's activations are in the meantime. What made the rows
 # is not here either, for the rows themselves are asked.
 NAMED_BY = (
-    *("seed", "use_4bit", "bnb_4bit_compute_dtype", "bnb_4bit_compute_quant_type"),
+    *("seed", "use_4bit", "keep_in_16bit"),
+    *("bnb_4bit_compute_dtype", "bnb_4bit_compute_quant_type"),
     *("use_nested_quant", "lora_r", "lora_alpha", "lora_dropout", "target_modules"),
     *("num_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
     *("grad_acc_steps", "learning_rate", "weight_decay", "max_grad_norm", "scheduler_type"),
