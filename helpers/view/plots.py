@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 from IPython.display import display
 from matplotlib import cycler
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
     "#0072B2",
@@ -54,6 +55,43 @@ def show(figure, alt: str) -> None:
         )
     display(figure, metadata={"image/png": {"alt": alt}})
     plt.close(figure)
+
+
+STOPS = {
+    "01": "an idea:\na small\nadapter",
+    "02": "posts\nbecome\nrows",
+    "03": "a base\nmodel\nin 4 bits",
+    "04": "rows train\nan adapter\non the base",
+    "05": "adapter\nand base\nmerge",
+    "06": "questions\nget\nanswers",
+}
+
+
+def road(here: str | None = None) -> None:
+    """Show the course as a row of six boxes, one a lesson; that of `here`, such as "03", is dark.
+
+    Raises ValueError for a number that no lesson has.
+    """
+    if here is not None and here not in STOPS:
+        raise ValueError(f"no lesson is numbered {here!r}: choose one of {', '.join(STOPS)}")
+    figure, axis = plt.subplots(figsize=(7, 1.5))
+    for place, (number, words) in enumerate(STOPS.items()):
+        ground, ink = (BLUE, "white") if number == here else ("white", BLACK)
+        box = FancyBboxPatch((place + 0.06, 0.06), 0.74, 0.88, "round,pad=0.04", fc=ground, ec=BLUE)
+        axis.add_patch(box)
+        axis.text(place + 0.43, 0.84, number, ha="center", va="center", color=ink, weight="bold")
+        axis.text(place + 0.43, 0.38, words, ha="center", va="center", color=ink, fontsize=9)
+        if place:
+            axis.annotate(
+                "",
+                (place + 0.02, 0.5),
+                (place - 0.16, 0.5),
+                arrowprops={"fc": BLACK, "arrowstyle": "-|>"},
+            )
+    axis.set(title="The road from posts to answers", xlim=(0, 5.86), ylim=(0, 1))
+    axis.axis("off")
+    stops = "; ".join(f"{number}, {' '.join(words.split())}" for number, words in STOPS.items())
+    show(figure, f"The six lessons in order: {stops}. " + (f"You are at {here}." if here else ""))
 
 
 def funnel_figure(steps: Sequence[tuple[str, int, int]], title: str) -> Figure:
