@@ -32,7 +32,8 @@ def load_tokenizer(model_name: str):
     too, and the model never learns to stop. Raises ConfigError when it has no EOS, or no other
     token to pad with.
     """
-    return choose_padding(from_hub(model_name, AutoTokenizer.from_pretrained, check_code), model_name)
+    tokenizer = from_hub(model_name, AutoTokenizer.from_pretrained, check_code)
+    return choose_padding(tokenizer, model_name)
 
 
 def choose_padding(tokenizer, model_name: str):
