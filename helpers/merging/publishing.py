@@ -150,12 +150,14 @@ def model_card(config: Config) -> str:
 def _recipe(config: Config) -> list[tuple]:
     """(setting, value) of how the model was made; what the merged folder notes comes from there."""
     noted = merge_record(config.merged_dir)
-    double = ", double quantization" if config.use_nested_quant else ""
+    packed = config.bnb_4bit_compute_quant_type
+    packed += ", double quantization" if config.use_nested_quant else ""
+    packed += f", but for {', '.join(config.keep_in_16bit)}" if config.keep_in_16bit else ""
     computed = str(precision.compute_dtype(config)).removeprefix("torch.")
     steps = "" if config.max_steps == -1 else f", at most {config.max_steps} steps"
     rows = config.per_device_train_batch_size * config.grad_acc_steps
     recipe = {
-        "base in 4 bits": f"{config.bnb_4bit_compute_quant_type}{double}, computed in {computed}",
+        "base in 4 bits": f"{packed}, computed in {computed}",
         "adapter": "rank {rank}, alpha {alpha}".format(**noted) if "rank" in noted else "",
         "adapter on": ", ".join(noted.get("target_modules", ())),
         "length of training": f"{config.num_epochs} epoch(s){steps}, {rows} rows a step",

@@ -93,13 +93,15 @@ def empty_4bit_model(model_config, quantization: BitsAndBytesConfig, dtype=torch
     """A causal language model on the meta device: shapes and types, no numbers, in 4 bits.
 
     Its packed weights still have their unpacked shape, because packing happens when numbers come.
+    The head and what `llm_int8_skip_modules` names stay unpacked.
     """
     # Imported here, as peft is below: it takes over a second, and one notebook alone needs it.
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-    return replace_with_bnb_linear(model, ["lm_head"], quantization)
+    skipped = quantization.llm_int8_skip_modules or ["lm_head"]
+    return replace_with_bnb_linear(model, skipped, quantization)
 
 
 def count_trainable(model, rank: int, targets) -> tuple[int, int]:
@@ -148,5 +150,6 @@ def footprint_bytes(model_config, quantization: BitsAndBytesConfig, dtype=torch.
 
     shell = empty_4bit_model(model_config, quantization, dtype)
     packed = [m.weight.numel() for m in shell.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    others = [p for p in shell.parameters() if not isinstance(p, bnb.nn.Params4bit)]
-    return sum(packed) // 2 + sum(tensor.nbytes for tensor in (*others, *shell.buffers()))
+    others = [p.numel() for p in shell.parameters() if not isinstance(p, bnb.nn.Params4bit)]
+    buffers = sum(buffer.nbytes for buffer in shell.buffers())
+    return sum(packed) // 2 + sum(others) * dtype.itemsize + buffers

@@ -130,17 +130,19 @@ def _summary(run: Run, predicted: Estimate, room: int) -> str:
 def _advice(smallest: Step, room: int) -> str:
     """What to change first when nothing fits: the first change, cheap to dear, that is enough."""
     weights, run = smallest.weights, smallest.run
+
+    def would_fit(**changes) -> bool:
+        return _fits(dataclasses.replace(smallest, run=dataclasses.replace(run, **changes)), room)
+
     if not run.packed:
         return f"the weights take {weights / GIB:.1f} GiB in 16 bits: load them in 4 bits first"
+    if run.keep_in_16bit and would_fit(keep_in_16bit=()):
+        return "set KEEP_IN_16BIT = (), which puts these layers in 4 bits too"
     if weights >= room:
         return (
             f"the 4-bit weights alone take {weights / GIB:.1f} GiB of {room / GIB:.1f}: "
             "choose a smaller model or a larger card"
         )
-
-    def would_fit(**changes) -> bool:
-        return _fits(dataclasses.replace(smallest, run=dataclasses.replace(run, **changes)), room)
-
     length = run.length // 2
     while length >= 64:
         if would_fit(length=length):

@@ -138,14 +138,25 @@ class Step:
 
         Of a model in shards a device has its share, but all of the constants: no parameters.
         """
-        run, shape, constants = self.run, self.shape, 0
-        if run.packed:
-            double = run.quantization == "nf4-double"
-            one = sum(quantized_bytes(weights, double) for weights in shape.layer_weights)
-            constants = shape.layers * one - shape.linear_parameters // 2
-        whole = shape.linear_parameters * run.linear_bytes
-        whole += shape.other_parameters * run.stream_bytes
-        return math.ceil(whole / run.shards) + constants
+        run, shape, double = self.run, self.shape, self.run.quantization == "nf4-double"
+        constants = sum(quantized_bytes(n, double) - n // 2 for n in self.packed_weights)
+        whole = shape.layers * self.layer_bytes + shape.other_parameters * run.stream_bytes
+        return math.ceil(whole / run.shards) + shape.layers * constants
+
+    @cached_property
+    def packed_weights(self) -> list[int]:
+        """Weights of each linear part of one layer that is in 4 bits."""
+        kept = self.run.keep_in_16bit if self.run.packed else tuple(self.shape.linear)
+        return [math.prod(shape) for name, shape in self.shape.linear.items() if name not in kept]
+
+    @property
+    def layer_bytes(self) -> float:
+        """Linear weights of one layer, quantization constants left out.
+
+        What is not packed has the width of the hidden states: an upcast takes both to float32.
+        """
+        packed = sum(self.packed_weights)
+        return packed / 2 + (sum(self.shape.layer_weights) - packed) * self.run.stream_bytes
 
     @cached_property
     def adapter_tensors(self) -> list[int]:
@@ -267,7 +278,7 @@ class Step:
         gradient twice, wide gradients, and the widest weight if it is unpacked.
         """
         wide = 2 * self.shape.hidden + self.way.wide_gradients * self.shape.inner
-        unpacked = self.widest_weight if self.run.packed else 0
+        unpacked = max(self.packed_weights, default=0) * self.run.compute_bytes
         return self.run.tokens * wide * self.run.stream_bytes + unpacked
 
     @property
@@ -288,10 +299,10 @@ class Step:
         found = 0
         if self.run.fast:
             found += self.evaluation + GRAPH_WORKSPACES + GAPS * self.widest_weight
-        if self.run.device == "cpu" and self.run.packed:
+        if self.run.device == "cpu":
             # Pages of the 16-bit file that were read to quantize it and stay resident; they are
             # clean, and the system takes them back when it needs room.
-            found += 2 * self.shape.linear_parameters
+            found += 2 * self.shape.layers * sum(self.packed_weights)
         return found + (self.gathered if self.run.shards > 1 else 0)
 
     @property
@@ -301,8 +312,7 @@ class Step:
         gradients, and the head, which stays whole from its first use on.
         """
         run, shape = self.run, self.shape
-        layer = shape.linear_parameters / shape.layers * run.linear_bytes
-        layer += 2 * sum(self.adapter_tensors) / shape.layers * run.adapter_bytes
+        layer = self.layer_bytes + 2 * sum(self.adapter_tensors) / shape.layers * run.adapter_bytes
         return round(3 * layer) + shape.words * shape.hidden * run.stream_bytes
 
     def moments(self) -> dict[str, Moment]:

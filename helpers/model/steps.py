@@ -36,6 +36,7 @@ class Run:
     """
 
     quantization: str = "nf4-double"  # or "nf4", "16bit"
+    keep_in_16bit: tuple[str, ...] = ()  # kinds of linear layers that are not packed
     rank: int = 64
     targets: tuple[str, ...] = ALL_LINEAR_TARGETS
     dropout: float = 0.0
@@ -80,6 +81,7 @@ class Run:
         nested = "nf4-double" if config.use_nested_quant else "nf4"
         return cls(
             quantization=nested if config.use_4bit else "16bit",
+            keep_in_16bit=config.keep_in_16bit,
             rank=config.lora_r,
             targets=config.target_modules,
             dropout=config.lora_dropout,
@@ -104,13 +106,8 @@ class Run:
 
     @property
     def packed(self) -> bool:
-        """Whether linear weights are in 4 bits."""
+        """Whether linear weights are in 4 bits, but for those of `keep_in_16bit`."""
         return self.quantization != "16bit"
-
-    @property
-    def linear_bytes(self) -> float:
-        """Width of a linear weight, quantization constants left out."""
-        return 0.5 if self.packed else self.compute_bytes
 
     @property
     def stream_bytes(self) -> int:

@@ -149,5 +149,7 @@ def test_the_card_tells_the_recipe_and_the_limits_and_no_path(tiny_config):
         "up to 400 tokens",
     ):
         assert words in card
+    kept = dataclasses.replace(tiny_config, keep_in_16bit=("o_proj", "down_proj"))
+    assert "| nf4, double quantization, but for o_proj, down_proj, " in publishing.model_card(kept)
     folder = str(Path(tiny_config.model_name).parent)
     assert folder not in card and str(tiny_config.run_dir) not in card

@@ -77,21 +77,40 @@ def tiny_config(**changes):
     return LlamaConfig(**settings)
 
 
-def tiny_4bit_model(folder, config):
+def tiny_4bit_model(folder, config, keep_in_16bit=()):
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", *keep_in_16bit],
     )
     return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": "cpu"}
     )
 
 
+KEPT = [(), ("down_proj",), ("v_proj", "o_proj", "down_proj"), ALL_LINEAR_TARGETS]
+
+
+@pytest.mark.parametrize("keep_in_16bit", KEPT, ids="+".join)
+def test_predicted_weights_are_those_of_the_loaded_model(tmp_path, keep_in_16bit):
+    config = tiny_config()
+    model = tiny_4bit_model(tmp_path, config, keep_in_16bit)
+    packed = [p for p in model.parameters() if isinstance(p, bnb.nn.Params4bit)]
+    assert len(packed) == 3 * (7 - len(keep_in_16bit))
+    held = sum(p.nbytes for p in model.parameters())
+    held += sum(p.quant_state.absmax.nbytes for p in packed)
+    run = Run(quantization="nf4", keep_in_16bit=keep_in_16bit)
+    assert Step.of(config, run).weights == held
+
+
 @pytest.mark.parametrize("tied", [False, True])
-def test_footprint_is_exact(tmp_path, tied):
+@pytest.mark.parametrize("keep_in_16bit", KEPT, ids="+".join)
+def test_footprint_is_exact(tmp_path, tied, keep_in_16bit):
     config = tiny_config(tie_word_embeddings=tied)
-    model = tiny_4bit_model(tmp_path, config)
+    model = tiny_4bit_model(tmp_path, config, keep_in_16bit)
     predicted = measure.footprint_bytes(config, model.config.quantization_config, torch.bfloat16)
     assert predicted == model.get_memory_footprint()
     table = measure.layer_table(model)
@@ -102,9 +121,11 @@ def test_footprint_is_exact(tmp_path, tied):
 
 
 @pytest.mark.parametrize("name", ["Qwen2", "Qwen3", "Mistral", "Gemma3Text"])
-def test_footprint_of_other_architectures_is_exact(tokenizer, tmp_path, name):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_footprint_of_other_architectures_is_exact(tokenizer, tmp_path, name, dtype):
     save_random_model(f"{name}Config", tokenizer, tmp_path, head_dim=32)
-    config = Config.from_profile("demo", model_name=str(tmp_path), run_dir=tmp_path / "run")
+    changes = {"run_dir": tmp_path / "run", "bnb_4bit_compute_dtype": dtype}
+    config = Config.from_profile("demo", model_name=str(tmp_path), **changes)
     model, options = loading.load_model(config), loading.quantization_config(config)
     predicted = measure.footprint_bytes(model.config, options, model.dtype)
     assert predicted == model.get_memory_footprint()
@@ -129,10 +150,11 @@ def kept_bytes(model, batch) -> int:
 
 @pytest.mark.parametrize("targets", [ATTENTION_TARGETS, ALL_LINEAR_TARGETS])
 @pytest.mark.parametrize("adapter_bytes", [2, 4])
-def test_activations_equal_what_autograd_keeps(tmp_path, targets, adapter_bytes):
+@pytest.mark.parametrize("kept", KEPT, ids="+".join)
+def test_activations_equal_what_autograd_keeps(tmp_path, targets, adapter_bytes, kept):
     config = tiny_config()
     adapter = LoraConfig(r=8, target_modules=list(targets), lora_dropout=0.0)
-    model = get_peft_model(tiny_4bit_model(tmp_path, config), adapter).train()
+    model = get_peft_model(tiny_4bit_model(tmp_path, config, kept), adapter).train()
     if adapter_bytes == 2:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -141,7 +163,7 @@ def test_activations_equal_what_autograd_keeps(tmp_path, targets, adapter_bytes)
     mask[0, 20:] = 0  # padding, so that a mask is there
     batch = {"input_ids": torch.randint(0, 128, (4, 32)), "attention_mask": mask}
     run = Run(rank=8, targets=targets, batch=4, length=32, checkpointing=False)
-    run = replace(run, adapter_bytes=adapter_bytes, autocast=False, device="cpu")
+    run = replace(run, adapter_bytes=adapter_bytes, autocast=False, keep_in_16bit=kept)
     assert Step.of(config, run).held == pytest.approx(kept_bytes(model, batch), rel=0.02)
 
 
@@ -292,6 +314,7 @@ def test_of_two_plans_with_one_batch_the_one_that_recomputes_less_is_faster():
         ({"quantization": "16bit"}, 8, "in 4 bits first"),
         ({}, 3, "smaller model or a larger card"),
         ({"length": 65536}, 8, "set MAX_LENGTH = "),
+        ({"keep_in_16bit": ("down_proj",)}, 5.5, "set KEEP_IN_16BIT = ()"),
         ({"rank": 2048}, 8, "train fewer parameters"),
     ],
 )
@@ -426,6 +449,8 @@ def test_a_run_takes_its_settings_from_a_config():
     run = Run.from_config(Config.from_profile("article"))
     assert (run.quantization, run.targets, run.length) == ("nf4", ATTENTION_TARGETS, 512)
     assert run.checkpointing and run.optimizer == "paged_adamw_32bit" and run.device == "cuda"
+    kept = Config.from_profile("article", keep_in_16bit=("down_proj",))
+    assert Run.from_config(kept) == replace(run, keep_in_16bit=("down_proj",))
     assert Run.from_config(Config.from_profile("demo"), length=280).length == 280
     # A packed batch is full, whatever the length of the rows that were laid end to end.
     packed = Run.from_config(Config.from_profile("llama2_7b"), length=4096)
