@@ -160,6 +160,7 @@ class Config:
     new_dataset_name_complete: str = "luisroque/instruct-python-500k"
     new_model_name: str = "Llama-2-7b-minipython-instruct"
     hf_hub_model_name: str = "luisroque/Llama-2-7b-minipython-instruct"
+    push_to_hub: bool = False  # whether notebooks 02 and 05 upload what they made
 
     def __post_init__(self):
         for name in ("target_modules", "benchmarks", "gguf_types", "keep_in_16bit"):
