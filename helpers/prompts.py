@@ -15,18 +15,17 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from helpers.own_template import TemplateError, chat_row, chat_text, frame_of, messages_of
+
 OPEN_SYSTEM, CLOSE_SYSTEM = "<<SYS>>", "<</SYS>>"
 OPEN_USER, CLOSE_USER = "[INST]", "[/INST]"
+OPENING = f"{OPEN_USER} {OPEN_SYSTEM}"  # of each prompt in this template
 MARKERS = (OPEN_SYSTEM, CLOSE_SYSTEM, OPEN_USER, CLOSE_USER)
 IGNORED_LABEL = -100  # the label that PyTorch's cross entropy leaves out
 
 SYSTEM = re.compile(r"<<SYS>>\n(?P<system>.*?)\n<</SYS>>\n\n(?P<user>.*)", re.DOTALL)
 # A block of code in an answer's Markdown: its fence, its language, its code.
 FENCE = re.compile(r"^ {0,3}(`{3,})(\w*)\n(.*?)^ {0,3}\1[ \t]*$", re.DOTALL | re.MULTILINE)
-
-
-class TemplateError(ValueError):
-    """A text cannot be put into the template, or is not in it. The message says where."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,13 @@ class Conversation:
     turns: tuple[tuple[str, str | None], ...]
 
 
-def render_prompt(user: str, system: str) -> str:
-    """The text that a model is given: everything up to and including `[/INST]`, without BOS."""
+def render_prompt(user: str, system: str, own=None) -> str:
+    """The text that a model is given: everything up to and including `[/INST]`, without BOS.
+
+    With a tokenizer as `own`, in the chat template that it brings instead (TEMPLATE = "model").
+    """
+    if own is not None:
+        return chat_text(own, messages_of(system, [(user, None)]))
     user, system = _clean("user text", user), _clean("system message", system)
     return f"{OPEN_USER} {OPEN_SYSTEM}\n{system}\n{CLOSE_SYSTEM}\n\n{user} {CLOSE_USER}"
 
@@ -74,6 +78,27 @@ def render(conversation: Conversation, bos: str = "", eos: str = "") -> str:
         prompt = render_prompt(user, conversation.system) if first else _render_turn(user)
         parts.append(bos + prompt + (render_completion(answer) + eos if answer is not None else ""))
     return "".join(parts)
+
+
+def render_row(conversation: Conversation, tokenizer, own: bool = False) -> tuple[str, str]:
+    """(prompt, completion) of a training row: all up to the first answer, and all from there on.
+
+    The completion holds the later turns too, each with its BOS and EOS as text; it ends without
+    EOS, which trl adds. In the tokenizer's own chat template with `own`. Raises TemplateError.
+    """
+    if own:
+        return chat_row(tokenizer, conversation.system, conversation.turns)
+    user, answer = conversation.turns[0]
+    prompt = render_prompt(user, conversation.system)
+    if len(conversation.turns) == 1:
+        return prompt, render_completion(str(answer))
+    bos, eos = _ends(tokenizer)
+    return prompt, render(conversation, bos, eos)[len(bos + prompt) :].removesuffix(eos)
+
+
+def _ends(tokenizer) -> tuple[str, str]:
+    """BOS ("" where the tokenizer writes none) and EOS as text."""
+    return tokenizer.bos_token if begins_with_bos(tokenizer) else "", tokenizer.eos_token
 
 
 def chat_template(system: str) -> str:
@@ -115,15 +140,38 @@ def parse(text: str, bos: str = "", eos: str = "") -> Conversation:
     return conversation
 
 
-def encode(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
-    """`input_ids` of a training row, and `labels` of the same length, as trl makes them from both.
+def learned_parts(tokenizer, prompt: str, completion: str) -> list[tuple[int, int]]:
+    """Where the answers stand in prompt + completion + EOS: (start, end) in characters.
 
-    A label is IGNORED_LABEL on the prompt.
+    Each with the token that ends it. Between them stand the later requests of a conversation.
     """
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    input_ids = tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"]
-    ignored = [IGNORED_LABEL] * len(prompt_ids)
-    return {"input_ids": input_ids, "labels": ignored + input_ids[len(prompt_ids) :]}
+    closing, ending = CLOSE_USER, tokenizer.eos_token
+    if not prompt.startswith(OPENING) and (frame := frame_of(tokenizer)):
+        closing, ending = frame.closing, frame.ending or ending
+    text, start = prompt + completion + tokenizer.eos_token, len(prompt)
+    parts: list[tuple[int, int]] = []
+    while True:
+        end = text.find(ending, start)
+        request = text.find(closing, end) if end >= 0 else -1
+        if request < 0:
+            return [*parts, (start, len(text))]
+        parts.append((start, end + len(ending)))
+        start = request + len(closing)
+
+
+def encode(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
+    """`input_ids` of a training row, and `labels` of the same length.
+
+    A label is IGNORED_LABEL on all that is read: for one turn the prompt, as trl does it, for more
+    the later requests too.
+    """
+    text = prompt + completion + tokenizer.eos_token
+    input_ids = tokenizer(text)["input_ids"]
+    labels = [IGNORED_LABEL] * len(input_ids)
+    for ends in learned_parts(tokenizer, prompt, completion):
+        start, end = (len(tokenizer(text[:end])["input_ids"]) for end in ends)
+        labels[start:end] = input_ids[start:end]
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def begins_with_bos(tokenizer) -> bool:
@@ -137,7 +185,7 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     The training template is plain text, so what spells a control token in it was typed, and stays
     text. Any other prompt is in a chat template, whose control tokens are its own.
     """
-    typed = prompt.startswith(OPEN_USER)
+    typed = prompt.startswith(OPENING)
     return tokenizer(prompt, split_special_tokens=typed)["input_ids"]
 
 
@@ -161,18 +209,26 @@ def verify_rows(
     The length includes BOS and EOS. Tokenizes in batches, which is several times faster than
     calling `verify` row by row.
     """
-    rows, bos = iter(rows), tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
+    rows = iter(rows)
     while batch := list(itertools.islice(rows, batch_size)):
         wholes = tokenizer([p + c + tokenizer.eos_token for p, c in batch]).encodings
         for (prompt, completion), whole in zip(batch, wholes, strict=True):
-            problems = _template_problems(prompt, completion)
-            problems += _token_problems(tokenizer, bos, whole, len(prompt))
+            frame = None if prompt.startswith(OPENING) else frame_of(tokenizer)
+            if frame and prompt.startswith(frame.opening):
+                problems = _own_problems(tokenizer, frame, prompt, completion, whole)
+            else:
+                problems = _template_problems(tokenizer, prompt, completion)
+                problems += _token_problems(tokenizer, prompt, completion, whole)
             yield len(whole), problems
 
 
-def _template_problems(prompt: str, completion: str) -> list[str]:
+def _template_problems(tokenizer, prompt: str, completion: str) -> list[str]:
+    text, ends = prompt + completion, ("", "")
+    if tokenizer.eos_token in completion and completion.count(OPEN_USER):  # more turns follow
+        ends = _ends(tokenizer)
+        text = ends[0] + text + ends[1]
     try:
-        parse(prompt + completion)
+        parse(text, *ends)
     except TemplateError as error:
         return [f"template: {error}"]
     if not prompt.endswith(CLOSE_USER):
@@ -180,16 +236,24 @@ def _template_problems(prompt: str, completion: str) -> list[str]:
     return []
 
 
-def _token_problems(tokenizer, bos: int | None, whole, seam: int) -> list[str]:
-    """What is wrong with the `tokenizers.Encoding` of a row whose prompt has `seam` characters.
+def _own_problems(tokenizer, frame, prompt: str, completion: str, whole) -> list[str]:
+    """What is wrong with a row in the model's own chat template."""
+    text, problems = prompt + completion + tokenizer.eos_token, []
+    for start, end in learned_parts(tokenizer, prompt, completion):
+        answer = text[start:end].removesuffix(tokenizer.eos_token).removesuffix(frame.ending)
+        held = [mark for mark in frame.special if mark in answer]
+        problems += [f"the special token {mark} stands in the text" for mark in sorted(held)]
+    if not prompt.endswith(frame.closing):
+        problems.append(f"template: the prompt ends in {prompt[-10:]!r}, not in {frame.closing!r}")
+    return problems + _seam_problems(tokenizer, prompt, completion, whole)
 
-    `bos` is the id of the token that must begin it, None where there must be none.
 
-    The prompt need not be tokenized by itself: where one token ends at the seam and the next begins
-    there, nothing was merged across it, and each side has the tokens that it has alone. Were one
-    token to lie across, the prompt's own tokens could not begin the whole's.
-    """
+def _token_problems(tokenizer, prompt: str, completion: str, whole) -> list[str]:
+    """What is wrong with the `tokenizers.Encoding` of a row: a BOS and an EOS for each turn."""
+    bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
     ids, eos, problems = whole.ids, tokenizer.eos_token_id, []
+    turns = len(learned_parts(tokenizer, prompt, completion))
+    wanted = "exactly one" if turns == 1 else f"one for each of {turns} turns"
     added = tokenizer.added_tokens_decoder
     for token in sorted({*ids} & {*added} - {bos, eos}):
         if added[token].special:
@@ -197,19 +261,32 @@ def _token_problems(tokenizer, bos: int | None, whole, seam: int) -> list[str]:
     for name, token, place in (("BOS", bos, 0), ("EOS", eos, -1)):
         if token is None:
             continue
-        if ids.count(token) != 1:
-            problems.append(f"{ids.count(token)} {name} tokens, there must be exactly one")
+        if ids.count(token) != turns:
+            problems.append(f"{ids.count(token)} {name} tokens, there must be {wanted}")
         if ids[place] != token:
             problems.append(f"the text does not {'end' if place else 'begin'} with {name}")
-    last, first = whole.char_to_token(seam - 1), whole.char_to_token(seam)
-    if last == first:
-        problems.append(
-            "the prompt's tokens are not a prefix of the whole: a token merges across the seam"
-        )
-    # The labels are the tokens after the prompt: without the EOS the model would not learn to stop.
-    if len(ids) - first < 2 or ids[-1] != eos:
-        problems.append("the answer and the final EOS are not both among the labels")
-    return problems
+    return problems + _seam_problems(tokenizer, prompt, completion, whole)
+
+
+def _seam_problems(tokenizer, prompt: str, completion: str, whole) -> list[str]:
+    """What is wrong where an answer begins, and where it ends.
+
+    What stands before need not be tokenized by itself: where one token ends at the seam and the
+    next begins there, nothing was merged across it, and each side has the tokens that it has alone.
+    Some tokenizers do not say where a space lies; then it is tokenized.
+    """
+    merged, unlearned = False, whole.ids[-1] != tokenizer.eos_token_id
+    for start, end in learned_parts(tokenizer, prompt, completion):
+        last, first = whole.char_to_token(start - 1), whole.char_to_token(start)
+        if last is None or first is None:
+            alone = tokenizer([(prompt + completion)[:start]]).encodings[0].ids
+            merged, first = merged or whole.ids[: len(alone)] != alone, len(alone)
+        merged = merged or last == first
+        # The labels are the tokens of the answer: without its end no model would learn to stop.
+        unlearned = unlearned or whole.char_to_token(end - 1) <= first
+    seam = "the prompt's tokens are not a prefix of the whole: a token merges across the seam"
+    labels = "the answer and the final EOS are not both among the labels"
+    return [seam] * merged + [labels] * unlearned
 
 
 def _render_turn(user: str) -> str:

@@ -5,7 +5,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Thread
 
-import jinja2
 import torch
 from transformers import TextIteratorStreamer
 
@@ -85,15 +84,7 @@ def chat_prompt(tokenizer, user: str, system: str) -> str | None:
     for token in tokenizer.added_tokens_decoder.values():
         if token.special:
             user = user.replace(token.content, f"{token.content[0]} {token.content[1:]}")
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    options = {"tokenize": False, "add_generation_prompt": True}
-    try:
-        text = tokenizer.apply_chat_template(messages, **options)
-    except jinja2.TemplateError:  # Gemma 2 knows no system message: there it opens the request
-        messages = [{"role": "user", "content": f"{system}\n\n{user}"}]
-        text = tokenizer.apply_chat_template(messages, **options)
-    # What the tokenizer will write again.
-    return text.removeprefix(tokenizer.bos_token if prompts.begins_with_bos(tokenizer) else "")
+    return prompts.render_prompt(user, system, tokenizer)
 
 
 @torch.no_grad()

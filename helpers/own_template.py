@@ -1,0 +1,126 @@
+"""The model's own chat template: conversations in it, and where in a text each answer stands.
+
+A template is a program (Jinja) and says nothing of its parts. Two short conversations that are
+known word by word show them: what follows a request, and what ends an answer. trl marks the answers
+in templates of some twenty model families; this works for one that trl does not know, too.
+"""
+
+from dataclasses import dataclass
+
+SYSTEM, USER, ANSWER = "S1st", "U2nd", "A3rd"  # no template writes these itself
+
+Messages = list[dict[str, str]]  # each with `role` (system, user, assistant) and `content`
+
+
+class TemplateError(ValueError):
+    """A text cannot be put into the template, or is not in it. The message says where."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a template writes around requests and answers."""
+
+    opening: str  # before a conversation's system message
+    closing: str  # behind a request; an answer follows
+    before: str  # an answer, such as a space
+    ending: str  # behind an answer, up to the token that ends it
+    special: frozenset[str]  # the tokenizer's control tokens, which no text may spell
+
+
+def chat_text(tokenizer, messages: Messages) -> str:
+    """The messages in the tokenizer's own chat template, up to where an answer begins.
+
+    BOS is left out where the tokenizer writes it again. A template that has no place for a system
+    message (Gemma 2's) gets it at the head of the first request.
+    """
+    from jinja2 import TemplateError as Refused  # here: who needs no chat template need not wait
+
+    try:
+        text = _rendered(tokenizer, messages)
+        lost = messages[0]["content"].strip() not in text
+    except Refused:
+        lost = True
+    if lost and messages[0]["role"] == "system":
+        first = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+        text = _rendered(tokenizer, [{"role": "user", "content": first}, *messages[2:]])
+    elif lost:
+        raise TemplateError("the model's own chat template refuses the conversation")
+    writes_bos = tokenizer(["x"]).encodings[0].ids[0] == tokenizer.bos_token_id
+    return text.removeprefix(tokenizer.bos_token) if writes_bos else text
+
+
+def _rendered(tokenizer, messages: Messages) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template  # as above
+
+    (text,), _ = render_jinja_template(
+        [messages],
+        chat_template=_template(tokenizer),
+        add_generation_prompt=True,
+        **tokenizer.special_tokens_map,
+    )
+    return text
+
+
+def _template(tokenizer) -> str:
+    """The Jinja of a tokenizer, "" where it has none; some have several under names."""
+    template = getattr(tokenizer, "chat_template", None) or ""
+    return template if isinstance(template, str) else template["default"]
+
+
+def frame_of(tokenizer) -> Frame | None:
+    """The Frame of the tokenizer's own chat template, None where it has none."""
+    if not _template(tokenizer):
+        return None
+    added = tokenizer.added_tokens_decoder.values()
+    special = frozenset(token.content for token in added if token.special)
+    asked = chat_text(tokenizer, messages_of(SYSTEM, [(USER, None)]))
+    opening, closing = asked.partition(SYSTEM)[0], asked.partition(USER)[2]
+    again = chat_text(tokenizer, messages_of(SYSTEM, [(USER, ANSWER), (USER, None)]))
+    head, _, tail = again.partition(ANSWER)
+    ends = [tail.index(text) + len(text) for text in special if text in tail]
+    before = head.removeprefix(asked) if head.startswith(asked) else ""
+    return Frame(opening, closing, before, tail[: min(ends, default=0)], special)
+
+
+def messages_of(system: str, turns) -> Messages:
+    """Messages of a system message ("" for none) and turns of (user, answer or None)."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for user, answer in turns:
+        messages.append({"role": "user", "content": user})
+        messages += [{"role": "assistant", "content": answer}] if answer is not None else []
+    return messages
+
+
+def chat_row(tokenizer, system: str, turns) -> tuple[str, str]:
+    """(prompt, completion) of answered turns, as `prompts.render_row` gives them.
+
+    Each answer follows what the model is given when it is asked for it. Raises TemplateError for a
+    text with a control token, and for turns that the template writes otherwise when more follow.
+    """
+    frame = frame_of(tokenizer)
+    if frame is None:
+        raise TemplateError('the model has no chat template: set TEMPLATE to "llama2"')
+    check_texts(frame, [system, *(text for turn in turns for text in turn)])
+    asked = [
+        chat_text(tokenizer, messages_of(system, [*turns[:place], (turns[place][0], None)]))
+        for place in range(len(turns))
+    ]
+    text = asked[0]
+    for place, following in enumerate(asked[1:]):
+        answer = turns[place][1]
+        head, _, rest = following[len(asked[place]) :].partition(answer.strip())
+        if not following.startswith(asked[place]) or head.strip() or not frame.ending:
+            raise TemplateError(
+                "the model's own chat template writes a turn otherwise when more follow: "
+                'set TEMPLATE to "llama2"'
+            )
+        text += frame.before + answer + rest
+    text += frame.before + turns[-1][1] + frame.ending.removesuffix(tokenizer.eos_token)
+    return asked[0], text[len(asked[0]) :]
+
+
+def check_texts(frame: Frame, texts: list[str]) -> None:
+    """TemplateError when a text spells a control token of the template."""
+    for mark in sorted({*frame.special, frame.closing.strip()} - {""}):
+        if any(mark in text for text in texts):
+            raise TemplateError(f"a text holds {mark!r}, which the model's template uses itself")
