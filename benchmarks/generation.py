@@ -158,13 +158,11 @@ def main() -> None:
     from helpers.answers import problem_sets
     from helpers.runs.environment import environment
 
-    config = Config.from_profile(
-        "demo", evaluation_problems=options.prompts, max_new_tokens=options.tokens
-    )
+    config = Config.from_profile("demo", max_new_tokens=options.tokens)
     exact = dataclasses.replace(config, bnb_4bit_compute_dtype="float32")
     texts = [
         prompts.render_prompt(problem.prompt, inference.system_message(config, "tuned"))
-        for problem in problem_sets.load_problems(config.evaluation_problems)
+        for problem in problem_sets.load_problems(1, options.prompts)
     ]
     runs = [compare(config, which, texts) for which in ("base", "tuned", "merged")]
     runs.append(compare(exact, "base", texts))

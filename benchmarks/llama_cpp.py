@@ -50,7 +50,7 @@ def same_beginning(server: str, model, tokenizer, text: str, length: int) -> int
     return next((i for i, (one, two) in enumerate(pairs) if one != two), len(pairs))
 
 
-def check(config: Config, name: str, server: str, length: int) -> dict:
+def check(config: Config, name: str, server: str, length: int, count: int) -> dict:
     """Tokens of the validation rows, the chat template, and the beginnings of greedy answers."""
     tokenizer = loading.load_tokenizer(config.model_name)
     model = embedded.load_gguf(config.gguf_dir / f"model.{name}.gguf", torch.float32)
@@ -63,9 +63,7 @@ def check(config: Config, name: str, server: str, length: int) -> dict:
     rendered = post(f"{server}/apply-template", messages=messages)["prompt"]
     system = inference.system_message(config, "merged")
     asked = prompts.render_prompt("Hello?", system)
-    problems = [
-        problem.prompt for problem in problem_sets.load_problems(config.evaluation_problems)
-    ]
+    problems = [problem.prompt for problem in problem_sets.load_problems(1, count)]
     requests = [prompts.render_prompt(text, system) for text in problems]
     return {
         "texts": len(texts),
@@ -90,8 +88,8 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=8)
     parser.add_argument("--build", help="which llama.cpp it is, where the server does not say")
     options = parser.parse_args()
-    config = Config.from_profile("demo", evaluation_problems=options.problems)
-    found = check(config, options.type, options.server, options.tokens)
+    config = Config.from_profile("demo")
+    found = check(config, options.type, options.server, options.tokens, options.problems)
     with urllib.request.urlopen(f"{options.server}/props") as answer:
         build = options.build or json.load(answer)["build_info"]
     results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}

@@ -21,11 +21,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from helpers import prompts
 from helpers.__main__ import add_settings, parameters_of
-from helpers.answers import evaluation, inference, problem_sets
+from helpers.answers import evaluation, problem_sets
 from helpers.config import PROJECT_DIR, RECIPES, Config, ConfigError
-from helpers.data import curation_note
 from helpers.merging import comparison
 from helpers.model import loading
 from helpers.runs import folders
@@ -130,12 +128,8 @@ def measure(config: Config) -> dict:
 
 def _rates(model, tokenizer, config: Config) -> dict[str, float]:
     """The scores of notebook 06 for the answers to `config.evaluation_problems` problems."""
-    problems = problem_sets.load_problems(config.evaluation_problems)
-    system = curation_note.system_message(config, config.dataset_dir)
-    asked = [prompts.render_prompt(problem.prompt, system) for problem in problems]
-    answers, _ = inference.answer_all(model, tokenizer, asked, config)
-    pairs = zip(answers, problems, strict=True)
-    scores = [evaluation.score(answer, problem, config.sandbox) for answer, problem in pairs]
+    problems = problem_sets.load_ladder(config.evaluation_problems)
+    scores = evaluation.ask_ladder(model, tokenizer, config, problems, "llama2")
     return evaluation.rates(scores, "tuned")
 
 

@@ -44,6 +44,19 @@ def count(default: int | None, high: int) -> Any:
     return between(default, 1, high)
 
 
+def counts(default: tuple[int, ...], names: tuple[str, ...], high: int) -> Any:
+    """As many whole numbers as there are names, from 0 on, the first of them at least 1."""
+    rule = (
+        f"must be {len(names)} whole numbers from 0 to {high:,}, for {', '.join(names)}, the first "
+        "at least 1"
+    )
+    return checked(
+        default,
+        lambda v: len(v) == len(names) and all(0 <= n <= high for n in v) and v[0] > 0,
+        rule,
+    )
+
+
 def up_to(default: float, high: int) -> Any:
     return checked(default, lambda v: 0 < v <= high, f"must be greater than 0 and at most {high}")
 
@@ -118,7 +131,8 @@ def _fits(value, annotation) -> bool:
     if isinstance(annotation, types.UnionType):
         return any(_fits(value, part) for part in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
-        return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+        kind = typing.get_args(annotation)[0]
+        return isinstance(value, tuple) and all(type(part) is kind for part in value)
     if annotation in (int, float) and isinstance(value, bool):
         return False
     if annotation is float:  # NaN is not below any number

@@ -17,6 +17,7 @@ from helpers.checks import (
     between,
     checked,
     count,
+    counts,
     did_you_mean,
     none_or_some_of,
     not_blank,
@@ -37,6 +38,9 @@ PROBLEMS_FILE = PROJECT_DIR / "data" / "problems.jsonl"
 SYSTEM_MESSAGE = (
     "Given a puzzle-like code question, provide a well-reasoned, step-by-step Python solution."
 )
+# What the problems of data/problems.jsonl are split into: three levels, and a share of the first
+# that stays aside until the last run.
+PARTS = ("level1", "level1_held_back", "level2", "level3")
 LINKED_LIST_PROMPT = "Write a function that reverses a linked list."
 
 # Those whose memory this course can predict.
@@ -146,13 +150,8 @@ class Config:
     article_prompt: str = prompt_text(LINKED_LIST_PROMPT)  # what the article asks its models
     max_new_tokens: int = count(500, 2**17)  # the article's max_length = 600 counts the prompt
     generation_batch_size: int = count(8, 4096)
-    evaluation_problems: int = count(100, 10**4)
-    merged_problems: int = count(16, 10**4)  # that the merged and the requantized model answer too
-    # pass@k: answers sampled for each problem, the largest k, the temperature. 0 samples: not done.
-    samples_per_problem: int = between(0, 0, 1000)
-    pass_at_k: int = count(5, 1000)
-    sampling_temperature: float = up_to(0.8, 10)
-    humaneval_problems: int = between(0, 0, 164)  # of HumanEval's, besides
+    # How many problems are asked of each of PARTS.
+    evaluation_problems: tuple[int, ...] = counts((48, 16, 24, 12), PARTS, 10**4)
     sandbox: str = one_of("isolated", "isolated", "limits-only", "off")  # where answers' code runs
 
     # -- Uploads, under the names the article used. Put your own user name in front before you push.
@@ -163,9 +162,9 @@ class Config:
     push_to_hub: bool = False  # whether notebooks 02 and 05 upload what they made
 
     def __post_init__(self):
-        for name in ("target_modules", "benchmarks", "gguf_types", "keep_in_16bit"):
-            if isinstance(getattr(self, name), list):  # papermill knows lists alone
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for item in dataclasses.fields(self):
+            if isinstance(value := getattr(self, item.name), list):  # papermill knows lists alone
+                object.__setattr__(self, item.name, tuple(value))
         wrong = self._resolve_run_dir()
         for item in dataclasses.fields(self):
             if message := problem(item, getattr(self, item.name)):
@@ -333,11 +332,6 @@ CONTRADICTIONS = (
         lambda save_steps, eval_steps: save_steps % eval_steps != 0,
         "SAVE_STEPS is {} and EVAL_STEPS is {}: the best checkpoint is kept, so each must have "
         "been evaluated, set SAVE_STEPS to a multiple of EVAL_STEPS",
-    ),
-    (
-        ("samples_per_problem", "pass_at_k"),
-        lambda samples, k: 0 < samples < k,
-        "SAMPLES_PER_PROBLEM is {}, fewer than PASS_AT_K ({}): take at least that many samples",
     ),
     (
         ("min_answer_characters", "max_post_characters"),

@@ -72,7 +72,7 @@ DEMO: dict[str, Any] = {
     "comparison_rows": 12,
     "max_new_tokens": 240,
     "generation_batch_size": 32,
-    "evaluation_problems": 32,
+    "evaluation_problems": (32, 16, 16, 8),
 }
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "log_steps": 1,
         "comparison_rows": 2,
         "max_new_tokens": 12,
-        "evaluation_problems": 2,
+        "evaluation_problems": (2, 1, 1, 1),
     },
     "colab_t4": {
         "model_name": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",

@@ -4,8 +4,10 @@ Each score is a yes or no for each problem; rates come with Wilson's 95 % interv
 tuned model are compared on the same problems by McNemar's exact test.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from scipy.stats import binomtest
@@ -22,28 +24,25 @@ from helpers.prompts import FENCE
 from helpers.runs.scores import interval
 
 NUMBERED_STEP = re.compile(r"^\s*\d+[.)]\s+(\S.*)$", re.MULTILINE)
-SEQUENCE_WORD = re.compile(r"\b(first|second|then|next|after that|finally|lastly)\b", re.IGNORECASE)
+SEQUENCE_WORD = re.compile(  # at the beginning of a sentence
+    r"(?:^|[.!?:])\s*(first|second|third|then|next|after that|finally|lastly)\b", re.MULTILINE
+)
 # The fields of Score under the names that metrics files give them: stop_rate_<which> and so on.
-RATES = {
-    "stop": "stops",
-    "varied": "varied",
-    "code": "code",
-    "parse": "parses",
-    "steps": "steps",
-    "pass": "passes",
-}
+RATES = {"stop": "stops", "parse": "parses", "steps": "steps", "pass": "passes"}
 
 
 @dataclass(frozen=True)
 class Score:
-    """Yes or no for one answer. `passes` is None where generated code is not run."""
+    """Yes or no for one answer. `passes` is None where generated code is not run.
+
+    An answer that does not stop was cut at the limit of tokens: it might have ended later.
+    """
 
     stops: bool
-    varied: bool
-    code: bool
     parses: bool
     steps: bool
     passes: bool | None
+    part: str = ""  # of config.PARTS, to which the problem belongs
 
 
 # -- One answer.
@@ -52,8 +51,7 @@ class Score:
 def score(answer: Answer, problem: Problem | None, level: str) -> Score:
     """Score one answer. Its code runs only in the sandbox, at a level of `sandbox.LEVELS`.
 
-    An answer is varied when less than half of its runs of four words are repetitions. Without a
-    problem there are no tests, and its code is not run.
+    Without a problem there are no tests, and its code is not run.
     """
     code = code_of(answer.text)
     readable, passes = parses(code), None
@@ -62,12 +60,19 @@ def score(answer: Answer, problem: Problem | None, level: str) -> Score:
         passes = readable and sandbox.run_tests(solution, problem.tests, level).passed
     return Score(
         stops=answer.stopped,
-        varied=repetition(answer.text) < 0.5,
-        code=code is not None,
         parses=readable,
         steps=explains_in_steps(answer.text),
         passes=passes,
+        part=problem.part if problem else "",
     )
+
+
+def score_all(answers: list[Answer], problems: list[Problem], level: str) -> list[Score]:
+    """`score` of each answer, as many at a time as there are cores: each runs in a sandbox."""
+    if level != "off":
+        sandbox.level(level)  # raises where it cannot be had, before any work
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda pair: score(*pair, level), zip(answers, problems, strict=True)))
 
 
 def code_of(text: str) -> str | None:
@@ -81,37 +86,39 @@ def parses(code: str | None) -> bool:
     return bool(code and code.strip()) and parse_python(code) is not None
 
 
-def steps_of(text: str) -> list[str]:
-    """The numbered lines of an answer's prose, without their numbers."""
-    return NUMBERED_STEP.findall(FENCE.sub("", text))
-
-
 def explains_in_steps(text: str) -> bool:
-    """Whether the prose has two numbered steps, or two different words of sequence.
+    """Whether the prose has two different numbered lines, or two different sentences of a sequence.
 
-    A coarse check: it accepts numbered nonsense and misses steps that are only implied.
+    The latter begin with two different words such as "first" and "then". A coarse check: it accepts
+    numbered nonsense and misses steps that are only implied.
     """
-    words = {word.lower() for word in SEQUENCE_WORD.findall(FENCE.sub("", text))}
-    return len(steps_of(text)) >= 2 or len(words) >= 2
-
-
-def repetition(text: str, width: int = 4) -> float:
-    """Share of the runs of `width` words that stood in the text before, from 0 to 1."""
-    words = text.split()
-    runs = [tuple(words[i : i + width]) for i in range(len(words) - width + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    prose = FENCE.sub("", text).lower()
+    numbered = {" ".join(line.split()) for line in NUMBERED_STEP.findall(prose)}
+    return len(numbered) >= 2 or len(set(SEQUENCE_WORD.findall(prose))) >= 2
 
 
 # -- Many answers.
 
 
-def rates(scores: list[Score], suffix: str) -> dict[str, float]:
-    """Shares from 0 to 1 under the names of the metrics file: stop_rate_<suffix> and so on."""
-    return {
-        f"{name}_rate_{suffix}": sum(bool(getattr(score, field)) for score in scores) / len(scores)
+def rates(scores: list[Score], which: str) -> dict[str, float]:
+    """Shares from 0 to 1 under the names of the metrics file: stop_rate_<which> and so on.
+
+    The pass rate of each part comes besides, as pass_rate_<part>_<which>. Scores that were not
+    taken (`passes` with the sandbox off) are left out.
+    """
+    found = {
+        f"{name}_rate_{which}": share([getattr(score, field) for score in scores])
         for name, field in RATES.items()
-        if all(getattr(score, field) is not None for score in scores)
     }
+    for part in dict.fromkeys(score.part for score in scores if score.part):
+        passes = [score.passes for score in scores if score.part == part]
+        found[f"pass_rate_{part}_{which}"] = share(passes)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def share(values: list[bool | None]) -> float | None:
+    """The share of yes; None where the score was not taken."""
+    return None if None in values else sum(values) / len(values)
 
 
 def paired_p_value(before: list[bool], after: list[bool]) -> float:
@@ -121,12 +128,25 @@ def paired_p_value(before: list[bool], after: list[bool]) -> float:
     return binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
 
 
+def holm(p_values: list[float]) -> list[float]:
+    """p-values of several tests, each as it counts among them all (Holm 1979).
+
+    The smallest is multiplied by the number of tests, the next by one less, and so on, so that
+    below 0.05 stands a result of chance in at most one of twenty such families.
+    """
+    corrected, largest = list(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, p_values[place] * (len(p_values) - rank)))
+        corrected[place] = largest
+    return corrected
+
+
 def compare(columns: dict[str, list[Score]], against: str = "tuned") -> list[dict]:
     """A row for each score: `<which>_rate`, `_low` and `_high` of every column (who -> scores).
 
-    The others also have `<which>_p_value`, of the paired test against `against`; a column that
-    answered only the first problems is tested on those. Scores that were not taken (`passes` with
-    the sandbox off) are left out.
+    The others also have `<which>_p_value`, of the paired test against `against`, corrected by
+    `holm` for all tests of the rows; a column that answered only the first problems is tested on
+    those. Scores that were not taken (`passes` with the sandbox off) are left out.
     """
     rows = []
     for name in RATES.values():
@@ -142,6 +162,9 @@ def compare(columns: dict[str, list[Score]], against: str = "tuned") -> list[dic
                 same_problems = values[against][: len(found)]
                 row[f"{which}_p_value"] = paired_p_value(found, same_problems)
         rows.append(row)
+    tests = [(row, name) for row in rows for name in row if name.endswith("_p_value")]
+    for (row, name), value in zip(tests, holm([row[name] for row, name in tests]), strict=True):
+        row[name] = value
     return rows
 
 
@@ -157,22 +180,17 @@ def losses(before: list[Score], after: list[Score]) -> list[tuple[int, list[str]
 # -- Asking for them.
 
 
-def sampled_passes(config: Config, which: str, tokenizer, problems) -> list[int]:
-    """For each problem, how many of `config.samples_per_problem` sampled answers pass.
+def ask_ladder(
+    model, tokenizer, config: Config, problems, template: str = "chat", temperature: float = 0.0
+) -> list[Score]:
+    """A loaded model's answers to problems, scored: for benchmarks.
 
-    Raises ValueError where generated code is not run.
+    template: one of `inference.TEMPLATES`. For pass@k, give each problem k times and a temperature.
     """
-    if config.sandbox == "off":
-        raise ValueError('pass@k runs generated code, and SANDBOX is "off": set it to "isolated"')
-    many = [problem for problem in problems for _ in range(config.samples_per_problem)]
-    system = inference.system_message(config, which)
-    asked = [prompts.render_prompt(problem.prompt, system) for problem in many]
-    answers, _ = inference.answer_alone(
-        config, which, tokenizer, asked, config.sampling_temperature
-    )
-    passed = [score(a, p, config.sandbox).passes for a, p in zip(answers, many, strict=True)]
-    size = config.samples_per_problem
-    return [sum(passed[start : start + size]) for start in range(0, len(passed), size)]
+    system = inference.system_message(config, "base")
+    asked = inference.requests(tokenizer, [p.prompt for p in problems], system, template)
+    answers, _ = inference.answer_all(model, tokenizer, asked, config, temperature)
+    return score_all(answers, problems, config.sandbox)
 
 
 def answerer(config: Config, which: str, tokenizer) -> Callable[[str], Iterator]:

@@ -26,6 +26,9 @@ MODELS = {
 }
 
 
+CHUNK = 32  # tokens between two looks at which answers have ended
+
+
 @dataclass(frozen=True)
 class Answer:
     """A generated answer. `stopped` tells whether the model ended it itself, by EOS."""
@@ -87,6 +90,24 @@ def chat_prompt(tokenizer, user: str, system: str) -> str | None:
     return prompts.render_prompt(user, system, tokenizer)
 
 
+TEMPLATES = ("chat", "llama2")
+
+
+def requests(tokenizer, texts: list[str], system: str, template: str) -> list[str]:
+    """Texts in a template: "chat", the model's own, or "llama2", that of the training.
+
+    Raises ValueError for another one, and for "chat" where the model has none.
+    """
+    if template not in TEMPLATES or (template == "chat" and not tokenizer.chat_template):
+        raise ValueError(
+            f"template is {template!r}: choose one of {', '.join(TEMPLATES)}, and the first only "
+            "for a tokenizer with a chat template"
+        )
+    if template == "chat":
+        return [chat_prompt(tokenizer, text, system) for text in texts]
+    return [prompts.render_prompt(text, system) for text in texts]
+
+
 @torch.no_grad()
 def answer_all(
     model, tokenizer, rendered_prompts: list[str], config: Config, temperature: float = 0.0
@@ -108,11 +129,41 @@ def answer_all(
     for first in range(0, len(by_length), rows):
         batch = by_length[first : first + rows]
         ids = {"input_ids": [encoded[i] for i in batch]}
-        inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt")
-        output = model.generate(**inputs.to(model.device), **options)
-        for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            answers[i] = _answer(rendered_prompts[i], ids, tokenizer)
+        inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
+        for i, written in zip(batch, _new_tokens(model, inputs, options), strict=True):
+            answers[i] = _answer(rendered_prompts[i], written, tokenizer)
     return [answers[i] for i in range(len(rendered_prompts))], time.perf_counter() - start
+
+
+def _new_tokens(model, inputs, options: dict) -> list[list[int]]:
+    """What `generate` adds to each row. Every CHUNK tokens, answers that ended leave the batch.
+
+    Else the longest answer would keep all of them in it. The keys and values go on from chunk to
+    chunk, so that no token is computed twice.
+    """
+    ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], None
+    start, end = ids.shape[1], options["eos_token_id"]
+    limit = start + options["max_new_tokens"]
+    rows, found = list(range(len(ids))), {}
+    while rows:
+        settings = options | {"max_new_tokens": min(CHUNK, limit - ids.shape[1])}
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            return_dict_in_generate=True,
+            **settings,
+        )
+        ids, cache = output.sequences, output.past_key_values
+        ended = (ids[:, start:] == end).any(1) | (ids.shape[1] >= limit)
+        found |= {rows[i]: ids[i, start:].tolist() for i in range(len(rows)) if ended[i]}
+        going = (~ended).nonzero().flatten()
+        rows = [rows[i] for i in going.tolist()]
+        if rows:
+            seen = torch.ones_like(ids[:, mask.shape[1] :])
+            ids, mask = ids[going], torch.cat([mask, seen], 1)[going]
+            cache.batch_select_indices(going)
+    return [found[row] for row in range(len(found))]
 
 
 def rows_at_a_time(model, tokens: int, most: int) -> int:

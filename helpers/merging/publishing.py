@@ -16,7 +16,7 @@ from helpers.merging.merged_folder import check_merged, merge_record
 from helpers.model import precision
 from helpers.runs import folders
 from helpers.runs.inventory import read_metrics
-from helpers.runs.scores import score_rows
+from helpers.runs.scores import models_asked, score_rows
 
 CARD = Path(__file__).with_name("model_card.md")
 SMALL_SET_ROWS = 20_000  # the size of the article's smaller dataset
@@ -115,9 +115,7 @@ def model_card(config: Config) -> str:
     known = (both for part, both in LICENCES.items() if part in base.lower())
     tag, licence = next(known, UNKNOWN_LICENCE)
     asked = metrics.get("06", {})
-    models = [
-        name for name in ("base", "base_chat", "tuned", "merged") if f"stop_rate_{name}" in asked
-    ]
+    models = models_asked(asked)
     facts = ModelCardData(
         license=tag,
         base_model=base,

@@ -19,7 +19,7 @@ from helpers.config import PROJECT_DIR, Config
 from helpers.runs import folders
 from helpers.runs.inventory import read_metrics
 from helpers.runs.provenance import records_in, settings_of
-from helpers.runs.scores import score_rows
+from helpers.runs.scores import models_asked, score_rows
 from helpers.view.safe_text import visible
 
 README_PICTURE = PROJECT_DIR / "notebooks" / "images" / "base_and_tuned.png"
@@ -34,14 +34,16 @@ HEADLINES = (
     ("04", "eval_loss_before", "validation loss before training"),
     ("04", "eval_loss_after", "validation loss after training"),
     ("05", "eval_loss_merged", "validation loss of the merged model"),
-    ("06", "stop_rate_base", "answers that stop by themselves, base"),
+    ("06", "pass_rate_level1_base_chat", "level 1 passed, base in its own template"),
+    ("06", "pass_rate_level1_base_chat_4bit", "level 1 passed, the same in 4 bits"),
+    ("06", "pass_rate_level1_tuned", "level 1 passed, tuned"),
+    ("06", "pass_rate_level1_held_back_tuned", "level 1 passed, tuned, problems held back"),
+    ("06", "pass_rate_level2_tuned", "level 2 passed, tuned"),
+    ("06", "pass_rate_level3_tuned", "level 3 passed, tuned"),
+    ("06", "stop_rate_base_chat", "answers that stop by themselves, base"),
     ("06", "stop_rate_tuned", "answers that stop by themselves, tuned"),
-    ("06", "parse_rate_base", "answers with code that parses, base"),
     ("06", "parse_rate_tuned", "answers with code that parses, tuned"),
-    ("06", "steps_rate_base", "answers explained in steps, base"),
     ("06", "steps_rate_tuned", "answers explained in steps, tuned"),
-    ("06", "pass_rate_base", "answers that pass their tests, base"),
-    ("06", "pass_rate_tuned", "answers that pass their tests, tuned"),
 )
 
 
@@ -100,7 +102,8 @@ def sections(config: Config) -> list[Section]:
     """The parts of the page, in order."""
     metrics, records = read_metrics(config), [*records_in(config.run_dir).values()]
     environment = _over_all([record["environment"] for record in records])
-    scores = score_rows(metrics.get("06", {}))
+    models = models_asked(metrics.get("06", {}))
+    scores = score_rows(metrics.get("06", {}), models)
     counts, merges = _counts(metrics.get("02", {})), _merge_rows(metrics.get("05", {}))
     merged = ("merged into", "KL to the unmerged model (nats)")
     return [
@@ -109,7 +112,7 @@ def sections(config: Config) -> list[Section]:
         Section("Data", ("data", "count"), counts, _figures(config, "02")),
         Section("Training", figures=_figures(config, "04")),
         Section("Merging", merged, merges, _figures(config, "05")),
-        Section("Scores, with 95 % intervals", ("share of answers that", "base", "tuned"), scores),
+        Section("Scores, with 95 % intervals", ("share of answers that", *models), scores),
         Section("Answers", figures=_figures(config, "06"), text=_answers(config)),
         Section("Environment", ("what", "value"), [*environment.items()]),
     ]

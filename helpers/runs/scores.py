@@ -4,12 +4,17 @@ from collections.abc import Sequence
 
 from scipy.stats import binomtest
 
+# The beginning of a metric's name: what it counts, and the metric that says of how many problems.
 SCORES = {
-    "stop": "stop by themselves",
-    "parse": "hold code that parses",
-    "steps": "explain in steps",
-    "pass": "pass their tests",
+    "pass_rate_level1": ("pass their tests, level 1", "problems_level1"),
+    "pass_rate_level1_held_back": ("the same, problems held back", "problems_level1_held_back"),
+    "pass_rate_level2": ("pass their tests, level 2", "problems_level2"),
+    "pass_rate_level3": ("pass their tests, level 3", "problems_level3"),
+    "stop_rate": ("stop by themselves", "problems"),
+    "parse_rate": ("hold code that parses", "problems"),
+    "steps_rate": ("explain in steps", "problems"),
 }
+MODELS = ("base_chat", "base_chat_4bit", "base", "tuned", "merged", "requantized")
 
 
 def interval(successes: int, trials: int) -> tuple[float, float]:
@@ -18,17 +23,27 @@ def interval(successes: int, trials: int) -> tuple[float, float]:
     return found.low, found.high
 
 
-def score_rows(metrics: dict, models: Sequence[str] = ("base", "tuned")) -> list[tuple]:
-    """(what, a text such as 0.50 [0.30, 0.70] for each model) of the scores that were taken."""
+def models_asked(metrics: dict) -> list[str]:
+    """Those of MODELS that answered, in that order."""
+    return [model for model in MODELS if f"stop_rate_{model}" in metrics]
 
-    def with_interval(rate: float, model: str) -> str:
-        fewer = model in ("merged", "requantized")
-        problems = metrics["problems_merged" if fewer else "problems"]
-        low, high = interval(round(rate * problems), problems)
+
+def score_rows(metrics: dict, models: Sequence[str]) -> list[tuple]:
+    """(what, a text such as 0.50 [0.30, 0.70] for each model) of the scores that were taken.
+
+    A model that was not asked these problems has a dash.
+    """
+
+    def with_interval(name: str, count: str, model: str) -> str:
+        rate = metrics.get(f"{name}_{model}")
+        if rate is None:
+            return "-"
+        trials = metrics.get(f"{count}_{model}", metrics[count])  # some answered fewer
+        low, high = interval(round(rate * trials), trials)
         return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
 
     return [
-        (label, *(with_interval(metrics[f"{name}_rate_{model}"], model) for model in models))
-        for name, label in SCORES.items()
-        if f"{name}_rate_base" in metrics
+        (label, *(with_interval(name, count, model) for model in models))
+        for name, (label, count) in SCORES.items()
+        if any(f"{name}_{model}" in metrics for model in models)
     ]

@@ -27,7 +27,7 @@ LEARNED = "background:#CFE8FA;border-bottom:2px solid #0072B2"
 READ_ONLY = "background:#E4E4E4;border-bottom:2px solid #E4E4E4"
 # Fields of evaluation.Score, and what an answer that has it or lacks it is said to do.
 VERDICTS = {
-    "stops": ("stops by itself", "does not stop"),
+    "stops": ("stops by itself", "hit the limit"),
     "parses": ("code that parses", "no code that parses"),
     "steps": ("explains in steps", "no steps"),
     "passes": ("passes its tests", "fails its tests"),

@@ -436,7 +436,8 @@ def test_other_data_under_a_run_that_was_not_saved_is_trained_on(config):
 
 def test_what_training_does_not_depend_on_changes_nothing(config):
     interrupt(config, 5)
-    other = {"sandbox": "off", "max_new_tokens": 3, "merge_into": "4bit", "evaluation_problems": 9}
+    other = {"sandbox": "off", "max_new_tokens": 3, "merge_into": "4bit"}
+    other |= {"evaluation_problems": (9, 0, 0, 0)}
     other |= {"hf_hub_model_name": "me/mine", "log_steps": 2, "profile": "demo"}
     trainer = build(dataclasses.replace(config, **other))
     begun = []

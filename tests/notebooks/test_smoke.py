@@ -31,7 +31,10 @@ NAMES = {
     "06": "problems stop_rate_base stop_rate_tuned parse_rate_base parse_rate_tuned "
     "steps_rate_base steps_rate_tuned pass_rate_base pass_rate_tuned base_tokens_per_second "
     "tuned_tokens_per_second stop_rate_base_chat parse_rate_base_chat steps_rate_base_chat "
-    "pass_rate_base_chat problems_merged stop_rate_merged stop_rate_requantized batch_speedup",
+    "pass_rate_base_chat problems_merged stop_rate_merged stop_rate_requantized batch_speedup "
+    "stop_rate_base_chat_4bit pass_rate_base_chat_4bit pass_p_value_base_chat "
+    "pass_p_value_base_chat_4bit pass_rate_level1_tuned pass_rate_level1_held_back_tuned "
+    "pass_rate_level2_base_chat pass_rate_level3_base problems_level1",
 }
 
 
@@ -112,9 +115,9 @@ def test_05_the_saved_model_is_the_merged_one(metrics, smoke):
 
 
 def test_06_every_rate_is_one(metrics):
-    assert metrics["06"]["problems"] == 2
+    assert metrics["06"]["problems"] == 5
     rates = [value for name, value in metrics["06"].items() if "_rate_" in name]
-    assert len(rates) == 5 * 6 and all(0 <= rate <= 1 for rate in rates)
+    assert len(rates) == 6 * 4 + 4 * 4 + 2 and all(0 <= rate <= 1 for rate in rates)
     assert metrics["06"]["problems_merged"] == 2
 
 
@@ -138,7 +141,7 @@ def test_the_executed_notebooks_and_the_report_are_there(smoke):
     assert names == [path.name for path in lessons.notebooks()]
     report = (smoke.run_dir / "report.html").read_text("utf-8")
     assert all(name.replace(".ipynb", ".html") in report for name in names)
-    assert "answers that stop by themselves, tuned" in report
+    assert "level 1 passed, tuned" in report
 
 
 def test_executed_notebooks_print_no_error_and_every_code_cell_shows_something(smoke):

@@ -86,7 +86,7 @@ def test_the_card_gives_each_rate_with_its_interval(merged):
     # 5 of 32 as notebook 06 prints it; 4 of 16 with the wider interval of fewer problems.
     assert "| stop by themselves | 0.16 [0.07, 0.32] | 0.25 [0.10, 0.49] |" in card
     assert "| share of greedy answers that | base | merged |" in card
-    assert "On 32 problems" in card and "merged model answered\n16" in card
+    assert "On 32 problems" in card and "merged models answered 16 of\nthem" in card
     for line in card.splitlines():
         assert "_rate" not in line, "no rate without its interval"
 

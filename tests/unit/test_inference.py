@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections import Counter
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
@@ -34,6 +35,47 @@ def test_a_batch_gives_the_answers_of_single_prompts_in_the_order_given(model, t
     assert [answer.prompt for answer in together] == texts
     assert together == alone
     assert seconds > 0
+
+
+def test_an_answer_that_ends_leaves_the_batch(model, tokenizer, config, monkeypatch):
+    """With 16 rows that end one after the other, and two tokens between two looks."""
+    monkeypatch.setattr(inference, "CHUNK", 2)
+    texts = [f"prompt number {number}" for number in range(16)]
+    many = dataclasses.replace(config, generation_batch_size=16, max_new_tokens=12)
+    asked = [tokenizer(text, return_tensors="pt") for text in texts]
+    options = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
+    written = [model.generate(**ids, **options)[0].tolist()[-9:-1] for ids in asked]
+    # The token that ends answers here is one that about half of them hold.
+    held = Counter(token for ids in written for token in set(ids))
+    end = min(held, key=lambda token: abs(held[token] - 8))
+    sizes, generate = [], model.generate
+
+    def watched(input_ids, **options):
+        sizes.append(len(input_ids))
+        return generate(input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", watched)
+    ending = copy.deepcopy(tokenizer)
+    ending.eos_token = tokenizer.convert_ids_to_tokens(end)
+    together, _ = inference.answer_all(model, ending, texts, many)
+    assert sizes == sorted(sizes, reverse=True) and 0 < sizes[-1] < sizes[0] == 16
+    monkeypatch.undo()
+    alone = [inference.answer_all(model, ending, [text], many)[0][0] for text in texts]
+    assert together == alone and {answer.stopped for answer in together} == {True, False}
+
+
+@pytest.mark.parametrize("template", ["chat", "llama2"])
+def test_requests_are_made_in_one_of_two_templates(tokenizer, template):
+    (asked,) = inference.requests(tokenizer, ["Why?"], "Be brief.", template)
+    assert ("[INST]" in asked) == (template == "llama2")
+
+
+def test_another_template_is_refused_and_so_is_a_chat_without_one(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    for asked, template in ((tokenizer, "alpaca"), (bare, "chat")):
+        with pytest.raises(ValueError, match=f"template is '{template}': choose one of chat"):
+            inference.requests(asked, ["Why?"], "Be brief.", template)
 
 
 def test_a_streamed_answer_is_the_same_text(model, tokenizer, config):
@@ -164,9 +206,11 @@ def test_what_the_models_are_given_has_one_bos_and_no_eos(tokenizer, config):
         def generate(self, input_ids, attention_mask, streamer=None, **options):
             self.given.append(input_ids[attention_mask.bool()].tolist())
             end = torch.full((len(input_ids), 1), tokenizer.eos_token_id)
+            written = torch.cat([input_ids, end], 1)
             if streamer:
                 streamer.end()
-            return torch.cat([input_ids, end], 1)
+                return written
+            return SimpleNamespace(sequences=written, past_key_values=None)
 
     prompt = prompts.render_prompt(TYPED, "Be brief.")
     inference.answer_all(Model(), tokenizer, [prompt], config)

@@ -18,7 +18,13 @@ ENVIRONMENT = {"date": "2026-01-02", "hardware": "64 CPU cores"}
 METRICS = {
     "02": {"raw_questions": 640, "train_rows": 440},
     "05": {"kl_merged_16bit": 0.11928, "kl_merged_4bit": 0.76399},
-    "06": {"problems": 32, "stop_rate_base": 0.15625, "stop_rate_tuned": 0.84375},
+    "06": {
+        "problems": 32,
+        "problems_level1": 20,
+        "stop_rate_base": 0.15625,
+        "stop_rate_tuned": 0.84375,
+        "pass_rate_level1_tuned": 0.25,
+    },
 }
 
 
@@ -72,6 +78,8 @@ def test_scores_come_with_wilson_intervals(page):
     # The values that notebook 06 prints for 5 and 27 of 32.
     row = "<td>stop by themselves</td><td>0.16 [0.07, 0.32]</td><td>0.84 [0.68, 0.93]</td>"
     assert row in page
+    row = "<td>pass their tests, level 1</td><td>-</td><td>0.25 [0.11, 0.47]</td>"
+    assert row in page, "of 20 problems, and of a model that was asked none"
     assert "explain in steps" not in page, "a score that was not taken is left out"
 
 

@@ -179,9 +179,8 @@ NOT_NAMED_BY = {
     *("max_post_characters", "benchmarks", "activation_checkpointing", "kept_layers"),
     *("activation_offloading", "log_steps", "report_to", "fit_to_memory", "merge_into"),
     *("gguf_types", "comparison_rows", "article_prompt", "max_new_tokens", "generation_batch_size"),
-    *("evaluation_problems", "merged_problems", "samples_per_problem", "pass_at_k"),
-    *("sampling_temperature", "humaneval_problems", "sandbox", "new_dataset_name"),
-    *("new_dataset_name_complete", "new_model_name", "hf_hub_model_name", "push_to_hub"),
+    *("evaluation_problems", "sandbox", "new_dataset_name", "new_dataset_name_complete"),
+    *("new_model_name", "hf_hub_model_name", "push_to_hub"),
 }
 OTHER = {
     "lora_r": 8,

@@ -193,11 +193,11 @@ def shown(monkeypatch):
 
 
 def test_scores_stand_under_each_answer_in_words(shown):
-    bad = Score(False, False, False, False, False, False)
-    good = Score(True, True, True, True, True, None)
+    bad = Score(False, False, False, False)
+    good = Score(True, True, True, None)
     bundle = shown("Why?", "because", CODED, [bad, good])
     left, right = LexborHTMLParser(bundle["text/html"]).css("td")
-    lacking = ["\u2717 does not stop", "\u2717 no code that parses", "\u2717 no steps"]
+    lacking = ["\u2717 hit the limit", "\u2717 no code that parses", "\u2717 no steps"]
     lacking.append("\u2717 fails its tests")
     having = ["\u2713 stops by itself", "\u2713 code that parses", "\u2713 explains in steps"]
     having.append("- not tested")
@@ -227,7 +227,7 @@ def test_learned_tokens_are_told_without_colour():
 
 
 def test_side_by_side_ends_with_the_score_and_colours_code():
-    score = Score(True, True, True, True, False, None)
+    score = Score(True, True, False, None)
     answerers = {"tuned": lambda question: ["```python\n", "def f(): pass\n", "```", score]}
     _, button, columns = widgets.side_by_side(answerers).children
     button.click()
