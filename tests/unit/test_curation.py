@@ -72,13 +72,13 @@ def kept(dataset):
 
 
 def test_enough_rows_survive_and_the_split_is_a_tenth(report, dataset):
-    assert report.kept_pairs >= 420
+    assert report.kept_pairs >= 600
     assert report.train_rows == len(dataset["train"])
     assert report.validation_rows == len(dataset["validation"]) == round(0.1 * report.kept_pairs)
 
 
 def test_the_funnel_adds_up(report):
-    assert report.raw_questions == 640 and report.raw_answers == 1171
+    assert report.raw_questions == 780 and report.raw_answers == 1341
     assert report.orphan_answers == 6
     removed = sum(len(ids) for ids in report.removed.values())
     assert report.raw_questions - removed == report.kept_pairs == report.funnel()[-1][2]
@@ -201,9 +201,9 @@ def test_whole_groups_are_held_out():
 @pytest.mark.parametrize(
     "rows, changes, expected",
     [
-        (489, {}, 49),
+        (629, {}, 63),
         (300_000, {}, 1000),
-        (489, {"max_train_rows": 16}, 8),
+        (629, {"max_train_rows": 16}, 8),
         (300_000, {"max_train_rows": 20_000}, 1000),
         (3, {}, 1),
     ],
@@ -266,9 +266,9 @@ def test_the_hash_shuffles_and_gives_each_id_another_place():
 def test_the_parts_hold_every_question_once_with_its_best_answer(tmp_path, monkeypatch):
     monkeypatch.setattr(posts, "PART", 100)
     found = sources.open_source("sample", tmp_path, 0)
-    assert [len(part) for part in found.parts()] == [100] * 6 + [40]
+    assert [len(part) for part in found.parts()] == [100] * 7 + [80]
     ids = [pair["question_id"] for part in found.parts() for pair in found.pairs(part)]
-    assert len(ids) == len(set(ids)) == found.questions == 640
+    assert len(ids) == len(set(ids)) == found.questions == 780
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -513,7 +513,7 @@ def test_kagglehub_missing_or_without_credentials(tmp_path, monkeypatch):
         sources.open_source("kagglehub", tmp_path, 0)
     fake = types.SimpleNamespace(dataset_download=lambda name: str(SAMPLE_DIR))
     monkeypatch.setitem(sys.modules, "kagglehub", fake)
-    assert sources.open_source("kagglehub", tmp_path, 0).questions == 640
+    assert sources.open_source("kagglehub", tmp_path, 0).questions == 780
 
 
 # -- Bad CSV files: one clear sentence each, with the file, the value and what to do.
@@ -608,7 +608,7 @@ def test_bad_answers(folder, tmp_path):
 def test_without_tags_nothing_is_tagged(folder, tmp_path):
     (folder / "Tags.csv").unlink()
     found = sources.open_source(str(folder), tmp_path, 0)
-    assert all(pair["tags"] == [] for pair in found.pairs(range(640)))
+    assert all(pair["tags"] == [] for pair in found.pairs(range(780)))
 
 
 def test_utf8_is_repaired(folder, tmp_path, config, dataset):
@@ -628,13 +628,13 @@ def test_utf8_is_repaired(folder, tmp_path, config, dataset):
 def test_no_row_survives(tmp_path):
     config = Config.from_profile("demo", min_answer_score=100_000, run_dir=tmp_path)
     words = (
-        r"no row survives of 640 questions \(removed: low_score 633, no_answer 7\): lower "
+        r"no row survives of 780 questions \(removed: low_score 773, no_answer 7\): lower "
         "MIN_QUESTION_SCORE or MIN_ANSWER_SCORE; check that Answers.csv"
     )
     with pytest.raises(DataError, match=words):
         curate(config)
     config = Config.from_profile("demo", max_length=16, run_dir=tmp_path)
-    with pytest.raises(DataError, match=r"removed: too_many_tokens 491, .*\): raise MAX_LENGTH; "):
+    with pytest.raises(DataError, match=r"removed: too_many_tokens 631, .*\): raise MAX_LENGTH; "):
         curate(config)
     assert not list(tmp_path.glob("[!.]*")) and left_over(tmp_path) == []
 
@@ -658,7 +658,7 @@ def test_a_tokenizer_that_writes_bos_twice_is_named(tmp_path, tokenizer):
     write_bos_twice(folder, tokenizer)
     config = Config.from_profile("demo", model_name=str(folder), run_dir=tmp_path)
     words = (
-        r"removed: not_verified 491, .*\): .*MODEL_NAME .*: 2 BOS tokens, there must be exactly one"
+        r"removed: not_verified 631, .*\): .*MODEL_NAME .*: 2 BOS tokens, there must be exactly one"
     )
     with pytest.raises(DataError, match=words):
         curate(config)
@@ -785,7 +785,7 @@ def test_each_repository_has_its_own_rows_and_a_card_that_tells_them(
     for name, train in ((small, 100), (full, every)):
         rows, card = fake_hub.commits[name]
         assert rows == {"train": train, "validation": held}
-        assert f"\n{told[name]} and {held} to validate, made from\n640 questions" in card
+        assert f"\n{told[name]} and {held} to validate, made from\n780 questions" in card
         assert f"\nsize_categories: [n={train + held}]\n" in card
         assert f'"{SYSTEM_MESSAGE}"' in card
     assert {path.name for path in config.run_dir.iterdir()} == before

@@ -16,7 +16,7 @@ HOSTILE = '"></pre><img src=x onerror=alert(1)><script>alert(1)</script>'
 PNG = base64.b64encode(b"\x89PNG picture").decode()
 ENVIRONMENT = {"date": "2026-01-02", "hardware": "64 CPU cores"}
 METRICS = {
-    "02": {"raw_questions": 640, "train_rows": 440},
+    "02": {"raw_questions": 780, "train_rows": 566},
     "05": {"kl_merged_16bit": 0.11928, "kl_merged_4bit": 0.76399},
     "06": {
         "problems": 32,
@@ -70,7 +70,7 @@ def test_shows_figures_answers_and_the_recipe(page):
     assert page.count(PNG) == 2
     assert "Reverse a list." in page
     assert "<td>learning_rate</td><td>0.0002</td><td>0.003</td>" in page
-    assert "<td>raw questions</td><td>640</td>" in page
+    assert "<td>raw questions</td><td>780</td>" in page
     assert "<td>4bit</td><td>0.7640</td>" in page
 
 
