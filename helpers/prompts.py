@@ -132,11 +132,11 @@ def parse(text: str, bos: str = "", eos: str = "") -> Conversation:
         turns.append((user, answer[1:-1] if answer else None))
     opened = SYSTEM.fullmatch(turns[0][0]) if turns else None
     if opened is None:
-        raise TemplateError(f"no {OPEN_USER} {OPEN_SYSTEM} ... {CLOSE_SYSTEM} in {text[:60]!r}")
+        raise TemplateError(f"no {OPEN_USER} {OPEN_SYSTEM} ... {CLOSE_SYSTEM} in {text[:30]!r}")
     turns[0] = (opened["user"], turns[0][1])
     conversation = Conversation(opened["system"], tuple(turns))
     if render(conversation, bos, eos) != text:
-        raise TemplateError(f"text before, between or after the turns in {text[:60]!r}")
+        raise TemplateError(f"text before, between or after the turns in {text[:30]!r}")
     return conversation
 
 

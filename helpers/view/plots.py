@@ -4,12 +4,9 @@ Colours are Okabe and Ito's, which people with any colour vision tell apart; a l
 dash or marker, so that it can be read in grey. Drawing itself is matplotlib, in the notebooks.
 """
 
-from collections.abc import Sequence
-
 import matplotlib.pyplot as plt
 from IPython.display import display
 from matplotlib import cycler
-from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
@@ -92,32 +89,3 @@ def road(here: str | None = None) -> None:
     axis.axis("off")
     stops = "; ".join(f"{number}, {' '.join(words.split())}" for number, words in STOPS.items())
     show(figure, f"The six lessons in order: {stops}. " + (f"You are at {here}." if here else ""))
-
-
-def funnel_figure(steps: Sequence[tuple[str, int, int]], title: str) -> Figure:
-    """Bars for (name, removed, left), the first step on top: what is left, then what it removed."""
-    names, removed, left = zip(*steps, strict=True)
-    figure, axis = plt.subplots(figsize=(7, 1.1 + 0.22 * len(names)))
-    axis.barh(names, left, color=BLUE, label="left")
-    axis.barh(names, removed, left=left, color=ORANGE, hatch="//", label="removed here")
-    axis.invert_yaxis()
-    axis.grid(axis="y", visible=False)
-    axis.set(title=title, xlabel="pairs (count)", ylabel="rule")
-    figure.legend(loc="outside lower right", ncols=2)
-    return figure
-
-
-def histogram_figure(panels: Sequence[dict]) -> Figure:
-    """Histograms side by side with a logarithmic count and a dashed line at a cut.
-
-    A panel has `values` (name -> numbers, at most two), `bins`, `cut`, `title`, `xlabel`, `ylabel`.
-    """
-    figure, axes = plt.subplots(1, len(panels), squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
-        for (name, values), colour in zip(panel["values"].items(), (BLUE, ORANGE), strict=False):
-            axis.hist(values, panel["bins"], histtype="step", linewidth=2, color=colour, label=name)
-        axis.axvline(panel["cut"], color=RED, linestyle=":", label=f"cut at {panel['cut']:g}")
-        axis.set(title=panel["title"], xlabel=panel["xlabel"], ylabel=panel["ylabel"])
-        axis.set_yscale("log")
-        axis.legend()
-    return figure

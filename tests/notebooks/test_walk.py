@@ -74,13 +74,12 @@ def missing_names(config: Config, *numbers: str) -> dict[str, set[str]]:
 def test_02_teaches_what_it_says(curated):
     parameters, found = curated
     assert missing_names(Config.from_notebook(parameters), "02") == {"02": set()}
-    assert found["contains_code"](found["prose"])
+    assert sum(found["passed"]) >= 0.8 * len(found["passed"])
     assert found["kept"] >= 0.98 > found["kept_flat"]
-    assert abs(found["estimate"] - 0.8) < 4 * 0.035
     assert abs(found["leaks"] - 0.18 * len(found["i"])) < 1
     assert found["report"].validation_leaks == 0 and found["failing"] == []
     assert found["learned"][-1] and found["pieces"][-1] == found["tokenizer"].eos_token
-    assert [bool(problems) for problems in found["verdicts"].values()] == [False] + 4 * [True]
+    assert [bool(problems) for problems in found["verdicts"]] == [False] + 4 * [True]
 
 
 @pytest.mark.parametrize("recipe", ["article", "recommended"])  # all that 03 reads differs in them

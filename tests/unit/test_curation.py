@@ -8,7 +8,6 @@ import io
 import json
 import os
 import random
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -813,17 +812,3 @@ def test_a_push_that_is_interrupted_leaves_no_rows_without_a_card(
 def test_push_before_notebook_02(tmp_path):
     with pytest.raises(FileNotFoundError, match="run notebook 02"):
         publishing.push_dataset(Config.from_profile("demo", run_dir=tmp_path))
-
-
-def test_notebook_functions_do_what_the_text_says():
-    from tests.notebook_code import definitions_from
-
-    lesson = definitions_from("02")
-    assert lesson["contains_code"]("The street was wet before sunrise.")
-    assert not lesson["contains_code"]("Hello you")
-    a, b = {f"w{i}" for i in range(80)}, {f"w{i}" for i in range(20, 100)}
-    estimates = [
-        (lesson["minhash"](a, seed=s) == lesson["minhash"](b, seed=s)).mean() for s in range(40)
-    ]
-    assert abs(np.mean(estimates) - 0.6) < 0.03
-    assert re.search("article", lesson["article_rows"].__doc__)
