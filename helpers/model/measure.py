@@ -3,7 +3,6 @@
 All sizes are in bytes. What a training step will take is predicted in `predict`.
 """
 
-import copy
 import gc
 import sys
 from pathlib import Path
@@ -89,67 +88,20 @@ def _peak_of_process() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
-def empty_4bit_model(model_config, quantization: BitsAndBytesConfig, dtype=torch.float16):
-    """A causal language model on the meta device: shapes and types, no numbers, in 4 bits.
-
-    Its packed weights still have their unpacked shape, because packing happens when numbers come.
-    The head and what `llm_int8_skip_modules` names stay unpacked.
-    """
-    # Imported here, as peft is below: it takes over a second, and one notebook alone needs it.
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-    skipped = quantization.llm_int8_skip_modules or ["lm_head"]
-    return replace_with_bnb_linear(model, skipped, quantization)
-
-
-def count_trainable(model, rank: int, targets) -> tuple[int, int]:
-    """(trainable, all) parameters once peft has put an adapter on a meta model; the model stays."""
-    # Here, for peft is slow to import and a prediction does not need it.
-    from peft import LoraConfig, inject_adapter_in_model
-
-    adapter = LoraConfig(r=rank, target_modules=list(targets))
-    with torch.device("meta"):
-        adapted = inject_adapter_in_model(adapter, copy.deepcopy(model))
-    sizes = [(p.numel(), p.requires_grad) for p in adapted.parameters()]
-    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
-
-
-def layer_table(model) -> list[dict]:
-    """Every distinct kind of layer that holds weights, in the order of the model.
-
-    For each: its name and shape, the type it is stored in, how often it occurs, how many weights it
-    stands for (a packed byte stands for two), and its bytes without quantization constants.
-    """
-    tied = model.config.tie_word_embeddings
-    table: dict[tuple, dict] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None or (tied and name == "lm_head"):
-            continue
-        shape = getattr(weight, "quant_state", None) or weight
-        row = table.setdefault(
-            (name.split(".")[-1], tuple(shape.shape)),
-            {"stored as": str(weight.dtype)[6:], "count": 0, "parameters": 0, "bytes": 0},
-        )
-        row["count"] += 1
-        row["parameters"] += shape.shape.numel()
-        row["bytes"] += weight.nbytes
-    return [{"layer": f"{name} {shape}", **row} for (name, shape), row in table.items()]
-
-
-def footprint_bytes(model_config, quantization: BitsAndBytesConfig, dtype=torch.float16) -> int:
+def footprint_bytes(model_config, quantization: BitsAndBytesConfig, dtype: torch.dtype) -> int:
     """What transformers' `get_memory_footprint()` says of a 4-bit model: parameters and buffers.
 
-    Counted on the meta device, so biases and further norms are in it: half a byte for each weight
-    that is packed, `dtype` for the others, and float32 tables of rotary frequencies. The
-    quantization constants are attributes of the packed weights, not parameters: it leaves them out.
+    Counted on the meta device: half a byte for a weight of a linear layer that is not to be
+    skipped, `dtype` for all others, and float32 tables of rotary frequencies. The quantization
+    constants are attributes of the packed weights, not parameters: it leaves them out.
     """
-    import bitsandbytes as bnb  # here for the reason given in empty_4bit_model
-
-    shell = empty_4bit_model(model_config, quantization, dtype)
-    packed = [m.weight.numel() for m in shell.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    others = [p.numel() for p in shell.parameters() if not isinstance(p, bnb.nn.Params4bit)]
-    buffers = sum(buffer.nbytes for buffer in shell.buffers())
-    return sum(packed) // 2 + sum(others) * dtype.itemsize + buffers
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(model_config)
+    skipped = tuple(quantization.llm_int8_skip_modules or ["lm_head"])
+    packed = sum(
+        module.weight.numel()
+        for name, module in shell.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.endswith(skipped)
+    )
+    others = shell.num_parameters() - packed
+    return packed // 2 + others * dtype.itemsize + sum(b.nbytes for b in shell.buffers())

@@ -22,6 +22,14 @@ class Plan:
     estimate: Estimate
     advice: str
 
+    @property
+    def in_short(self) -> str:
+        """Rows at a time x batches in a step, and what saves memory; "no" where it does not fit."""
+        saving = ["checkpointing"] * self.run.checkpointing
+        saving += ["paged"] * self.run.optimizer.startswith("paged")
+        short = ", ".join([f"{self.run.batch} x {self.run.accumulation}", *saving])
+        return short if self.fits else "no"
+
 
 def for_card(
     model_config,
@@ -33,14 +41,13 @@ def for_card(
 ) -> Plan:
     """The fastest way to take `run`'s step of batch x accumulation rows on a card of `card_bytes`.
 
-    Tried: every batch up to `run.batch` that divides the step's rows, checkpointing on and off,
-    offloaded or not (on the fast path with any number of kept layers, if it takes no more than
+    Tried: every batch up to `run.batch` that divides the step's rows, checkpointing on and off (on
+    the fast path with any number of kept layers, offloaded or not, if it takes no more than
     `host_room` bytes there), the run's own optimizer and 8-bit AdamW, plain and paged.
     `reserve_bytes` is kept free for the CUDA context, the desktop and, off the fast path, the
     allocator's gaps: a margin, not a prediction. With `same_step` the batch and the optimizer stay.
     """
-    room = card_bytes - reserve_bytes
-    layers = model_config.num_hidden_layers
+    room, layers = card_bytes - reserve_bytes, model_config.num_hidden_layers
     tried = [
         Step.of(model_config, candidate)
         for candidate in candidates(run, layers)
@@ -75,23 +82,21 @@ def relative_cost(run: Run, ridge: int = 500, layers: int = 32) -> tuple[float, 
     """How slow a run is for each token, to rank plans; not a time.
 
     A frozen weight is passed twice, forward and backward, a third time to recompute unless its
-    layer is one of those that keep their activations or, on the fast path, offload them. Moving
-    all checkpoints to the host counts as one more. A pass costs its tokens plus `ridge`, the tokens
-    at which the arithmetic takes as long as unpacking the weights: (operations a byte) x 4.5
-    bytes / 2 operations, at 160 to 300 operations a byte for cards from a T4 to an H100 (roofline
-    model, Williams et al. 2009).
+    layer keeps or offloads its activations. A pass costs its tokens plus `ridge`, the tokens at
+    which the arithmetic takes as long as unpacking the weights: (operations a byte) x 4.5 bytes / 2
+    operations, at 160 to 300 operations a byte for cards from a T4 to an H100 (roofline model,
+    Williams et al. 2009).
     """
     once = run.kept_layers + run.offloaded(layers)
-    passes = 2 + run.checkpointing * (1 - once / layers) + (run.offload and not run.fast)
-    paged = run.optimizer.startswith("paged")
-    return passes * (1 + ridge / run.tokens), paged, run.offload
+    passes = 2 + run.checkpointing * (1 - once / layers)
+    return passes * (1 + ridge / run.tokens), run.optimizer.startswith("paged"), run.offload
 
 
 def candidates(run: Run, layers: int) -> list[Run]:
     # checkpointing, kept layers, offload
-    ways = [(False, 0, False), (True, 0, False), (True, 0, True)]
+    ways = [(False, 0, False), (True, 0, False)]
     if run.fast:  # where most layers keep theirs there is little to gain by moving the rest
-        ways = [(False, 0, False), *((True, kept, False) for kept in range(layers + 1))]
+        ways += [(True, kept, False) for kept in range(1, layers + 1)]
         ways += [(True, kept, True) for kept in range(layers // 2)]
     rows = run.batch * run.accumulation
     return [
@@ -117,30 +122,28 @@ def whole_batches(rows: int, most: int) -> list[int]:
 
 def _summary(run: Run, predicted: Estimate, room: int) -> str:
     checkpoints = "with checkpointing" if run.checkpointing else "without checkpointing"
-    if run.kept_layers:
-        checkpoints += f" but for {run.kept_layers} layers"
-    moved = "every second of the others" if run.fast else "checkpoints"
-    offloaded = f", {moved} offloaded to the host" if run.offload else ""
+    kept = f" but for {run.kept_layers} layers" if run.kept_layers else ""
+    moved = ", every second of the others offloaded to the host" if run.offload else ""
     return (
-        f"batch {run.batch} x {run.accumulation} accumulated, {checkpoints}{offloaded}, "
+        f"batch {run.batch} x {run.accumulation} accumulated, {checkpoints}{kept}{moved}, "
         f"{run.optimizer}: {predicted.total / GIB:.1f} GiB of {room / GIB:.1f}"
     )
 
 
 def _advice(smallest: Step, room: int) -> str:
     """What to change first when nothing fits: the first change, cheap to dear, that is enough."""
-    weights, run = smallest.weights, smallest.run
+    run, weights = smallest.run, f"{smallest.weights / GIB:.1f} GiB"
 
     def would_fit(**changes) -> bool:
         return _fits(dataclasses.replace(smallest, run=dataclasses.replace(run, **changes)), room)
 
     if not run.packed:
-        return f"the weights take {weights / GIB:.1f} GiB in 16 bits: load them in 4 bits first"
+        return f"the weights take {weights} in 16 bits: load them in 4 bits first"
     if run.keep_in_16bit and would_fit(keep_in_16bit=()):
         return "set KEEP_IN_16BIT = (), which puts these layers in 4 bits too"
-    if weights >= room:
+    if smallest.weights >= room:
         return (
-            f"the 4-bit weights alone take {weights / GIB:.1f} GiB of {room / GIB:.1f}: "
+            f"the 4-bit weights alone take {weights} of {room / GIB:.1f}: "
             "choose a smaller model or a larger card"
         )
     length = run.length // 2

@@ -5,15 +5,17 @@ layer, bitsandbytes, the loss); gaps between tensors alone are fitted to measure
 one formula; what differs between the ways to compute stands as numbers in `Way` and `Loss`.
 """
 
-import dataclasses
-import math
+import json
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil, prod
 from typing import NamedTuple
 
+from helpers.config import PROJECT_DIR
 from helpers.model.architecture import FLOAT32, Shape, quantized_bytes
 from helpers.model.steps import OPTIMIZERS, Run, offload_lead
 
+RESULTS = PROJECT_DIR / "benchmarks" / "results"
 GIB = 2**30  # bytes
 # trl 1.16 projects to the vocabulary in tiles of 4,096 tokens by 32,768 words
 # (kernels/chunked_logprob.py).
@@ -63,11 +65,7 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes at the fullest moment of a step, part by part; `moment` says which one that is.
-
-    The moments: "loss" (every activation and the logits), "backward" (one layer recomputed or
-    walked back), "step" (all gradients and the optimizer's states).
-    """
+    """Bytes at the fullest moment of a step: its "loss", "backward" or optimizer's "step"."""
 
     weights: int
     adapters: int
@@ -81,12 +79,9 @@ class Estimate:
     @property
     def parts(self) -> dict[str, int]:
         """The parts by name, without the moment."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "moment"}
+        return {name: value for name, value in vars(self).items() if name != "moment"}
 
-    @property
-    def total(self) -> int:
-        """Bytes of all parts together."""
-        return sum(self.parts.values())
+    total = property(lambda self: sum(self.parts.values()))
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,9 @@ class Step:
         """
         stream = self.run.stream_bytes
         if self.run.fast:
-            return Way(stream, 2 * stream, 2, 2, masks=0, inputs_made_again=True)
+            # Kernels that make inputs again know packed layers only.
+            again = not self.run.keep_in_16bit
+            return Way(stream, 2 * stream, 2, 2, masks=0, inputs_made_again=again)
         last = FLOAT32 if self.run.checkpointing else 0
         return Way(FLOAT32, last, 3, 3, masks=1, inputs_made_again=False)
 
@@ -118,8 +115,7 @@ class Step:
     def loss(self) -> Loss:
         """The fast path: a chunk's logits and their gradient. "full": transformers upcasts the
         logits; log-softmax, its gradient and that of the logits stand side by side. "chunked": on a
-        GPU one 16-bit tile of trl's, on a CPU three float32 tiles (logits, probabilities, a
-        product).
+        GPU one 16-bit tile of trl's, on a CPU three float32 tiles.
         """
         run, words, width = self.run, self.shape.words, self.run.compute_bytes
         if run.fast:
@@ -130,24 +126,11 @@ class Step:
             return Loss(CPU_TILE_TOKENS, words, 3 * FLOAT32, width)
         return Loss(TILE_TOKENS, TILE_WORDS, width, FLOAT32)
 
-    # -- What is there all the time.
-
-    @property
-    def weights(self) -> int:
-        """All weights of the base model as they lie on the device, constants included.
-
-        Of a model in shards a device has its share, but all of the constants: no parameters.
-        """
-        run, shape, double = self.run, self.shape, self.run.quantization == "nf4-double"
-        constants = sum(quantized_bytes(n, double) - n // 2 for n in self.packed_weights)
-        whole = shape.layers * self.layer_bytes + shape.other_parameters * run.stream_bytes
-        return math.ceil(whole / run.shards) + shape.layers * constants
-
     @cached_property
     def packed_weights(self) -> list[int]:
         """Weights of each linear part of one layer that is in 4 bits."""
         kept = self.run.keep_in_16bit if self.run.packed else tuple(self.shape.linear)
-        return [math.prod(shape) for name, shape in self.shape.linear.items() if name not in kept]
+        return [prod(shape) for name, shape in self.shape.linear.items() if name not in kept]
 
     @property
     def layer_bytes(self) -> float:
@@ -158,6 +141,17 @@ class Step:
         packed = sum(self.packed_weights)
         return packed / 2 + (sum(self.shape.layer_weights) - packed) * self.run.stream_bytes
 
+    @property
+    def weights(self) -> int:
+        """All weights of the base model as they lie on the device, constants included.
+
+        Of a model in shards a device has its share, but all of the constants: no parameters.
+        """
+        run, shape, double = self.run, self.shape, self.run.quantization == "nf4-double"
+        constants = sum(quantized_bytes(n, double) - n // 2 for n in self.packed_weights)
+        whole = shape.layers * self.layer_bytes + shape.other_parameters * run.stream_bytes
+        return ceil(whole / run.shards) + shape.layers * constants
+
     @cached_property
     def adapter_tensors(self) -> list[int]:
         return self.shape.adapter_tensors(self.run.rank, self.run.targets)
@@ -165,15 +159,14 @@ class Step:
     @property
     def adapters(self) -> int:
         """The trainable parameters that one device holds; their gradients take as much."""
-        return math.ceil(sum(self.adapter_tensors) / self.run.shards) * self.run.adapter_bytes
+        return ceil(sum(self.adapter_tensors) / self.run.shards) * self.run.adapter_bytes
 
     @property
     def optimizer(self) -> int:
         """Two moments for each trainable parameter, in the optimizer's own width.
 
         bitsandbytes keeps tensors below 4,096 elements in 32 bits. Paged states of 100,000 elements
-        or more lie in managed memory, from which the driver moves them to the host under pressure:
-        counted as none.
+        or more lie in managed memory, which the driver moves to the host: counted as none.
         """
         width, total = OPTIMIZERS[self.run.optimizer], 0.0
         for elements in self.adapter_tensors:
@@ -183,16 +176,13 @@ class Step:
                 total += elements * (width if elements >= SMALLEST_8BIT else 2 * FLOAT32)
         return round(total / self.run.shards)
 
-    # -- Activations.
-
     @cached_property
     def layer(self) -> int:
         """What autograd keeps of one decoder layer's forward pass for its backward pass.
 
-        Read off modeling_llama.py and peft's Linear4bit. bitsandbytes keeps the packed weight only,
-        so a frozen projection costs nothing: what is kept is kept for norms (the input, and one
-        reciprocal root a token), attention (query, key, value, output at full head count, and a
-        log-sum-exp a head), the gate, and the adapters' A and B matrices.
+        Read off modeling_llama.py and peft's Linear4bit. A frozen projection costs nothing. What is
+        kept is kept for norms (the input, and one reciprocal root a token), attention (query, key,
+        value, output at full head count, and a log-sum-exp a head), the gate, and the adapters.
         """
         run, shape, way = self.run, self.shape, self.way
         norms = 2 * (shape.hidden * way.norm_bytes + FLOAT32)
@@ -207,8 +197,7 @@ class Step:
         """Inputs of the A matrices.
 
         Parts that read the same tensor (q, k, v; gate, up) share one copy, unless dropout, which
-        keeps a mask too, or a cast gives each its own; the input of o_proj is the attention's
-        output, which is kept anyway.
+        keeps a mask too, or a cast gives each its own; the input of o_proj is kept anyway.
         """
         run, read = self.run, {"o_proj"}
         dropped = run.dropout > 0
@@ -223,9 +212,8 @@ class Step:
 
     @property
     def kept_layer(self) -> int:
-        """The same as `layer` of a layer that keeps its activations between checkpoints.
-
-        The fast path makes inputs of adapters again, from what norms and gates keep anyway.
+        """The same as `layer` of a layer that keeps its activations between checkpoints: the fast
+        path makes inputs of adapters again, from what norms and gates keep anyway.
         """
         return self.layer - (self.adapter_inputs if self.way.inputs_made_again else 0)
 
@@ -243,22 +231,18 @@ class Step:
             return last + layers * self.layer
         kept = min(run.kept_layers, layers)
         checkpoints = layers - kept - run.offloaded(layers)
-        if run.offload and not run.fast:
-            checkpoints = 2  # one is in use while the next one travels
         return last + kept * self.kept_layer + checkpoints * self.checkpoint
 
     @property
     def travelling(self) -> int:
         """What is on the GPU of layers whose activations are on their way, at most."""
         count = 1 + offload_lead(self.run.kept_layers) // 2
-        return count * self.kept_layer if self.run.offload and self.run.fast else 0
+        return count * self.kept_layer if self.run.offload else 0
 
     @property
     def host(self) -> int:
-        """What the fast path's offloaded activations take of the host's memory."""
+        """What offloaded activations take of the host's memory."""
         return self.run.offloaded(self.shape.layers) * self.kept_layer
-
-    # -- What comes and goes.
 
     @property
     def logits(self) -> int:
@@ -300,16 +284,15 @@ class Step:
         if self.run.fast:
             found += self.evaluation + GRAPH_WORKSPACES + GAPS * self.widest_weight
         if self.run.device == "cpu":
-            # Pages of the 16-bit file that were read to quantize it and stay resident; they are
-            # clean, and the system takes them back when it needs room.
+            # Pages of the 16-bit file that were read to quantize it; they are clean, and the
+            # system takes them back when it needs room.
             found += 2 * self.shape.layers * sum(self.packed_weights)
         return found + (self.gathered if self.run.shards > 1 else 0)
 
     @property
     def gathered(self) -> int:
-        """What FSDP has put together again at one moment, besides the device's own share: three
-        layers (one computes, one arrives, in a buffer first), each with its adapters and their
-        gradients, and the head, which stays whole from its first use on.
+        """What FSDP has put together again at one moment: three layers (one computes, one arrives,
+        in a buffer first), with adapters and their gradients, and the head, once it was used.
         """
         run, shape = self.run, self.shape
         layer = self.layer_bytes + 2 * sum(self.adapter_tensors) / shape.layers * run.adapter_bytes
@@ -333,19 +316,13 @@ class Step:
             "step": Moment(self.adapters, 0, 0, 0),
         }
 
-    def estimate(self) -> Estimate:
+    def estimate(self, baseline: int = 0) -> Estimate:
         """The fullest of its moments, with what is there all the time."""
         name, fullest = max(self.moments().items(), key=lambda item: sum(item[1]))
-        return Estimate(
-            weights=self.weights,
-            adapters=self.adapters,
-            gradients=fullest.gradients,
-            optimizer=self.optimizer,
-            activations=fullest.activations,
-            logits=fullest.logits,
-            overhead=fullest.overhead + self.beside,
-            moment=name.split("-")[0],
-        )
+        there = (self.weights, self.adapters, fullest.gradients, self.optimizer)
+        overhead = fullest.overhead + self.beside + baseline
+        moment = name.split("-")[0]
+        return Estimate(*there, fullest.activations, fullest.logits, overhead, moment)
 
 
 def estimate(model_config, run: Run, baseline: int = 0) -> Estimate:
@@ -356,5 +333,17 @@ def estimate(model_config, run: Run, baseline: int = 0) -> Estimate:
     `torch.cuda.max_memory_allocated()`, on the fast path for `max_memory_reserved()`, because a
     recorded step keeps its memory: the CUDA context, a few hundred MB, is in neither.
     """
-    found = Step.of(model_config, run).estimate()
-    return dataclasses.replace(found, overhead=found.overhead + baseline)
+    return Step.of(model_config, run).estimate(baseline)
+
+
+def measured(name: str) -> dict:
+    """A file of benchmarks/results: its `rows`, the `hardware` and the `date`."""
+    path = RESULTS / f"{name}.json"
+    missing = {"hardware": "not measured yet", "date": "", "rows": []}
+    return json.loads(path.read_text("utf-8")) if path.exists() else missing
+
+
+def measured_steps() -> dict[str, tuple[Run, int]]:
+    """Training steps of Llama 2 7B that were measured on a GPU: name -> (Run, peak bytes)."""
+    rows = measured("qlora_step_memory")["rows"]
+    return {row["name"]: (Run(**row["run"]), row["measured_bytes"]) for row in rows}

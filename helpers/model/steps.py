@@ -1,14 +1,11 @@
-"""What a training step does, as far as memory is concerned, and the steps that were measured."""
+"""What a training step does, as far as memory is concerned."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
-from helpers.config import ALL_LINEAR_TARGETS, PROJECT_DIR, Config
+from helpers.config import ALL_LINEAR_TARGETS, Config
 from helpers.model import precision
 from helpers.model.architecture import FLOAT32, NESTED_BLOCK
 
-MEASURED_STEPS = PROJECT_DIR / "benchmarks" / "results" / "qlora_step_memory.json"
 # Bytes of state a parameter needs: two moments. "torch" keeps them in the parameter's own type,
 # bitsandbytes in 32 bits, or in 8 bits with one 32-bit constant for 256 values.
 EIGHT_BIT_STATE = 2 * (1 + FLOAT32 / NESTED_BLOCK)
@@ -46,8 +43,8 @@ class Run:
     checkpointing: bool = True
     # With checkpointing: the last layers that keep their activations all the same.
     kept_layers: int = 0
-    # Checkpoints wait in the host's memory (SFTConfig(activation_offloading=)). On the fast path:
-    # activations of every second layer of those that do not keep them.
+    # On the fast path: activations of every second layer of those that do not keep them wait in the
+    # host's memory.
     offload: bool = False
     accumulation: int = 1
     upcast: bool = False
@@ -121,7 +118,7 @@ class Run:
 
     def offloaded(self, layers: int) -> int:
         """How many of a model's layers have their activations in the host's memory."""
-        return len(offloaded_layers(layers, self.kept_layers)) if self.fast and self.offload else 0
+        return len(offloaded_layers(layers, self.kept_layers)) if self.offload else 0
 
 
 def offloaded_layers(layers: int, kept_layers: int) -> range:
@@ -140,12 +137,3 @@ def offload_lead(kept_layers: int) -> int:
     yet on the way to the host, and free again on the way back.
     """
     return min(max(3, kept_layers - 1), 7)
-
-
-def measured_steps(path: Path = MEASURED_STEPS) -> dict[str, tuple[Run, int]]:
-    """Training steps at Llama 2 7B's shape that were measured on a GPU: name -> (Run, peak bytes).
-
-    The file also says on what hardware, when, and with which versions.
-    """
-    rows = json.loads(path.read_text("utf-8"))["rows"]
-    return {row["name"]: (Run(**row["run"]), row["measured_bytes"]) for row in rows}

@@ -23,9 +23,10 @@ from helpers.runs.lessons import code_hash, executed_paths, notebooks
 KEY = "ran_with"  # in the metadata of an executed notebook
 # What lessons leave in the run folder for later ones, and which files of the project they read.
 RESULTS = {"02": ("dataset/**/*",), "04": ("adapter/**/*",), "05": ("merged/**/*", "gguf/**/*")}
+MEASURED = ("qlora_step_memory", "layers_in_16bit")
 PROJECT_FILES = {
     "02": ("data/problems.jsonl",),
-    "03": ("benchmarks/results/qlora_step_memory.json",),
+    "03": tuple(f"benchmarks/results/{name}.json" for name in MEASURED),
     "04": ("benchmarks/results/*.json",),
     "05": ("data/general.txt", "benchmarks/results/qlora_step_memory.json"),
     "06": ("data/problems.jsonl",),

@@ -149,25 +149,21 @@ def background(figure: Figure, moving: Sequence[Artist]) -> Callable[[], bytes]:
     return draw_over
 
 
-def fit_figure(models: dict[str, dict[str, int]], cards: Sequence[int]) -> Figure:
-    """Stacked bars of what models hold (name -> part -> bytes); cards (bytes) as dashed lines."""
-    figure, axis = plt.subplots(figsize=(7, 2 + 0.5 * len(models)))
-    starts = np.zeros(len(models))
-    parts = list(models.values())
-    colours = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.PURPLE, plots.SKY, "#777777")
-    hatches = ("", "//", "xx", "..", "\\\\", "oo", "--")
-    for name, colour, hatch in zip(parts[0], colours, hatches, strict=True):
-        sizes = np.array([part[name] for part in parts]) / GIB
-        style = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": name}
-        axis.barh(list(models), sizes, left=starts, **style)
-        starts += sizes
-    for size in (card / GIB for card in cards):
-        axis.axvline(size, color=plots.BLACK, linestyle="--", linewidth=1)
-        above = {"transform": axis.get_xaxis_transform(), "ha": "center", "va": "bottom"}
-        axis.text(size, 1.0, f"{size:g}", fontsize=8, **above)
-    axis.set_title("Predicted peak of a training step against the card (dashed)", pad=16)
-    axis.set(xlabel="memory (GiB)", ylabel="model", xlim=(0, None))
-    figure.legend(ncols=4, fontsize=8, loc="outside lower center")
+def fit_figure(steps: dict[str, dict[str, int]], cards: Sequence[int], title="") -> Figure:
+    """For each step (name -> part -> bytes) its parts, laid end to end, and its card, in bytes."""
+    figure, axes = plt.subplots(1, len(steps), figsize=(7, 3.2), sharey=True, squeeze=False)
+    for axis, (name, parts), card in zip(axes[0], steps.items(), cards, strict=True):
+        sizes = np.array(list(parts.values())) / GIB
+        ends = np.cumsum(sizes)
+        axis.barh(list(parts), sizes, left=ends - sizes, color=plots.BLUE)
+        for place, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+            axis.annotate(f" {size:.2f}", (end, place), va="center", fontsize=9)
+        axis.axvline(card / GIB, color=plots.RED, linestyle="--")
+        axis.set(title=f"{name}: {ends[-1]:.1f} GiB", xlabel="memory (GiB); dashed: the card")
+        axis.set_xlim(0, 1.25 * max(card / GIB, ends[-1]))
+    figure.suptitle(title, fontsize=11)
+    axes[0][0].set_ylabel("part of the step")
+    axes[0][0].invert_yaxis()
     return figure
 
 
@@ -175,7 +171,7 @@ def will_it_fit(models: dict, cards: dict[str, int], plan: Callable) -> ipywidge
     """Sliders for a model (name -> its shape) and a card (name -> bytes), and the plan for both.
 
     `plan(shape, bytes)` says whether the model `fits`, its `advice`, and its `estimate` in `parts`,
-    of which a bar is drawn. Its twin is `fit_figure` with all models and all cards.
+    which are drawn. Its twin is `fit_figure`.
     """
     # Not menus: JupyterLab takes the arrow keys of a menu to move between cells. The choice stands
     # in the sentence, for beside a slider it would be cut off.
@@ -189,9 +185,10 @@ def will_it_fit(models: dict, cards: dict[str, int], plan: Callable) -> ipywidge
     def redraw(change=None):
         found = plan(models[model.value], cards[card.value])
         advice = ("fits: " if found.fits else "does not fit: ") + found.advice
-        png = figure_png(fit_figure({model.value: found.estimate.parts}, [cards[card.value]]))
+        name = f"{model.value} on {card.value}"
+        png = figure_png(fit_figure({name: found.estimate.parts}, [cards[card.value]]))
         image.value = image_html(png, f"Predicted memory of {model.value}, {advice}")
-        sentence.value = html.escape(f"{model.value} on {card.value} {advice}")
+        sentence.value = html.escape(f"{name} {advice}")
 
     for slider in (model, card):
         slider.observe(redraw, names="value")

@@ -86,13 +86,11 @@ def test_02_teaches_what_it_says(curated):
 def test_03_walks_and_teaches_what_it_says(parameters, recipe):
     found = walk("03", **parameters, RECIPE=recipe)
     assert missing_names(Config.from_notebook(parameters), "03") == {"03": set()}
-    assert found["difference"] == 0 and found["same"] == (True, True)
+    assert found["difference"] == 0
     assert found["predicted"] == found["measured"]
-    errors = found["errors"].drop("perplexity, QLoRA paper")
-    assert (errors["NF4"] < errors["int4"]).all() and (errors["int4"] < errors["FP4"]).all()
-    assert found["norm_apart"] < 0.01 and found["gate_apart"] < 0.02
-    assert found["products"][2, 0].item() == pytest.approx(found["products"][5, 3].item())
-    assert found["weights"] == 6_476_005_376 and found["sizes"] == ["3.39", "3.11"]
+    assert found["shares"].shape == (4, 3) and found["shares"].max().max() < 100
+    assert len(found["table"]) == 7 and found["plans"]["Llama 2 7B"]["8 GB"].fits
+    assert set(found["recorded"]) == {"16bit", "fp4", "4bit"}
 
 
 @pytest.mark.parametrize("recipe", (None, *RECIPES), ids=str)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.notebook_code import definitions_from
+from tests.notebook_code import cell_source, definitions_from
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +43,19 @@ def test_a_block_of_zeros_comes_back_as_zeros(lesson):
     assert torch.equal(back[0], torch.zeros(64)) and back.isfinite().all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_absmax_rounding_errs_by_half_a_step_at_most(lesson, bits):
-    values = sample(1000)
-    integers, scale = lesson["absmax_round"](values, bits)
-    assert integers.abs().max() == 2 ** (bits - 1) - 1
-    assert (integers * scale - values).abs().max() <= scale / 2 * 1.0001
+def test_absmax_rounding_errs_by_half_a_step_at_most(capsys):
+    found = {"torch": torch}
+    exec(cell_source("03", "742ce873"), found)
+    assert found["integers"].abs().max() == 7
+    error = (found["integers"] * found["scale"] - found["numbers"]).abs().max()
+    assert error <= found["scale"] / 2 * 1.0001
 
 
-def test_relative_error_of_nf4_on_normal_weights(lesson):
-    error = lesson["relative_error"](0.02 * sample((512, 1024)), lesson["nf4_levels"]())
-    assert error == pytest.approx(0.092, abs=0.001)
-
-
-@pytest.mark.parametrize("double, bits", [(False, 4.5), (True, 4 + 8 / 64 + 32 / (64 * 256))])
-def test_stored_bits_of_a_large_weight(lesson, double, bits):
-    weight = sample((1024, 1024))
-    pair = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
-    assert lesson["stored_bits"](*pair) / weight.numel() == pytest.approx(bits, abs=1e-4)
+def test_stored_bits_are_those_of_the_text(capsys):
+    found = {"bnb": bnb, "weight": sample((1024, 1024))}
+    exec(cell_source("03", "7553892b"), found)
+    expected = {False: 4.5, True: 4 + 8 / 64 + 32 / (64 * 256)}
+    assert found["stored"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_row_losses_count_the_answer_alone(lesson):
@@ -69,7 +64,7 @@ def test_row_losses_count_the_answer_alone(lesson):
     config = LlamaConfig(vocab_size=50, num_attention_heads=2, **shape)
     model = LlamaForCausalLM(config).eval()
     row = {"input_ids": [1, 5, 9, 7, 2], "labels": [-100, -100, 9, 7, 2]}
-    (loss,) = lesson["row_losses"](model, [row])
+    loss = lesson["row_losses"](model, [row]).item()
     logits = model(torch.tensor([row["input_ids"]])).logits[0, 1:4]
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor([9, 7, 2]))
     assert loss == pytest.approx(expected.item(), rel=1e-5)

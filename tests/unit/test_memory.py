@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from helpers.config import ALL_LINEAR_TARGETS, ATTENTION_TARGETS, PROJECT_DIR, Config
@@ -25,8 +25,8 @@ from helpers.model.plan import (
     weights_fit_in_place,
     whole_batches,
 )
-from helpers.model.predict import Step
-from helpers.model.steps import Run, measured_steps, offloaded_layers
+from helpers.model.predict import Step, measured_steps
+from helpers.model.steps import Run, offloaded_layers
 from tests.walking import save_random_model
 
 LLAMA = llama2_config("7B")
@@ -46,12 +46,13 @@ def test_llama_2_7b_reproduces_the_published_counts():
 
 def test_grouped_query_attention_counts_as_in_the_model():
     config = llama2_config("70B")
-    model = measure.empty_4bit_model(config, BitsAndBytesConfig(load_in_4bit=True))
-    counted = Shape.of(config).linear_parameters + Shape.of(config).other_parameters
-    assert counted == sum(p.numel() for p in model.parameters())
-    trained, every = measure.count_trainable(model, 16, ALL_LINEAR_TARGETS)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        counted = Shape.of(config).linear_parameters + Shape.of(config).other_parameters
+        assert counted == model.num_parameters()
+        inject_adapter_in_model(LoraConfig(r=16, target_modules=list(ALL_LINEAR_TARGETS)), model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == lora_parameters(config, 16, ALL_LINEAR_TARGETS)
-    assert every == counted + trained
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -113,11 +114,6 @@ def test_footprint_is_exact(tmp_path, tied, keep_in_16bit):
     model = tiny_4bit_model(tmp_path, config, keep_in_16bit)
     predicted = measure.footprint_bytes(config, model.config.quantization_config, torch.bfloat16)
     assert predicted == model.get_memory_footprint()
-    table = measure.layer_table(model)
-    rotary = sum(buffer.nbytes for buffer in model.buffers())
-    assert sum(row["bytes"] for row in table) + rotary == model.get_memory_footprint()
-    counted = Shape.of(config).linear_parameters + Shape.of(config).other_parameters
-    assert sum(row["parameters"] for row in table) == counted
 
 
 @pytest.mark.parametrize("name", ["Qwen2", "Qwen3", "Mistral", "Gemma3Text"])
@@ -232,14 +228,13 @@ def test_parts_add_up_and_know_their_moment():
     assert found.total - predict.estimate(LLAMA, run).total == 1000
 
 
-def test_checkpointing_and_offloading_save_memory_in_that_order():
-    plain = Run(batch=4, length=512, checkpointing=False)
-    checkpointed = replace(plain, checkpointing=True)
+@pytest.mark.parametrize("fast", [False, True])
+def test_checkpointing_saves_memory(fast):
+    plain = replace(FAST, fast=fast, batch=4, checkpointing=False)
     sizes = [
-        predict.estimate(LLAMA, run).total
-        for run in (plain, checkpointed, replace(checkpointed, offload=True))
+        predict.estimate(LLAMA, run).total for run in (replace(plain, checkpointing=True), plain)
     ]
-    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+    assert sizes[0] < 0.6 * sizes[1]
 
 
 @pytest.mark.parametrize(
@@ -300,11 +295,11 @@ def test_what_fits_of_an_odd_step_is_a_divisor_of_it(batch, accumulation, cap, p
 
 
 def test_of_two_plans_with_one_batch_the_one_that_recomputes_less_is_faster():
-    plain = Run(batch=4, checkpointing=False)
+    plain = replace(FAST, batch=4, checkpointing=False)
     checkpointed = replace(plain, checkpointing=True)
     offloaded = replace(checkpointed, offload=True)
     paged = replace(plain, optimizer="paged_adamw_8bit")
-    costs = [relative_cost(run) for run in (plain, paged, checkpointed, offloaded)]
+    costs = [relative_cost(run) for run in (plain, paged, offloaded, checkpointed)]
     assert costs == sorted(costs) and len(set(costs)) == 4
 
 
@@ -314,7 +309,7 @@ def test_of_two_plans_with_one_batch_the_one_that_recomputes_less_is_faster():
         ({"quantization": "16bit"}, 8, "in 4 bits first"),
         ({}, 3, "smaller model or a larger card"),
         ({"length": 65536}, 8, "set MAX_LENGTH = "),
-        ({"keep_in_16bit": ("down_proj",)}, 5.5, "set KEEP_IN_16BIT = ()"),
+        ({"keep_in_16bit": ("down_proj",)}, 6, "set KEEP_IN_16BIT = ()"),
         ({"rank": 2048}, 8, "train fewer parameters"),
     ],
 )
@@ -412,6 +407,8 @@ def test_offloaded_layers_take_no_memory_but_on_their_way():
     count, state = len(offloaded_layers(32, kept)), Step.of(LLAMA, run).checkpoint
     held = [Step.of(LLAMA, step).held for step in (run, offloaded)]
     assert held[0] - held[1] == count * state > 0
+    kept_in_16bit = Step.of(LLAMA, replace(run, keep_in_16bit=("down_proj",)))
+    assert kept_in_16bit.kept_layer == kept_in_16bit.layer  # no kernel makes its inputs again
     one = Step.of(LLAMA, run).kept_layer
     assert Step.of(LLAMA, offloaded).host == count * one
     assert Step.of(LLAMA, offloaded).travelling == 2 * one
