@@ -130,6 +130,7 @@ class Config:
     # between forward and backward pass, and does not run twice (offloading.py).
     activation_offloading: bool = False
     max_length: int = between(512, 16, 2**17)  # of a row; longer ones are left out
+    max_train_length: int | None = between(None, 16, 2**17)  # of a row that trains, if it is less
     completion_only_loss: bool = False  # the prompt is read and not graded
     save_steps: int = count(50, 10**7)  # optimizer steps from checkpoint to checkpoint,
     eval_steps: int = count(50, 10**7)  # from evaluation to evaluation,
@@ -201,7 +202,9 @@ class Config:
             problems.append(f"unknown parameter {unknown.upper()}{nearest}")
         recipe = values.get("recipe")
         trained = RECIPES.get(recipe, {}) if isinstance(recipe, str) else {}
-        values = {**PROFILES[name], "profile": name, **trained, **values}
+        # A profile's limit on the rows that train is made for its own data.
+        limit = {"max_train_length": None} if "data_source" in values else {}
+        values = {**PROFILES[name], **limit, "profile": name, **trained, **values}
         problems += _contradictions({**vars(cls()), **values})
         return _build(problems, lambda: cls(**values))
 

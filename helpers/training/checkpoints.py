@@ -33,7 +33,7 @@ NAMED_BY = (
     *("num_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
     *("grad_acc_steps", "learning_rate", "weight_decay", "max_grad_norm", "scheduler_type"),
     *("warmup_ratio", "optim", "fp16", "bf16", "group_by_length", "packing", "fast_path"),
-    *("max_length", "completion_only_loss", "save_steps", "eval_steps"),
+    *("max_length", "max_train_length", "completion_only_loss", "save_steps", "eval_steps"),
     "early_stopping_patience",
 )
 # What is decided for a step when it is planned to a card: see planning.py.

@@ -68,27 +68,32 @@ def _check_rows(config: Config, dataset: DatasetDict, tokenizer, made_with: str)
 
 
 def rows_that_fit(config: Config, tokenizer, dataset: DatasetDict) -> DatasetDict:
-    """The rows of up to `max_length` tokens, BOS and EOS included; how many are not is printed.
+    """The rows of up to MAX_TRAIN_LENGTH tokens, or MAX_LENGTH, BOS and EOS included.
+
+    How many are longer is printed.
 
     Raises ConfigError when less than a tenth of the training rows fits, or no validation row.
     """
     lengths = row_lengths(tokenizer, dataset)
     longest = max(itertools.chain(*lengths.values()))
-    if longest <= config.max_length:
+    name, most = "MAX_LENGTH", config.max_length
+    if config.max_train_length is not None and config.max_train_length < most:
+        name, most = "MAX_TRAIN_LENGTH", config.max_train_length
+    if longest <= most:
         return dataset
     fitting = {
-        name: [place for place, length in enumerate(found) if length <= config.max_length]
-        for name, found in lengths.items()
+        split: [place for place, length in enumerate(found) if length <= most]
+        for split, found in lengths.items()
     }
-    longer = f"{count_longer(lengths, config.max_length)} are longer"
+    longer = f"{count_longer(lengths, most)} are longer"
     few = len(fitting["train"]) < SMALLEST_SHARE * len(lengths["train"])
     if few or not fitting["validation"]:
         raise ConfigError(
-            f"MAX_LENGTH is {config.max_length}, and {longer}: raise it (the longest has {longest} "
+            f"{name} is {most}, and {longer}: raise it (the longest has {longest} "
             "tokens), or have shorter rows written by notebook 02"
         )
-    print(f"MAX_LENGTH = {config.max_length}: {longer} and left out", flush=True)
-    return DatasetDict({name: rows.select(fitting[name]) for name, rows in dataset.items()})
+    print(f"{name} = {most}: {longer} and left out", flush=True)
+    return DatasetDict({split: rows.select(fitting[split]) for split, rows in dataset.items()})
 
 
 def row_lengths(tokenizer, dataset: DatasetDict) -> dict[str, list[int]]:

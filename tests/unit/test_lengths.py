@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 from trl import SFTTrainer
 
 from helpers import prompts
-from helpers.config import SYSTEM_MESSAGE, ConfigError
+from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
 from helpers.model import loading
 from helpers.training import building, running, smaller_steps, training_rows
 from tests.faults.train_tiny import tiny_config
@@ -80,6 +80,23 @@ def test_rows_that_fit_are_all_taken_and_nothing_is_said(config, tokenizer, caps
     dataset = training_rows.load_dataset(shorter, tokenizer)
     assert dataset.num_rows == {"train": ROWS - 1, "validation": HELD_OUT}
     assert "1 of 16 training rows and 0 of 4 validation rows" in capsys.readouterr().out
+
+
+def test_rows_that_train_may_be_limited_further(config, tokenizer, capsys):
+    shorter = dataclasses.replace(config, max_train_length=length(9, tokenizer))
+    dataset = training_rows.load_dataset(shorter, tokenizer)
+    assert dataset.num_rows == {"train": 10, "validation": HELD_OUT - 1}
+    limit = shorter.max_train_length
+    assert f"MAX_TRAIN_LENGTH = {limit}: 6 of 16 training rows" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="MAX_TRAIN_LENGTH is 16, and 16 of 16 training rows"):
+        training_rows.load_dataset(dataclasses.replace(shorter, max_train_length=16), tokenizer)
+
+
+def test_a_profiles_limit_is_for_its_own_data():
+    assert Config.from_profile("demo").max_train_length == 200
+    assert Config.from_profile("demo", data_source="mine.jsonl").max_train_length is None
+    given = Config.from_profile("demo", data_source="mine.jsonl", max_train_length=64)
+    assert given.max_train_length == 64
 
 
 def test_rows_that_are_tokens_already_are_counted_too(config, tokenizer):
