@@ -5,10 +5,10 @@ biases and the norms of queries and keys are left out, thousandths of the weight
 `measure.footprint_bytes` counts them too.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil, prod
 
 from transformers import LlamaConfig
 
@@ -16,6 +16,12 @@ from helpers.config import ATTENTION_TARGETS
 
 FLOAT32 = 4  # bytes
 BLOCK, NESTED_BLOCK = 64, 256  # weights under one constant, constants under one second constant
+# hidden, inner, layers, heads, key heads: Touvron et al. 2023, arXiv 2307.09288
+LLAMA_2 = {
+    "7B": (4096, 11008, 32, 32, 32),
+    "13B": (5120, 13824, 40, 40, 40),
+    "70B": (8192, 28672, 80, 64, 8),
+}
 
 
 @dataclass(frozen=True)
@@ -50,24 +56,19 @@ class Shape:
     def linear(self) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of one layer's linear parts by name."""
         queries, keys = self.heads * self.head, self.key_heads * self.head
-        return {
-            "q_proj": (queries, self.hidden),
-            "k_proj": (keys, self.hidden),
-            "v_proj": (keys, self.hidden),
-            "o_proj": (self.hidden, queries),
-            "gate_proj": (self.inner, self.hidden),
-            "up_proj": (self.inner, self.hidden),
-            "down_proj": (self.hidden, self.inner),
-        }
+        attention = {"q_proj": (queries, self.hidden), "k_proj": (keys, self.hidden)}
+        attention |= {"v_proj": (keys, self.hidden), "o_proj": (self.hidden, queries)}
+        mlp = {"gate_proj": (self.inner, self.hidden), "up_proj": (self.inner, self.hidden)}
+        return attention | mlp | {"down_proj": (self.hidden, self.inner)}
 
     @cached_property
     def layer_weights(self) -> list[int]:
         """Weights of each linear part of one layer."""
-        return [outputs * inputs for outputs, inputs in self.linear.values()]
+        return [prod(sides) for sides in self.linear.values()]
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of all layers' linear parts: those that are quantized."""
+        """Weights of all layers' linear parts."""
         return self.layers * sum(self.layer_weights)
 
     @property
@@ -83,15 +84,8 @@ class Shape:
 
 
 def llama2_config(size: str = "7B") -> LlamaConfig:
-    """The public shape of a Llama 2 model, "7B", "13B" or "70B", without its weights.
-
-    Source: Touvron et al. 2023, arXiv 2307.09288, and the config.json of each model.
-    """
-    hidden, inner, layers, heads, key_heads = {
-        "7B": (4096, 11008, 32, 32, 32),
-        "13B": (5120, 13824, 40, 40, 40),
-        "70B": (8192, 28672, 80, 64, 8),
-    }[size]
+    """The public shape of a Llama 2 model, "7B", "13B" or "70B", without its weights."""
+    hidden, inner, layers, heads, key_heads = LLAMA_2[size]
     return LlamaConfig(
         vocab_size=32000,
         hidden_size=hidden,
@@ -110,11 +104,9 @@ def quantized_bytes(parameters: int, double: bool) -> int:
     Half a byte a weight; for each 64 weights a 32-bit constant, or with double quantization an
     8-bit one, a 32-bit one for each 256 of those, and one 32-bit mean.
     """
-    blocks = math.ceil(parameters / BLOCK)
-    constants = FLOAT32 * blocks
-    if double:
-        constants = blocks + FLOAT32 * math.ceil(blocks / NESTED_BLOCK) + FLOAT32
-    return math.ceil(parameters / 2) + constants
+    blocks = ceil(parameters / BLOCK)
+    constants = blocks + FLOAT32 * (ceil(blocks / NESTED_BLOCK) + 1) if double else FLOAT32 * blocks
+    return ceil(parameters / 2) + constants
 
 
 def lora_parameters(

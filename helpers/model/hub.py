@@ -5,7 +5,7 @@ Downloading is huggingface_hub's: it takes a connection up again where it was cu
 within one call. A later call keeps the files that came whole and begins the cut one again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx2
@@ -14,18 +14,19 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors import safe_open
 
-from helpers.model.embedded import EMBEDDED_NAME, ModelUnavailable, fetch_embedded_model
+from helpers.model import embedded
+from helpers.model.embedded import EMBEDDED_NAME, ModelUnavailable
 from helpers.model.model_folder import check_code
-from helpers.runs import folders
+from helpers.runs import folders, inventory
 
 WEIGHTS = "model*.safetensors"  # what transformers loads
+NOT_HERE = "not on this disk"
 HUB_REASONS = {
     GatedRepoError: "access to {name} is gated: accept its licence on its Hub page, then run "
     "`hf auth login`",
     RepositoryNotFoundError: "{name} is neither a local folder nor a model on the Hub that you may "
     "see: check the name, or run `hf auth login`",
 }
-
 STATUS_ADVICE = {
     401: "it does not accept the login, run `hf auth login` again",
     403: "the login may not read it, ask its owner or log in as another user",
@@ -34,14 +35,22 @@ STATUS_ADVICE = {
 
 
 def resolve(model_name: str) -> str:
-    """What `from_pretrained` takes: the folder of the embedded model, a local folder, or a Hub id.
-
-    Raises ModelUnavailable when the embedded model has not been fetched and cannot be.
-    """
+    """What `from_pretrained` takes: a folder or a Hub id. ModelUnavailable, see embedded."""
     if model_name == EMBEDDED_NAME:
-        return str(fetch_embedded_model())
+        return str(embedded.fetch_embedded_model())
     local = Path(model_name).expanduser()
     return str(local) if local.is_dir() else model_name
+
+
+def identity(name: str, sha256: Callable[[Path], str] = inventory.sha256) -> dict[str, str]:
+    """Two runs with the same answer start from the same weights: SHA-256 of the files in a folder,
+    or the commit of a Hub model as far as it is known.
+    """
+    folder = embedded.EMBEDDED_DIR if name == EMBEDDED_NAME else Path(name).expanduser()
+    if folder.is_dir():
+        return inventory.hashes(folder, ("*.safetensors", "*.json"), sha256)
+    cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    return {name: Path(cached).parent.name if isinstance(cached, str) else NOT_HERE}
 
 
 def local_folder(model_name: str) -> Path:
@@ -62,7 +71,7 @@ def _fetch(name: str) -> Path:
 def need_room(name: str) -> None:
     """Raise DiskFull, before the first byte, for weights of the Hub that the disk cannot hold.
 
-    Does nothing where the Hub cannot be asked: loading then finds its copy or says why not.
+    Where the Hub cannot be asked, loading finds its copy or says why not.
     """
     if Path(name).is_dir():
         return

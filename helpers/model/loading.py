@@ -26,18 +26,17 @@ def load_shape(model_name: str):
 
 
 def load_tokenizer(model_name: str):
-    """The tokenizer of a model, right-padding, with a pad token that is not EOS.
-
-    The article pads with EOS; a collator that masks padding then masks the EOS that ends the answer
-    too, and the model never learns to stop. Raises ConfigError when it has no EOS, or no other
-    token to pad with.
-    """
+    """The tokenizer of a model, see `choose_padding`. Raises ModelUnavailable too."""
     tokenizer = from_hub(model_name, AutoTokenizer.from_pretrained, check_code)
     return choose_padding(tokenizer, model_name)
 
 
 def choose_padding(tokenizer, model_name: str):
-    """The tokenizer, padding on the right with a token that is not EOS; raises ConfigError."""
+    """The tokenizer, padding on the right with a token that is not EOS; raises ConfigError.
+
+    A collator that masks padding would mask the EOS that ends the answer too, and the model would
+    never learn to stop.
+    """
     tokenizer.padding_side = "right"
     if tokenizer.eos_token is None:
         raise ConfigError(
@@ -50,10 +49,7 @@ def choose_padding(tokenizer, model_name: str):
 
 
 def _padding_token(tokenizer, model_name: str) -> str:
-    """`unk`, as in Llama 2, else a special token that is there for padding, else any other one.
-
-    It stands behind the answer or before the prompt, where no position attends to it.
-    """
+    """`unk`, as in Llama 2, else a special token that is there for padding, else any other one."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     special.sort(key=lambda token: "pad" not in token.lower())
     for token in filter(None, (tokenizer.unk_token, *special)):
@@ -83,19 +79,16 @@ def quantization_config(config: Config) -> BitsAndBytesConfig:
 
 
 def use_device(config: Config, name: str) -> None:
-    """Make the GPU of a Config the current one, if it has one: kernels are started on that.
-
-    Raises ModelUnavailable when it is not there.
-    """
+    """Make the GPU of a Config the current one, where kernels start; else ModelUnavailable."""
     if config.device == "cpu":
         return
     puts = f"profile {config.profile!r} puts {name} on {config.device}, and torch sees"
-    if not torch.cuda.is_available():
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
         raise ModelUnavailable(
             f"{puts} no GPU here: run it on a machine with one, or choose PROFILE = 'demo', which "
             "needs none"
         )
-    count = torch.cuda.device_count()
     if torch.device(config.device).index >= count:
         raise ModelUnavailable(
             f"{puts} {count} here, numbered from 0: set DEVICE_MAP = {{'': {count - 1}}} or a "
@@ -188,11 +181,10 @@ def _load_weights(path: str, **options):
 
 
 def guard_cpu_weights(model):
-    """Keep bitsandbytes from repacking 4-bit weights in place; returns the model.
+    """Keep bitsandbytes from repacking 4-bit weights in place; returns the model, just loaded.
 
     On CPUs with avx512_bf16 the first forward pass in eval mode would leave weights that only one
-    kernel can read: from then on gradients, dequantization and merges are silently wrong. Call it
-    right after loading.
+    kernel can read: from then on gradients, dequantization and merges are silently wrong.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -201,14 +193,11 @@ def guard_cpu_weights(model):
 
 
 def without_adapter(model):
-    """The model itself, the first time that it is asked for, to carry one adapter.
+    """The model itself; ValueError when it carries an adapter, to which a second would add up.
 
-    Raises ValueError when it carries one or had one merged into it: a second would add up.
+    Of a model that an adapter was merged into nothing tells so: peft leaves plain weights.
     """
-    has_one = any("lora_" in name for name, _ in model.named_parameters())
-    if has_one or getattr(model, "given_to_an_adapter", False):
-        raise ValueError(
-            "the model carries an adapter already, or one is merged into it: load it again first"
-        )
-    model.given_to_an_adapter = True
+    layers = (name for name, _ in model.named_parameters())
+    if hasattr(model, "peft_config") or any("lora_" in name for name in layers):
+        raise ValueError("the model carries an adapter already: load it again first")
     return model

@@ -37,25 +37,21 @@ def current_memory_bytes(device: str | torch.device) -> int:
 
 
 def peak_memory_bytes(device: str | torch.device) -> int:
-    """The most that `current_memory_bytes` has been since `reset_peak_memory`.
-
-    Where the system cannot reset its mark (see there), since the process began.
-    """
+    """The most that `current_memory_bytes` has been since `reset_peak_memory`, or the beginning."""
     if _is_gpu(device):
         return torch.cuda.max_memory_allocated(device)
     if PROCESS_STATUS.exists():
         # "VmHWM:   123456 kB": the high-water mark of resident memory, proc(5)
-        (peak,) = [
-            w[6:] for w in PROCESS_STATUS.read_text("utf-8").splitlines() if w[:6] == "VmHWM:"
-        ]
-        return int(peak.split()[0]) * 1024
+        lines = PROCESS_STATUS.read_text("utf-8").splitlines()
+        (peak,) = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+        return int(peak) * 1024
     return _peak_of_process()
 
 
 def reset_peak_memory(device: str | torch.device) -> bool:
-    """Start a new peak from here. True when it could be done: on a GPU, and on Linux for a process.
+    """Start a new peak from here; False where the system, or a container, does not let it.
 
-    Writing 5 to /proc/self/clear_refs resets VmHWM (proc(5)); some containers forbid it.
+    Writing 5 to /proc/self/clear_refs resets VmHWM (proc(5)).
     """
     if _is_gpu(device):
         torch.cuda.reset_peak_memory_stats(device)

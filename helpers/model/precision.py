@@ -1,7 +1,6 @@
 """Which number format a run computes in, by the hardware where the Config leaves it open.
 
-A wrong choice costs more than any setting of training: on a CPU without AMX a product in bfloat16
-takes up to seven times as long as in float32, on one with AMX a fraction of it.
+On a CPU without AMX a product in bfloat16 takes up to seven times as long as in float32.
 """
 
 from collections.abc import Iterable

@@ -54,17 +54,7 @@ class Loss(NamedTuple):
     state_bytes: int  # width of the gradient by the hidden states
 
 
-class Moment(NamedTuple):
-    """Bytes at one moment of a step, of what is not there all the time."""
-
-    gradients: int
-    activations: int
-    logits: int
-    overhead: int
-
-
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """Bytes at the fullest moment of a step: its "loss", "backward" or optimizer's "step"."""
 
     weights: int
@@ -78,10 +68,11 @@ class Estimate:
 
     @property
     def parts(self) -> dict[str, int]:
-        """The parts by name, without the moment."""
-        return {name: value for name, value in vars(self).items() if name != "moment"}
+        return dict(zip(self._fields[:-1], self[:-1], strict=True))
 
-    total = property(lambda self: sum(self.parts.values()))
+    @property
+    def total(self) -> int:
+        return sum(self[:-1])
 
 
 @dataclass(frozen=True)
@@ -100,8 +91,7 @@ class Step:
         """The fast path fuses the gate and reads the rows' bounds in place of a mask.
 
         transformers' norms keep float32, its gate is there before and after SiLU, and of its wide
-        gradients (base path, adapter path, their sum) the fast path has two. Without checkpoints
-        transformers' first norm keeps nothing, on a frozen embedding: the last has its place.
+        gradients the fast path has two. Without checkpoints its first norm keeps nothing.
         """
         stream = self.run.stream_bytes
         if self.run.fast:
@@ -267,10 +257,8 @@ class Step:
 
     @property
     def evaluation(self) -> int:
-        """What an evaluation takes beside the memory that a recorded step keeps.
-
-        One layer's widest moment without gradients (residual, norm, the MLP's three wide tensors),
-        or the last hidden state and of a chunk the logits and their gradient, which come together.
+        """What an evaluation takes beside what a recorded step keeps: of a layer the residual, the
+        norm and three wide tensors, or the last state and a chunk of logits with its gradient.
         """
         tokens, hidden = self.run.tokens, self.shape.hidden
         layer = tokens * (3 * hidden + 3 * self.shape.inner)
@@ -298,8 +286,10 @@ class Step:
         layer = self.layer_bytes + 2 * sum(self.adapter_tensors) / shape.layers * run.adapter_bytes
         return round(3 * layer) + shape.words * shape.hidden * run.stream_bytes
 
-    def moments(self) -> dict[str, Moment]:
-        """What each moment of the step adds to what is there all the time."""
+    def moments(self) -> dict[str, tuple[int, int, int, int]]:
+        """What each moment adds to what is there all the time: gradients, activations, logits,
+        overhead.
+        """
         run = self.run
         # Before the first optimizer step of several accumulated batches the gradients are kept.
         # A recorded step always has them in one place.
@@ -310,19 +300,18 @@ class Step:
         again = max(0, self.layer + self.travelling - gone) if run.checkpointing else 0
         last = self.layer + (self.checkpoint if run.checkpointing else 0)
         return {
-            "loss": Moment(kept, self.held, self.logits, 0),
-            "backward-top": Moment(first, self.held + again, 0, self.walking_back),
-            "backward-bottom": Moment(self.adapters, last, 0, self.walking_back),
-            "step": Moment(self.adapters, 0, 0, 0),
+            "loss": (kept, self.held, self.logits, 0),
+            "backward-top": (first, self.held + again, 0, self.walking_back),
+            "backward-bottom": (self.adapters, last, 0, self.walking_back),
+            "step": (self.adapters, 0, 0, 0),
         }
 
     def estimate(self, baseline: int = 0) -> Estimate:
         """The fullest of its moments, with what is there all the time."""
-        name, fullest = max(self.moments().items(), key=lambda item: sum(item[1]))
-        there = (self.weights, self.adapters, fullest.gradients, self.optimizer)
-        overhead = fullest.overhead + self.beside + baseline
-        moment = name.split("-")[0]
-        return Estimate(*there, fullest.activations, fullest.logits, overhead, moment)
+        moment, fullest = max(self.moments().items(), key=lambda item: sum(item[1]))
+        gradients, activations, logits, overhead = fullest
+        there = (self.weights, self.adapters, gradients, self.optimizer, activations, logits)
+        return Estimate(*there, overhead + self.beside + baseline, moment.split("-")[0])
 
 
 def estimate(model_config, run: Run, baseline: int = 0) -> Estimate:

@@ -24,12 +24,7 @@ OPTIMIZERS: dict[str, float | str] = {
 class Run:
     """What a training step does, as far as memory is concerned.
 
-    `length` is that of the longest batch, padding included, in tokens. `upcast` says that peft's
-    `prepare_model_for_kbit_training` ran: embeddings, norms, head and hidden states are float32.
-    `loss` is "full" (transformers: logits of all positions) or "chunked" (trl 1.16). `fast` is
-    `training.fast`, whose batch is packed into one row of `tokens`. `shards` is the number of
-    GPUs that hold the weights between them (FSDP); all bytes are then those of one of them. Raises
-    ValueError for an unknown quantization, optimizer, loss or device.
+    Raises ValueError for an unknown quantization, optimizer, loss or device.
     """
 
     quantization: str = "nf4-double"  # or "nf4", "16bit"
@@ -38,41 +33,33 @@ class Run:
     targets: tuple[str, ...] = ALL_LINEAR_TARGETS
     dropout: float = 0.0
     batch: int = 1
-    length: int = 512
+    length: int = 512  # tokens of the longest batch's rows, padding included
     optimizer: str = "adamw_bnb_8bit"
     checkpointing: bool = True
-    # With checkpointing: the last layers that keep their activations all the same.
-    kept_layers: int = 0
+    kept_layers: int = 0  # with checkpointing: the last layers that keep theirs all the same
     # On the fast path: activations of every second layer of those that do not keep them wait in the
     # host's memory.
     offload: bool = False
     accumulation: int = 1
-    upcast: bool = False
+    upcast: bool = False  # `prepare_model_for_kbit_training`: float32 but for what is packed
     compute_bytes: int = 2
     adapter_bytes: int = 2
-    # Inputs of the adapter are cast to the compute type, not to the adapter's.
-    autocast: bool = True
-    loss: str = "chunked"
-    fast: bool = False
-    shards: int = 1
+    autocast: bool = True  # inputs of the adapter, to the compute type and not to the adapter's
+    loss: str = "chunked"  # trl's; "full" is transformers', with the logits of all positions
+    fast: bool = False  # training.fast, whose batch is packed into one row of `tokens`
+    shards: int = 1  # GPUs that hold the weights between them; all bytes are of one of them
     device: str = "cuda"
 
     def __post_init__(self):
-        for name, known in (
-            ("quantization", ("nf4", "nf4-double", "16bit")),
-            ("optimizer", tuple(OPTIMIZERS)),
-            ("loss", ("full", "chunked")),
-            ("device", ("cuda", "cpu")),
-        ):
+        choices = {"loss": ("full", "chunked"), "device": ("cuda", "cpu"), "optimizer": OPTIMIZERS}
+        choices["quantization"] = ("nf4", "nf4-double", "16bit")
+        for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
 
     @classmethod
     def from_config(cls, config: Config, length: int | None = None) -> "Run":
-        """The Run of a Config under trl, whose adapters are bfloat16 (float32 with fp16=True).
-
-        `length` is that of the longest row. A packed batch is full, however long its rows are.
-        """
+        """The Run of a Config; a packed batch is full, whatever `length` the longest row has."""
         if config.packing:
             length = config.max_length
         nested = "nf4-double" if config.use_nested_quant else "nf4"
@@ -122,10 +109,10 @@ class Run:
 
 
 def offloaded_layers(layers: int, kept_layers: int) -> range:
-    """Which layers the fast path offloads, of those that do not keep their activations.
+    """Which layers the fast path offloads: every second one of those that do not keep theirs.
 
-    Every second one: a card that is fast for its bus computes two layers while one travels. After
-    each come `offload_lead` others.
+    A card that is fast for its bus computes two layers while one travels. After each come
+    `offload_lead` others.
     """
     return range(0, layers - max(kept_layers + 1, offload_lead(kept_layers)), 2)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from helpers.config import PROJECT_DIR, Config
 from helpers.data.sources import local_path
-from helpers.model.identity import NOT_HERE, base_model
+from helpers.model.hub import NOT_HERE, identity
 from helpers.runs.environment import environment
 from helpers.runs.inventory import hashes
 from helpers.runs.lessons import code_hash, executed_paths, notebooks
@@ -78,7 +78,7 @@ def read_by(settings: dict, run_dir: Path, source: Path, sha256: Sha256) -> dict
         ]
         found |= _below(BENCHMARKS, {path.name: sha256(path) for path in own})
     if number > "01":  # 01 takes the embedded model, whose SHA-256 the code demands
-        found |= _below(MODEL, base_model(settings["model_name"], sha256))
+        found |= _below(MODEL, identity(settings["model_name"], sha256))
     earlier = [pattern for other in RESULTS if other < number for pattern in RESULTS[other]]
     return found | hashes(run_dir, earlier, sha256)
 

@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from helpers.config import Config
 from helpers.data import curation_note, dataset_folder
-from helpers.model import identity, loading
+from helpers.model import hub, loading
 from helpers.runs import folders, inventory
 from helpers.training.several_processes import in_any, wait_for_all
 
@@ -141,7 +141,7 @@ def folder_of(config: Config, tokenizer) -> Path:
         "processes": [os.environ.get("WORLD_SIZE", "1"), loading.is_sharded()],
         "dataset": dataset_folder.dataset_fingerprint(config),
         "tokenizer": [curation_note.tokenizer_rules(tokenizer), tokenizer.eos_token],
-        "base_model": [*identity.base_model(config.model_name).items()],
+        "base_model": [*hub.identity(config.model_name).items()],
     }
     text = json.dumps(named_by, sort_keys=True)
     return config.checkpoints_dir / hashlib.sha256(text.encode()).hexdigest()[:12]
