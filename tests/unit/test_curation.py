@@ -327,7 +327,7 @@ def test_humaneval_is_read_and_found():
     assert len(problems) == 164
     index = problem_index(("humaneval",))
     for problem in problems:
-        words = words_of(f"please solve this: {problem.statement} thanks")
+        words = words_of(f"please solve this: {problem['prompt']} thanks")
         assert index.match("Please solve this", words, word_pairs(words)) != ""
     words = words_of("How do I print a list of words on one line with join?")
     assert index.match("How do I print a list?", words, word_pairs(words)) == ""

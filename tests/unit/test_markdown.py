@@ -42,9 +42,6 @@ ITEMS = "".join(f"<li>x{number}</li>" for number in range(1, 13))
         ('<ol start="0"><li>x</li></ol>', "0. x"),
         ('<ol start="-1"><li>x</li><li>y</li></ol>', "-1. x\n0. y"),
         ('<ol start="first"><li>x</li></ol>', "1. x"),
-        ("<ol reversed><li>x</li><li>y<ul><li>z</li></ul></li></ol>", "2. x\n1. y\n   - z"),
-        ('<ol reversed start="9"><li>x</li><li>y</li></ol>', "9. x\n8. y"),
-        ('<ol><li>x</li><li value="7">y</li><li>z</li></ol>', "1. x\n7. y\n8. z"),
         (
             '<ol start="9"><li>x</li><li><p>y</p><p>more</p><ol><li>z</li></ol></li></ol>',
             "9. x\n10. y\n\n    more\n    1. z",
@@ -64,35 +61,13 @@ def test_the_numbers_of_a_list_are_those_that_a_browser_shows(html, markdown):
     ("html", "markdown"),
     [
         (
-            "<p>So:</p><table><thead><tr><th>Name</th><th>Age</th></tr></thead>"
-            "<tbody><tr><td>Ann</td><td>31</td></tr></tbody></table><p>end</p>",
-            "So:\n\n| Name | Age |\n| --- | --- |\n| Ann | 31 |\n\nend",
+            "<p>So:</p><table><thead><tr><th>Name</th> <th>Age</th></tr></thead>"
+            "<tbody><tr><td>Ann</td>\n<td>31</td></tr></tbody></table><p>end</p>",
+            "So:\n\nName | Age\n\nAnn | 31\n\nend",
         ),
-        (
-            "<table><caption>Who</caption><tr><td></td><th>Age</th></tr>"
-            "<tr><th>Ann</th><td>31</td></tr></table>",
-            "Who\n\n|  | Age |\n| --- | --- |\n| Ann | 31 |",
-        ),
-        # No row is called a header that was none; row headers are not one.
-        ("<table><tr><th>Ann<td>31</table>", "|  |  |\n| --- | --- |\n| Ann | 31 |"),
-        (
-            "<table><tr><td>a|b<br>c</td><td><code>x | y</code><p>d</p><p>e</p></td></tr></table>",
-            "|  |  |\n| --- | --- |\n| a\\|b<br>c | `x \\| y`<br>d<br>e |",
-        ),
-        (
-            "<table><tr><th colspan=2>a<th>b<tr><td rowspan=2>c<td>d<td>e<tr><td>f<td>g</table>",
-            "| a |  | b |\n| --- | --- | --- |\n| c | d | e |\n|  | f | g |",
-        ),
-        ("<ul><li>x<table><tr><th>a</table></li></ul>", "- x\n\n  | a |\n  | --- |"),
-        # What holds more than lines of text is no table in Markdown: its cells are paragraphs.
-        (
-            "<table><tr><td>1</td><td><pre>f()</pre></td></tr><tr><td>a<td>b</table>",
-            "1\n\n```\nf()\n```\n\na\n\nb",
-        ),
-        (
-            "<table><tr><td>out<td><table><tr><th>a<th>b<tr><td>c<td>d</table><td>z</table>",
-            "out\n\n| a | b |\n| --- | --- |\n| c | d |\n\nz",
-        ),
+        ("<table><tr><td><b>a</b><td><code>x</code><td>c</table>", "**a** | `x` | c"),
+        ("<table><tr><td>a<p>b</p><td>c<pre>f()</pre></table>", "a\n\nb\n\nc\n\n```\nf()\n```"),
+        ("<ul><li>x<table><tr><td>a<td>b</table></ul>", "- x\n\n  a | b"),
     ],
 )
 def test_cells_of_a_table_stay_apart(html, markdown):
@@ -139,7 +114,7 @@ def test_what_is_struck_out_broken_or_a_script_does_not_read_as_something_else(h
 
 def test_a_hostile_table_stays_small():
     wide = "<table>" + "<tr><td colspan=1000 rowspan=60000>x</td></tr>" * 500 + "</table>"
-    assert len(html_to_markdown(wide)) < 2_000_000
+    assert len(html_to_markdown(wide)) < 2_000
     assert len(html_to_markdown("<table><tr>" + "<td>x" * 3000 + "<tr><td>y" * 3000)) < 100_000
 
 
