@@ -1,15 +1,11 @@
 """Run generated code without trusting it: in a process of its own, isolated and limited.
 
 Level "isolated": no network, no file but Python's own (read-only) and one empty folder, no process
-but its own, none of your environment variables. It needs Linux namespaces or bubblewrap, which
-plain Docker and Ubuntu's AppArmor rules often refuse. Level "limits-only": a process of its own in
-an empty folder, with an empty environment and the same limits; it guards against accidents and not
+but its own, none of your environment variables. It needs Linux namespaces or bubblewrap. Level
+"limits-only" has the same limits and an empty environment; it guards against accidents and not
 against malice, since such code reads your files and reaches the network. "off" runs nothing. No
-level falls back to a weaker one.
-
-Limits of every level: time, memory, processes, open files, file size, printed text. Programs see
-Python's standard library alone. This module does not score answers and does not read code out of
-them. What happens on the other side stands in sandbox_supervisor.py and sandbox_program.py.
+level falls back to a weaker one. Limited are time, memory, processes, open files, file size and
+printed text. The other side stands in sandbox_supervisor.py and sandbox_program.py.
 """
 
 import ast
@@ -45,10 +41,9 @@ class SandboxUnavailable(RuntimeError):
 class Outcome:
     """How a program ended. `passed` is the only verdict, the rest explains it.
 
-    reason: "passed", "failed" (an exit code other than 0, or tests that did not run to their end),
-    "timeout", "memory", "output" (printed too much), or "killed" (by a signal, or the supervisor
-    gave no report). exit_code is None when the program was ended from outside, negative after a
-    signal. output: the last `output_bytes` of stdout and stderr together, untrusted text.
+    reason: "passed", "failed" (exit code not 0, or tests not run to their end), "timeout",
+    "memory", "output" (printed too much), "killed" (by a signal, or without a report). exit_code:
+    None when ended from outside, negative after a signal. output: the last printed, untrusted.
     """
 
     passed: bool
@@ -60,10 +55,7 @@ class Outcome:
 
 
 def level(wanted: str = "isolated") -> str:
-    """The level that is on when `wanted` is asked for: the same, after trying it once.
-
-    Raises SandboxUnavailable when it cannot be had, ValueError when there is no such level.
-    """
+    """`wanted`, tried once: SandboxUnavailable when it cannot be had, ValueError when unknown."""
     if wanted not in LEVELS:
         raise ValueError(f"SANDBOX is {wanted!r}; it must be one of {', '.join(LEVELS)}")
     if wanted != "off":
@@ -74,29 +66,25 @@ def level(wanted: str = "isolated") -> str:
 def run(program: str, wanted: str = "isolated", **limits) -> Outcome:
     """Run a program as `__main__`. It passes when it ends by itself with exit code 0.
 
-    Raises SandboxUnavailable when the level cannot be had or is "off", ValueError for a limit that
-    is none of LIMITS or not greater than 0.
+    Raises SandboxUnavailable when the level cannot be had or is "off", ValueError for a bad limit.
     """
-    limits = _limits(limits)
-    return _execute(program, None, wanted, _method(wanted), limits)
+    return _execute(program, None, wanted, _method(wanted), _limits(limits))
 
 
 def run_tests(solution: str, tests: str, wanted: str = "isolated", **limits) -> Outcome:
     """Run a solution and then its tests. It passes only when the last statement of the tests ended.
 
-    `sys.exit(0)` or `os._exit(0)` is no pass: a random token has to come back, which the process
-    sends after the tests and keeps where the solution's code does not get to. Names of builtins
-    that a solution defines or replaces are not the ones that tests see. Solution and tests share
-    a process all the same: this stops code that cheats, not an attack on Python itself, and an
-    object that claims to equal everything does pass `==`.
+    `os._exit(0)` is no pass: a random token has to come back, which is sent after the tests and
+    kept where the solution's code does not get to. Tests see no builtin that a solution replaced.
+    Both share a process all the same: this stops code that cheats, not an attack on Python itself,
+    and an object that claims to equal everything does pass `==`.
 
-    Raises what `run` does, ValueError also when the tests assert nothing, SyntaxError when they do
-    not parse.
+    Raises what `run` does, ValueError for tests that assert nothing, SyntaxError when they do not
+    parse.
     """
     if not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(tests))):
         raise ValueError(f"the tests hold no assert statement, so nothing can fail: {tests[:80]!r}")
-    limits = _limits(limits)
-    return _execute(solution, tests, wanted, _method(wanted), limits)
+    return _execute(solution, tests, wanted, _method(wanted), _limits(limits))
 
 
 def _limits(changes: dict) -> dict:
@@ -152,18 +140,13 @@ def _execute(program: str, tests: str | None, name: str, method: str, limits: di
         reason, exit_code, sent, text = _report(_converse(job))
     if reason is None and exit_code == 0 and tests is not None and sent != token:
         reason, text = "failed", text + "\nThe tests did not run to their end."
-    reason = reason or _reason(exit_code, text)
-    return Outcome(reason == "passed", exit_code, reason, text, time.monotonic() - started, name)
-
-
-def _reason(exit_code: int, text: str) -> str:
-    """Why a program that ended by itself ended so."""
-    if exit_code == 0:
-        return "passed"
     last_line = (text.strip().splitlines() or [""])[-1]
-    if last_line.startswith("MemoryError"):
-        return "memory"
-    return "killed" if exit_code < 0 else "failed"
+    if reason is None and exit_code == 0:
+        reason = "passed"
+    elif reason is None and last_line.startswith("MemoryError"):
+        reason = "memory"
+    reason = reason or ("killed" if exit_code < 0 else "failed")
+    return Outcome(reason == "passed", exit_code, reason, text, time.monotonic() - started, name)
 
 
 def _job(method: str, folder: str) -> dict:
@@ -215,18 +198,13 @@ def _converse(job: dict) -> bytes:
             return process.communicate(timeout=job["timeout_seconds"] + GRACE_SECONDS)[0]
     except (BrokenPipeError, subprocess.TimeoutExpired):
         return b""
-    finally:
-        _end(process)
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Wait for a supervisor that has no standard input any more, or end its group of processes."""
-    try:
-        process.wait(GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # with process 1 of a namespace, all in it ends
-        process.wait()
-    process.stdout.close()
+    finally:  # the supervisor has no standard input any more, and ends, or is ended
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)  # with process 1 of a namespace, all in it ends
+            process.wait()
+        process.stdout.close()
 
 
 def _report(said: bytes) -> list:

@@ -1,8 +1,7 @@
 """The innermost side of helpers.answers.sandbox: the process that runs generated code.
 
-sandbox_supervisor.py hands this text to `python -I -S -c`; nothing imports it. It reads from
-standard input the program, or the solution and its tests with the token that shows that they ran
-to their end, and has the descriptor on which the token goes back as its argument.
+sandbox_supervisor.py hands this text to `python -I -S -c`; nothing imports it. Standard input
+brings the program, or a solution, its tests and the token that goes back when both have ended.
 """
 
 import _thread

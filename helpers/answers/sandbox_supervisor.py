@@ -1,10 +1,9 @@
 """The far side of helpers.answers.sandbox: what starts a program, watches it and reports.
 
-`sandbox` hands this text to `python -I -S -c`; nothing imports it. The supervisor enters the
-namespaces, lowers the limits, and starts the program in a further process, from the text of
-sandbox_program.py. At the isolated level it is process 1: the kernel lets nobody inside kill it,
-and all inside end with it. It is not dumpable, so no program can read its memory or take its
-descriptors, and its standard output, which leads to the notebook's side, is not the program's.
+`sandbox` hands this text to `python -I -S -c`; nothing imports it. At the isolated level the
+supervisor is process 1: the kernel lets nobody inside kill it, and all inside end with it. It is
+not dumpable, so no program can read its memory or take its descriptors, and its standard output,
+which leads to the notebook's side, is not the program's.
 """
 
 import contextlib
@@ -69,9 +68,9 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str |
 def enter_namespaces(job: dict) -> int:
     """Go on as process 1 of new namespaces, without network, in a root that holds Python alone.
 
-    Returns a descriptor of a /proc that no path leads to. Whoever is not root gets the right to do
-    this from a user namespace. Root becomes `nobody` in the end and enters an empty one then: the
-    kernel exempts root from the limit on processes.
+    Returns a descriptor of a /proc that no path leads to. A user namespace gives the right to it to
+    whoever is not root. Root becomes `nobody` and enters an empty one in the end: the kernel
+    exempts root from the limit on processes.
     """
     user, group = os.getuid(), os.getgid()
     parts = NEW_MOUNTS | NEW_UTS | NEW_IPC | NEW_PIDS | NEW_NETWORK
@@ -135,10 +134,7 @@ def show(path: str, target: str):
 
 
 def give_up_root():
-    """Count root's processes as `nobody`'s, since root has no limit on them.
-
-    The files stay root's: this is the level without isolation, and Python may lie in root's home.
-    """
+    """Count root's processes as `nobody`'s, for root has no limit; its files stay, and Python's."""
     libc("prctl", SECURE_BITS, 0b11, 0, 0, 0)  # a program that root starts gains nothing
     os.setresuid(NOBODY, 0, 0)
 
@@ -168,10 +164,7 @@ def drop_privileges():
 
 
 def start(job: dict) -> tuple[int, int, int]:
-    """Start the program's process.
-
-    Returns its id, the descriptor on which it may report, and the one on which it prints.
-    """
+    """Start the program; its process, the descriptor on which it may report, that of its prints."""
     finished, finished_end = os.pipe()
     output, output_end = os.pipe()
     program, program_end = os.pipe()
@@ -192,10 +185,7 @@ def start(job: dict) -> tuple[int, int, int]:
 
 
 def watch(job: dict, child: int, output: int, processes: int) -> tuple:
-    """Wait for the child and end all that it started.
-
-    Returns why it was ended, its exit code, and the end of what was printed, as bytes.
-    """
+    """End all that the child started; why it was ended, its exit code, the end of its prints."""
     deadline, limit = time.monotonic() + job["timeout_seconds"], job["output_bytes"]
     ended, reason, codes, printed = os.pidfd_open(child), None, {}, b""
     sources = [0, ended, output]
