@@ -26,7 +26,7 @@ SHORT = {
     "MAX_LENGTH": 320,
     "PER_DEVICE_TRAIN_BATCH_SIZE": 2,
     "PER_DEVICE_EVAL_BATCH_SIZE": 2,
-    "EVALUATION_PROBLEMS": (1, 1, 0, 1),
+    "EVALUATION_PROBLEMS": (1, 1, 1, 1),
     "MAX_NEW_TOKENS": 8,
     "COMPARISON_ROWS": 1,
     "SANDBOX": "limits-only",  # generated code is run where nothing can be isolated, too

@@ -1,27 +1,23 @@
 """What an answer is worth: does it stop, hold code that parses, go in steps, pass its tests?
 
-Each score is a yes or no for each problem; rates come with Wilson's 95 % interval, and base and
-tuned model are compared on the same problems by McNemar's exact test.
+Each score is a yes or no for each problem. Intervals and paired tests stand in notebook 06.
 """
 
+import dataclasses
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
-
-from helpers import prompts
 from helpers.answers import inference, sandbox
 from helpers.answers.inference import Answer
 from helpers.answers.problem_sets import Problem
 from helpers.config import Config
 from helpers.data.code_kinds import parse_python
 from helpers.data.markdown import fenced_blocks
-from helpers.model import measure
 from helpers.prompts import FENCE
-from helpers.runs.scores import interval
 
 NUMBERED_STEP = re.compile(r"^\s*\d+[.)]\s+(\S.*)$", re.MULTILINE)
 SEQUENCE_WORD = re.compile(  # at the beginning of a sentence
@@ -121,13 +117,6 @@ def share(values: list[bool | None]) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 
-def paired_p_value(before: list[bool], after: list[bool]) -> float:
-    """McNemar's exact test: how likely so uneven a split of the changed answers is by chance."""
-    gained = sum(b and not a for a, b in zip(before, after, strict=True))
-    lost = sum(a and not b for a, b in zip(before, after, strict=True))
-    return binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-
-
 def holm(p_values: list[float]) -> list[float]:
     """p-values of several tests, each as it counts among them all (Holm 1979).
 
@@ -141,51 +130,42 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected
 
 
-def compare(columns: dict[str, list[Score]], against: str = "tuned") -> list[dict]:
-    """A row for each score: `<which>_rate`, `_low` and `_high` of every column (who -> scores).
-
-    The others also have `<which>_p_value`, of the paired test against `against`, corrected by
-    `holm` for all tests of the rows; a column that answered only the first problems is tested on
-    those. Scores that were not taken (`passes` with the sandbox off) are left out.
-    """
-    rows = []
-    for name in RATES.values():
-        values = {which: [getattr(s, name) for s in scores] for which, scores in columns.items()}
-        if any(None in found for found in values.values()):
-            continue
-        row = {"score": name}
-        for which, found in values.items():
-            low, high = interval(sum(found), len(found))
-            row |= {f"{which}_rate": sum(found) / len(found)}
-            row |= {f"{which}_low": low, f"{which}_high": high}
-            if which != against:
-                same_problems = values[against][: len(found)]
-                row[f"{which}_p_value"] = paired_p_value(found, same_problems)
-        rows.append(row)
-    tests = [(row, name) for row in rows for name in row if name.endswith("_p_value")]
-    for (row, name), value in zip(tests, holm([row[name] for row, name in tests]), strict=True):
-        row[name] = value
-    return rows
-
-
-def losses(before: list[Score], after: list[Score]) -> list[tuple[int, list[str]]]:
-    """(position, names of the scores that `before` has and `after` lacks), the most lost first."""
-    lost = [
-        (place, [name for name in RATES.values() if getattr(b, name) and not getattr(a, name)])
-        for place, (b, a) in enumerate(zip(before, after, strict=True))
-    ]
-    return sorted([item for item in lost if item[1]], key=lambda item: -len(item[1]))
+def metrics(answers: dict, scores: dict, seconds: dict, tests: list[dict]) -> dict:
+    """What notebook 06 records of each model, by its name, and of its rows of paired tests."""
+    found: dict = {"problems": len(scores["tuned"])}
+    parts = Counter(score.part for score in scores["tuned"])
+    found |= {f"problems_{part}": count for part, count in parts.items()}
+    for which, judged in scores.items():
+        if len(judged) < found["problems"]:
+            found[f"problems_{which}"] = len(judged)
+        found |= rates(judged, which)
+        tokens = sum(answer.tokens for answer in answers[which])
+        found[f"{which}_tokens_per_second"] = tokens / seconds[which]
+    if scores["tuned"][0].passes is not None:
+        against = {test["from"]: test["p"] for test in tests if test["to"] == "tuned"}
+        found |= {f"pass_p_value_{which}": value for which, value in against.items()}
+    return found
 
 
 # -- Asking for them.
 
 
+def usable_sandbox(config: Config) -> Config:
+    """The Config, with SANDBOX "off" where this machine cannot isolate as wanted; says which."""
+    try:
+        print("generated code runs at level:", sandbox.level(config.sandbox))
+    except sandbox.SandboxUnavailable as error:
+        print(f"generated code is not run here, and no answer is tested. {error}")
+        return dataclasses.replace(config, sandbox="off")
+    return config
+
+
 def ask_ladder(
     model, tokenizer, config: Config, problems, template: str = "chat", temperature: float = 0.0
 ) -> list[Score]:
-    """A loaded model's answers to problems, scored: for benchmarks.
+    """A loaded model's answers to problems, scored: for benchmarks. Raises as `requests` does.
 
-    template: one of `inference.TEMPLATES`. For pass@k, give each problem k times and a temperature.
+    template: "chat" or "llama2". For pass@k give each problem k times, and a temperature.
     """
     system = inference.system_message(config, "base")
     asked = inference.requests(tokenizer, [p.prompt for p in problems], system, template)
@@ -193,20 +173,20 @@ def ask_ladder(
     return score_all(answers, problems, config.sandbox)
 
 
-def answerer(config: Config, which: str, tokenizer) -> Callable[[str], Iterator]:
+def ask(config: Config, which: str, problems: list[Problem]):
+    """(answers, scores, seconds) of one of `inference.MODELS`, loaded for that."""
+    answers, seconds = inference.answer_alone(config, which, [p.prompt for p in problems])
+    return answers, score_all(answers, problems, config.sandbox), seconds
+
+
+def answerer(config: Config, which: str) -> Callable[[str], Iterator]:
     """Asks one of MODELS, for `widgets.side_by_side`: gives the answer in pieces, then its Score.
 
     The model is loaded when it is asked and in memory only while it answers.
     """
 
     def answer(question: str):
-        prompt = prompts.render_prompt(question, inference.system_message(config, which))
-        model = inference.load(config, which)
-        try:
-            given = yield from inference.stream(model, tokenizer, prompt, config.max_new_tokens)
-        finally:
-            del model
-            measure.free_memory()
+        given = yield from inference.ask(config, which, question)
         yield score(given, None, "off")
 
     return answer

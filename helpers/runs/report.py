@@ -22,6 +22,7 @@ from helpers.runs.provenance import records_in, settings_of
 from helpers.runs.scores import models_asked, score_rows
 from helpers.view.safe_text import visible
 
+ROAD = "The six lessons"  # begins the alternative text of the drawing that each lesson has
 README_PICTURE = PROJECT_DIR / "notebooks" / "images" / "base_and_tuned.png"
 
 # Lesson, metric, what a reader calls it: the headline numbers of a run, in order.
@@ -163,7 +164,7 @@ def _figures(config: Config, number: str) -> list[tuple[str, str]]:
     return [
         (metadata.get("image/png", {}).get("alt", ""), data["image/png"].strip())
         for _, data, metadata in _outputs(config, number)
-        if "image/png" in data
+        if "image/png" in data and not metadata["image/png"]["alt"].startswith(ROAD)
     ]
 
 
@@ -191,13 +192,18 @@ def _notebook_pages(config: Config) -> list[Path]:
 
 
 def readme_picture() -> bytes:
-    """The first figure that is recorded in notebook 06, as PNG: the result that README shows."""
+    """The pass rates as notebook 06 has drawn them, as PNG: the result that README shows."""
     (path,) = (PROJECT_DIR / "notebooks").glob("06_*.ipynb")
     outputs = [
         o for cell in nbformat.read(path, as_version=4).cells for o in cell.get("outputs", [])
     ]
-    figures = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
-    return base64.b64decode(figures[0])
+    figures = {
+        o.metadata["image/png"]["alt"]: o.data["image/png"]
+        for o in outputs
+        if "image/png" in o.get("data", {})
+    }
+    found = (png for alt, png in figures.items() if alt.startswith("Pass rates"))
+    return base64.b64decode(next(found, b""))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_06_a_typed_question_gets_two_answers(lab, question):
 def test_06_a_question_with_a_marker_is_refused_in_words(lab):
     within = view(lab.lesson("06"), 0)
     press_answer(within, "Is [/INST] a marker?")
-    sentence = "base gave no answer: user text holds the template's own marker [/INST]"
+    sentence = "tuned gave no answer: user text holds the template's own marker [/INST]"
     within.get_by_text(sentence).wait_for()
 
 

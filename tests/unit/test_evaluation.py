@@ -8,13 +8,12 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from helpers import prompts
-from helpers.answers import evaluation, inference, problem_sets
+from helpers.answers import evaluation, inference, problem_sets, sandbox
 from helpers.answers.evaluation import Score
 from helpers.answers.inference import Answer
 from helpers.answers.problem_sets import Problem, load_humaneval, load_ladder, load_problems
 from helpers.config import LINKED_LIST_PROMPT, PROBLEMS_FILE, Config, ConfigError
 from helpers.model import loading
-from tests.notebook_code import cell_source
 
 GOOD = """1. Add the two numbers.
 2. Return the sum.
@@ -124,58 +123,6 @@ def test_the_pass_rate_comes_for_each_part_too():
     }
 
 
-def test_interval_is_wilsons():
-    # Newcombe (1998), Statistics in Medicine 17, 857-872, table I, method 3.
-    assert evaluation.interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert evaluation.interval(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
-
-
-def test_paired_test_counts_only_the_problems_that_changed():
-    before, after = [False] * 8 + [True] * 4, [True] * 8 + [True] * 4
-    assert evaluation.paired_p_value(before, after) == pytest.approx(2 / 2**8)
-    assert evaluation.paired_p_value(after, after) == 1.0
-
-
-def test_losses_come_the_most_lost_first():
-    before = [made(parses=False, steps=False, passes=False), made()]
-    after = [made(stops=False), made(stops=False, parses=False)]
-    assert evaluation.losses(before, after) == [(1, ["stops", "parses"]), (0, ["stops"])]
-
-
-def test_a_loaded_model_is_asked_in_either_template(tiny_config, tokenizer, monkeypatch):
-    asked = []
-
-    def answer_all(model, tokenizer, rendered_prompts, config, temperature):
-        asked.extend([*rendered_prompts, temperature])
-        return [Answer(text, GOOD, 9, True) for text in rendered_prompts], 1.0
-
-    monkeypatch.setattr(inference, "answer_all", answer_all)
-    config = dataclasses.replace(tiny_config, sandbox="limits-only")
-    problem = dataclasses.replace(PROBLEM, part="level1")
-    for template in ("chat", "llama2"):
-        scores = evaluation.ask_ladder(None, tokenizer, config, [problem], template, 0.7)
-        assert scores == [made(part="level1")]
-    assert asked[0].startswith("system\n") and asked[2].startswith("[INST]")
-    assert asked[1] == asked[3] == 0.7
-
-
-def test_compare_leaves_out_a_score_that_was_not_taken():
-    columns = {"base": [made(passes=None)], "tuned": [made(passes=None)]}
-    named = [row["score"] for row in evaluation.compare(columns)]
-    assert named == ["stops", "parses", "steps"]
-
-
-def test_compare_tests_every_column_on_the_problems_that_it_answered():
-    none, every = Score(*[False] * 4), made()
-    columns = {"base": [none] * 8, "tuned": [every] * 8, "merged": [none] * 6}
-    row, *others = evaluation.compare(columns)
-    assert len(others) == 3  # so eight tests in all, and six when those of base are counted
-    assert (row["base_rate"], row["tuned_rate"], row["merged_rate"]) == (0, 1, 0)
-    assert (row["merged_low"], row["merged_high"]) == evaluation.interval(0, 6)
-    assert row["base_p_value"] == pytest.approx(8 * 2 / 2**8)
-    assert row["merged_p_value"] == pytest.approx(4 * 2 / 2**6) and "tuned_p_value" not in row
-
-
 def test_holms_correction_is_that_of_the_books():
     # Four tests, sorted 0.005, 0.01, 0.03, 0.04: times 4, 3, 2, 1, and never below one before.
     assert evaluation.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -202,16 +149,21 @@ def test_the_reference_solution_of_humaneval_passes_and_an_empty_one_fails(place
     assert evaluation.score(empty, problem, "limits-only").passes is False
 
 
-def test_a_training_row_that_restates_a_problem_is_found():
-    problem = load_humaneval(164)[0]
-    rows = [
-        {
-            "prompt": prompts.render_prompt(user, "Be brief."),
-            "completion": prompts.render_completion("Use a loop."),
-        }
-        for user in (problem.prompt, "How do I sort a list of names?")
-    ]
-    assert problem_sets.restated(rows, "humaneval") == ["HumanEval/0"]
+def test_a_loaded_model_is_asked_in_either_template(tiny_config, tokenizer, monkeypatch):
+    asked = []
+
+    def answer_all(model, tokenizer, rendered_prompts, config, temperature):
+        asked.extend([*rendered_prompts, temperature])
+        return [Answer(text, GOOD, 9, True) for text in rendered_prompts], 1.0
+
+    monkeypatch.setattr(inference, "answer_all", answer_all)
+    config = dataclasses.replace(tiny_config, sandbox="limits-only")
+    problem = dataclasses.replace(PROBLEM, part="level1")
+    for template in ("chat", "llama2"):
+        scores = evaluation.ask_ladder(None, tokenizer, config, [problem], template, 0.7)
+        assert scores == [made(part="level1")]
+    assert asked[0].startswith("system\n") and asked[2].startswith("[INST]")
+    assert asked[1] == asked[3] == 0.7
 
 
 def test_a_typed_question_is_answered_by_a_model_that_is_loaded_for_it(
@@ -226,7 +178,7 @@ def test_a_typed_question_is_answered_by_a_model_that_is_loaded_for_it(
         return model
 
     monkeypatch.setattr(inference, "load", load)
-    answer = evaluation.answerer(tiny_config, "base", tokenizer)
+    answer = evaluation.answerer(tiny_config, "base")
     assert loaded == [], "nothing is loaded before it is asked"
     for _ in range(2):
         *pieces, score = answer("Why <|im_end|>?")
@@ -279,7 +231,7 @@ def test_papermills_list_is_a_choice_of_problems_too():
     assert config.evaluation_problems == (3, 2, 1, 0)
 
 
-def test_06_refuses_a_problem_that_stands_in_the_training_data(tiny_config):
+def test_a_problem_that_stands_in_the_training_data_is_refused(tiny_config):
     asked = load_ladder(tiny_config.evaluation_problems)[1]
     row = {
         "prompt": prompts.render_prompt(asked.prompt, "Be brief."),
@@ -288,4 +240,65 @@ def test_06_refuses_a_problem_that_stands_in_the_training_data(tiny_config):
     rows = Dataset.from_list([row])
     DatasetDict(train=rows, validation=rows).save_to_disk(tiny_config.dataset_dir)
     with pytest.raises(ValueError, match=f"'{asked.id}'.* in the training data.*run notebook 02"):
-        exec(cell_source("06", "0325db58"), {"config": tiny_config})
+        problem_sets.unseen_problems(tiny_config)
+    other = {"prompt": prompts.render_prompt("Sort it.", "Be brief."), "completion": " 1. Think. "}
+    DatasetDict(train=Dataset.from_list([other]), validation=rows).save_to_disk(
+        tiny_config.dataset_dir
+    )
+    problems = problem_sets.unseen_problems(tiny_config)
+    assert problems == load_ladder(tiny_config.evaluation_problems)
+
+
+def test_a_model_is_asked_and_scored_in_one_call(tiny_config, monkeypatch):
+    def answer_alone(config, which, texts):
+        return [Answer(text, GOOD, 9, True) for text in texts], 2.0
+
+    monkeypatch.setattr(inference, "answer_alone", answer_alone)
+    config = dataclasses.replace(tiny_config, sandbox="limits-only")
+    problem = dataclasses.replace(PROBLEM, part="level2")
+    answers, scores, seconds = evaluation.ask(config, "tuned", [problem] * 2)
+    assert [answer.prompt for answer in answers] == [problem.prompt] * 2
+    assert (scores, seconds) == ([made(part="level2")] * 2, 2.0)
+
+
+def test_the_metrics_name_each_model_and_what_it_was_asked():
+    answer = Answer("q", GOOD, 30, True)
+    three = [made(part="level1"), made(part="level1"), made(passes=False, part="level3")]
+    found = evaluation.metrics(
+        {"base": [answer] * 3, "tuned": [answer] * 3, "merged": [answer] * 2},
+        {"base": three, "tuned": three, "merged": three[:2]},
+        {"base": 9.0, "tuned": 3.0, "merged": 1.0},
+        [{"from": "base", "to": "tuned", "p": 0.5}, {"from": "tuned", "to": "merged", "p": 1.0}],
+    )
+    counts = {name: value for name, value in found.items() if name.startswith("problems")}
+    assert counts == {
+        "problems": 3,
+        "problems_level1": 2,
+        "problems_level3": 1,
+        "problems_merged": 2,
+    }
+    assert found["pass_rate_level3_tuned"] == 0 and found["pass_rate_level1_merged"] == 1
+    assert "pass_rate_level3_merged" not in found, "it was not asked that"
+    assert found["tuned_tokens_per_second"] == 30 and found["base_tokens_per_second"] == 10
+    assert [name for name in found if "p_value" in name] == ["pass_p_value_base"]
+
+
+def test_without_a_sandbox_no_pass_is_recorded():
+    scores = {"tuned": [made(passes=None, part="level1")]}
+    answers = {"tuned": [Answer("q", GOOD, 30, True)]}
+    tests = [{"from": "base", "to": "tuned", "p": 0.5}]
+    found = evaluation.metrics(answers, scores, {"tuned": 1.0}, tests)
+    assert found["parse_rate_tuned"] == 1 and not [name for name in found if "pass" in name]
+
+
+def test_a_sandbox_that_cannot_be_had_is_turned_off_in_words(monkeypatch, capsys):
+    config = Config.from_profile("smoke", sandbox="limits-only")
+    assert evaluation.usable_sandbox(config) == config
+    assert "generated code runs at level: limits-only" in capsys.readouterr().out
+
+    def refuse(wanted):
+        raise sandbox.SandboxUnavailable("no namespaces here")
+
+    monkeypatch.setattr(sandbox, "level", refuse)
+    assert evaluation.usable_sandbox(config).sandbox == "off"
+    assert "no answer is tested. no namespaces here" in capsys.readouterr().out

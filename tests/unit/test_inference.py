@@ -23,6 +23,10 @@ def config(tiny_model_dir):
     )
 
 
+def chat_prompt(tokenizer, user: str, system: str) -> str:
+    return inference.requests(tokenizer, [user], system, "chat")[0]
+
+
 @pytest.fixture(scope="module")
 def model(config):
     return loading.load_model(config, quantized=False).float()
@@ -74,7 +78,7 @@ def test_another_template_is_refused_and_so_is_a_chat_without_one(tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     for asked, template in ((tokenizer, "alpaca"), (bare, "chat")):
-        with pytest.raises(ValueError, match=f"template is '{template}': choose one of chat"):
+        with pytest.raises(ValueError, match=f"template is '{template}': choose llama2"):
             inference.requests(asked, ["Why?"], "Be brief.", template)
 
 
@@ -100,7 +104,7 @@ def test_an_answer_keeps_its_indentation(tokenizer):
 
 def test_an_unknown_model_name_is_named(config):
     with pytest.raises(
-        ValueError, match="'gpt'.*base, llama2, tuned, new_model, merged, requantized"
+        ValueError, match="'gpt'.*base_chat, .*base, tuned, merged, requantized, llama2, new_model"
     ):
         inference.load(config, "gpt")
 
@@ -125,16 +129,20 @@ def test_on_a_cpu_the_4_bit_weights_are_unpacked_once_and_say_the_same(tiny_conf
         torch.testing.assert_close(answering(ids).logits, packed(ids).logits)
 
 
-@pytest.mark.parametrize(("which", "in_4_bits"), [("merged", False), ("requantized", True)])
-def test_the_merged_model_comes_in_its_own_bits_or_in_4(
-    tiny_config, tiny_model_dir, tokenizer, which, in_4_bits
+@pytest.mark.parametrize("which", ["merged", "requantized"])
+def test_the_merged_model_comes_in_its_own_bits_or_through_4(
+    tiny_config, tiny_model_dir, tokenizer, which
 ):
     tiny_config.merged_dir.parent.mkdir(parents=True)
     tiny_config.merged_dir.symlink_to(tiny_model_dir)
     loaded = inference.load(tiny_config, which)
-    assert getattr(loaded, "is_loaded_in_4bit", False) == in_4_bits
-    alone, _ = inference.answer_alone(tiny_config, which, tokenizer, ["hello"])
-    assert alone == inference.answer_all(loaded, tokenizer, ["hello"], tiny_config)[0]
+    same = loading.load_model(tiny_config, quantized=which == "requantized")
+    ids = torch.tensor([tokenizer("Reverse a linked list.")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, same(ids).logits)
+    alone, _ = inference.answer_alone(tiny_config, which, ["hello"])
+    asked = inference.asked_of(tiny_config, which, tokenizer, ["hello"])
+    assert alone == inference.answer_all(loaded, tokenizer, asked, tiny_config)[0]
 
 
 @pytest.mark.parametrize("saved", ["16bit", "4bit"])
@@ -160,6 +168,26 @@ def test_a_merged_model_that_the_gpu_has_no_room_for_answers_on_the_cpu(
     assert inference.load(on_gpu, "merged").device.type == "cpu"
 
 
+def test_each_model_is_asked_in_its_own_template(tiny_config, tokenizer):
+    asked = {
+        which: inference.asked_of(tiny_config, which, tokenizer, ["Why?"])[0]
+        for which in inference.MODELS
+    }
+    own = [which for which, text in asked.items() if not text.startswith("[INST]")]
+    assert own == ["base_chat", "base_chat_4bit"] and len(set(asked.values())) == 2
+
+
+def test_the_base_at_its_best_is_not_quantized(tiny_config, tokenizer):
+    ids = torch.tensor([tokenizer("Reverse a linked list.")["input_ids"]])
+    logits = {}
+    with torch.no_grad():
+        for which in ("base_chat", "base_chat_4bit"):
+            logits[which] = inference.load(tiny_config, which)(ids).logits
+        whole = loading.load_model(tiny_config, quantized=False)(ids).logits
+    assert torch.equal(logits["base_chat"], whole)
+    assert not torch.allclose(logits["base_chat_4bit"], whole)
+
+
 @pytest.mark.parametrize(("gigabytes", "rows"), [(0.1, 1), (1.5, 1), (4.2, 5), (100, 8)])
 def test_a_gpu_answers_as_many_requests_at_once_as_it_has_room_for(monkeypatch, gigabytes, rows):
     """7B in 16 bits: half a megabyte of keys and values for each token of each request."""
@@ -171,7 +199,7 @@ def test_a_gpu_answers_as_many_requests_at_once_as_it_has_room_for(monkeypatch, 
 
 
 def test_a_chat_prompt_is_the_models_own_with_one_bos(tokenizer):
-    text = inference.chat_prompt(tokenizer, "Hello?", "Be brief.")
+    text = chat_prompt(tokenizer, "Hello?", "Be brief.")
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello?"},
@@ -233,7 +261,7 @@ def test_the_markers_of_the_training_template_are_refused_before_a_model_is_load
 
 def test_a_chat_prompt_has_the_control_tokens_of_its_template_alone(tokenizer):
     ordinary, typed = (
-        prompts.encode_prompt(tokenizer, inference.chat_prompt(tokenizer, text, "Be brief."))
+        prompts.encode_prompt(tokenizer, chat_prompt(tokenizer, text, "Be brief."))
         for text in ("Hello?", TYPED)
     )
     own = control_ids(tokenizer, ordinary)
@@ -250,12 +278,6 @@ def test_an_error_of_the_model_ends_the_stream(tokenizer):
 
     with pytest.raises(RuntimeError, match="no room"):
         list(inference.stream(Broken(), tokenizer, "hello", 8))
-
-
-def test_a_model_without_a_chat_template_has_no_chat_prompt(tokenizer):
-    bare = copy.deepcopy(tokenizer)
-    bare.chat_template = None
-    assert inference.chat_prompt(bare, "Hello?", "Be brief.") is None
 
 
 def test_a_temperature_samples_and_the_seed_decides(model, tokenizer, config):
@@ -281,15 +303,13 @@ def test_a_chat_template_that_knows_no_system_message_has_it_before_the_request(
         "{{ raise_exception('System role not supported') }}{% endif %}"
         "<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
     )
-    assert inference.chat_prompt(other, "Sort a list.", "Be brief.") == (
-        "<user>Be brief.\n\nSort a list."
-    )
+    assert chat_prompt(other, "Sort a list.", "Be brief.") == ("<user>Be brief.\n\nSort a list.")
 
 
 def test_a_bos_that_the_tokenizer_does_not_write_stays_in_the_chat(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.add_bos_token = False
-    begun = inference.chat_prompt(other, "Sort a list.", "Be brief.")
+    begun = chat_prompt(other, "Sort a list.", "Be brief.")
     ids = prompts.encode_prompt(other, begun)
     assert ids[0] == tokenizer.bos_token_id
     assert ids == prompts.encode_prompt(tokenizer, begun.removeprefix(tokenizer.bos_token))

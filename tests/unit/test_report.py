@@ -39,10 +39,12 @@ def config(tmp_path):
     config.executed_dir.mkdir()
     for lesson, metrics in METRICS.items():
         inventory.record_metrics(config, lesson, metrics)
+    road = {"image/png": {"alt": f"{report.ROAD} in order: ..."}}
+    drawn = displayed("plots.road()", {"image/png": "the road"}, **road)
     figure = displayed("plots.show(figure)", {"image/png": PNG}, **{"image/png": {"alt": HOSTILE}})
     texts = {"text/html": "<table></table>", "text/plain": f"Reverse a list.\n\n-- base\n{HOSTILE}"}
     answers = displayed("text_views.show_side_by_side(question, base, tuned)", texts)
-    for name, cells in {"02_dataset": [figure], "06_answers": [figure, answers]}.items():
+    for name, cells in {"02_dataset": [drawn, figure], "06_answers": [figure, answers]}.items():
         record = {"settings": settings_of(config), "environment": ENVIRONMENT}
         notebook = new_notebook(cells=cells, metadata={"ran_with": record})
         nbformat.write(notebook, config.executed_dir / f"{name}.ipynb")
@@ -67,7 +69,7 @@ class Tags(HTMLParser):
 
 
 def test_shows_figures_answers_and_the_recipe(page):
-    assert page.count(PNG) == 2
+    assert page.count(PNG) == 2 and "the road" not in page
     assert "Reverse a list." in page
     assert "<td>learning_rate</td><td>0.0002</td><td>0.003</td>" in page
     assert "<td>raw questions</td><td>780</td>" in page

@@ -1,0 +1,40 @@
+"""Lesson 06: the statistics that the notebook defines, against known values."""
+
+import pytest
+
+from helpers.answers.evaluation import Score
+from tests.notebook_code import definitions_from
+
+
+@pytest.fixture(scope="module")
+def lesson():
+    return definitions_from("06")
+
+
+def scores(passed):
+    return [Score(True, True, True, bool(value)) for value in passed]
+
+
+@pytest.mark.parametrize(
+    ("right", "of", "ends"), [(81, 263, (0.2553, 0.3662)), (0, 20, (0, 0.1611))]
+)
+def test_the_interval_is_wilsons(lesson, right, of, ends):
+    # Newcombe (1998), Statistics in Medicine 17, 857-872, table I, method 3.
+    rate, *found = lesson["with_interval"]([True] * right + [False] * (of - right))
+    assert rate == right / of and found == pytest.approx(ends, abs=1e-4)
+
+
+def test_the_paired_test_counts_only_the_problems_that_changed(lesson):
+    lesson["verdict"] = "passes"
+    lesson["scores"] = {"base": scores([0] * 8 + [1] * 4), "tuned": scores([1] * 12)}
+    row = lesson["paired"]("base", "tuned")
+    assert (row["gained"], row["lost"]) == (8, 0) and row["p"] == pytest.approx(2 / 2**8)
+    assert lesson["paired"]("tuned", "base")["lost"] == 8
+    assert lesson["paired"]("tuned", "tuned")["p"] == 1.0
+
+
+def test_a_model_that_answered_fewer_problems_is_compared_on_those(lesson):
+    lesson["verdict"] = "passes"
+    lesson["scores"] = {"tuned": scores([1, 1, 0, 0]), "merged": scores([1, 0])}
+    row = lesson["paired"]("tuned", "merged")
+    assert (row["gained"], row["lost"]) == (0, 1)
