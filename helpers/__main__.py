@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(command=_verify)
 
     ask = _command(commands, "ask", _ask, "stream an answer of the base or the tuned model")
-    ask.add_argument("model", help="base (or llama2), tuned (or new_model)")
+    ask.add_argument("model", help="base_chat, base (or llama2), tuned (or new_model), merged")
     ask.add_argument("question", nargs="?", default=LINKED_LIST_PROMPT)
 
     _command(commands, "export-training", _export_training, "notebook 04 for several GPUs")
