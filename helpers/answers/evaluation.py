@@ -64,10 +64,14 @@ def score(answer: Answer, problem: Problem | None, level: str) -> Score:
 
 
 def score_all(answers: list[Answer], problems: list[Problem], level: str) -> list[Score]:
-    """`score` of each answer, as many at a time as there are cores: each runs in a sandbox."""
+    """`score` of each answer, on every core, but at most eight at a time.
+
+    Where the kernel counts the processes of all sandboxes together, more would reach the limit of
+    one (`sandbox_supervisor.TASKS`), and right answers would fail.
+    """
     if level != "off":
         sandbox.level(level)  # raises where it cannot be had, before any work
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda pair: score(*pair, level), zip(answers, problems, strict=True)))
 
 
