@@ -332,9 +332,9 @@ CONTRADICTIONS = (
     ),
     (
         ("save_steps", "eval_steps"),
-        lambda save_steps, eval_steps: save_steps % eval_steps != 0,
-        "SAVE_STEPS is {} and EVAL_STEPS is {}: the best checkpoint is kept, so each must have "
-        "been evaluated, set SAVE_STEPS to a multiple of EVAL_STEPS",
+        lambda save_steps, eval_steps: save_steps != eval_steps,
+        "SAVE_STEPS is {} and EVAL_STEPS is {}: the best evaluation needs a checkpoint, and each "
+        "checkpoint an evaluation, so give both the same number",
     ),
     (
         ("min_answer_characters", "max_post_characters"),

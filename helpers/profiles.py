@@ -71,7 +71,7 @@ DEMO: dict[str, Any] = {
     "max_length": 400,
     "save_steps": 10,
     "eval_steps": 10,
-    "log_steps": 4,
+    "log_steps": 2,
     "comparison_rows": 12,
     "max_new_tokens": 240,
     "generation_batch_size": 32,

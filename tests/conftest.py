@@ -11,6 +11,7 @@ import helpers  # noqa: F401, I001  before torch, since it says how torch's thre
 
 import pytest
 import torch
+from peft import LoraConfig
 from playwright.sync_api import sync_playwright
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,6 +66,17 @@ def tiny_model_dir(tmp_path_factory, tokenizer):
 def tiny_config(tiny_model_dir, tmp_path):
     """Profile smoke on the tiny model, in a run folder of its own."""
     return Config.from_profile("smoke", model_name=str(tiny_model_dir), run_dir=tmp_path / "run")
+
+
+def lora_of(config) -> LoraConfig:
+    """The adapter of a Config, in peft's terms."""
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.target_modules),
+        task_type="CAUSAL_LM",
+    )
 
 
 def fill_adapters(model, std: float = 0.02) -> None:

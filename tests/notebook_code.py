@@ -1,9 +1,11 @@
 """Take lesson code out of a notebook, so that what is tested is what is taught."""
 
 import ast
+import itertools
 from pathlib import Path
 
 import nbformat
+import torch
 
 from helpers.data import curation
 from helpers.merging import merging
@@ -40,6 +42,18 @@ def definitions_from(number: str) -> dict:
     return namespace
 
 
+def fine_tune(trainer) -> tuple:
+    """Train by notebook 04's own cell; the trainer and its metrics."""
+    names = {"trainer": trainer}
+    exec(cell_source("04", "c3814d97"), names)
+    return names["trainer"], names["metrics"]
+
+
+def save_adapter(trainer, config) -> None:
+    """Save an adapter by notebook 04's own cell."""
+    exec(cell_source("04", "013efc76"), {"trainer": trainer, "config": config})
+
+
 def merge(config, into: str):
     """Notebook 05's own merge, of the adapter in the run folder."""
     lesson = definitions_from("05")
@@ -58,3 +72,18 @@ def save_merged(model, tokenizer, config, into: str = "16bit") -> Path:
 def curate(config, workers: int | None = None):
     """The dataset of a Config, made with the tokenizer of its model; its report."""
     return curation.curate(config, loading.load_tokenizer(config.model_name), workers)
+
+
+def examples_of(batch: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The ids of each example in a batch that are shown to the model, and those that are graded.
+
+    The examples are padded on the right, or with PACKING laid end to end.
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
+    if "position_ids" not in batch:
+        places = [(row, slice(n)) for row, n in enumerate(batch["attention_mask"].sum(dim=1))]
+    else:
+        used = batch.get("used_tokens", ids.shape[1])  # on the fast path a filling follows
+        starts = (batch["position_ids"][0, :used] == 0).nonzero().flatten().tolist()
+        places = [(0, slice(*ends)) for ends in itertools.pairwise([*starts, used])]
+    return [(ids[at], labels[at][labels[at] != -100]) for at in places]

@@ -1,4 +1,7 @@
-"""The article's two decorators: one measures the time of a function, one its memory."""
+"""The article's two decorators: one measures the time of a function, one its memory.
+
+The function takes a trainer and returns it with its metrics; each adds one to these.
+"""
 
 import functools
 import time
@@ -7,22 +10,19 @@ from helpers.model import measure
 
 
 def time_decorator(function):
-    """Add `exec_time_seconds` to the metrics of a function that returns (result, metrics)."""
+    """Add `exec_time_seconds`."""
 
     @functools.wraps(function)
-    def wrapper(*args, **kwargs):
+    def wrapper(trainer):
         start = time.perf_counter()
-        result, metrics = function(*args, **kwargs)
+        result, metrics = function(trainer)
         return result, {**metrics, "exec_time_seconds": time.perf_counter() - start}
 
     return wrapper
 
 
 def memory_decorator(function):
-    """Add `peak_memory_bytes` to the metrics of a function of a trainer: (result, metrics).
-
-    On a GPU that is what torch had allocated at most, on a CPU the resident memory of the process.
-    """
+    """Add `peak_memory_bytes`: torch's allocations on a GPU, resident memory on a CPU."""
 
     @functools.wraps(function)
     def wrapper(trainer):

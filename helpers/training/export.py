@@ -1,9 +1,11 @@
-"""Notebook 04 as a script, which `accelerate launch` starts once for each GPU.
+"""Notebook 04's own cells outside of it: as a script, or run here up to a name.
 
 The cells that a training needs carry the tag `train`. What only looks at it, such as a figure or a
-first answer, stays in the notebook.
+first answer, stays in the notebook. The cell with the tag `loading` loads the whole model, and a
+process under FSDP its share.
 """
 
+import textwrap
 from pathlib import Path
 
 from papermill.iorw import load_notebook_node
@@ -24,6 +26,22 @@ sys.path.insert(0, {project!r})
 if os.environ.get("RANK", "0") != "0":
     sys.stdout = open(os.devnull, "w")  # the first process speaks for all
 '''
+SHARED = """\
+if loading.is_sharded():
+    model = loading.load_model(config)
+else:
+"""
+
+
+def train_cells(parameters: dict) -> list[str]:
+    """The cells that train, with these parameters behind those of the notebook."""
+    notebook = parameterize_notebook(load_notebook_node(str(NOTEBOOK)), parameters)
+    tagged = [(cell.source, {*cell.metadata.get("tags", [])}) for cell in notebook.cells]
+    return [
+        SHARED + textwrap.indent(source, "    ") if "loading" in tags else source
+        for source, tags in tagged
+        if TAGS & tags
+    ]
 
 
 def export_training(parameters: dict) -> Path:
@@ -35,8 +53,21 @@ def export_training(parameters: dict) -> Path:
     config = Config.from_parameters(parameters)
     config.require(config.dataset_dir, "02")
     loading.load_tokenizer(config.model_name)
-    notebook = parameterize_notebook(load_notebook_node(str(NOTEBOOK)), parameters)
-    cells = [cell for cell in notebook.cells if TAGS & {*cell.metadata.get("tags", [])}]
-    parts = [HEAD.format(project=str(PROJECT_DIR)), *(cell.source for cell in cells)]
+    parts = [HEAD.format(project=str(PROJECT_DIR)), *train_cells(parameters)]
     path = folders.writable(config.run_dir) / "train.py"
     return folders.write_text(path, "\n\n# %%\n".join(parts) + "\n")
+
+
+def run_cells(config: Config, until: str | None = None, **given) -> dict:
+    """The names after notebook 04's cells that train, run here with a Config for its parameters.
+
+    `until` names what the last of them gives: "trainer" builds, "metrics" has trained too. What is
+    `given` takes the place of what a cell first gives that name, such as `dataset` or `model`.
+    """
+    names, given = {"__name__": "notebook_04"}, {**given, "config": config}
+    for cell in train_cells({}):
+        exec(compile(cell, str(NOTEBOOK), "exec"), names)
+        names |= {name: given.pop(name) for name in [*given] if name in names}
+        if until in names:
+            break
+    return names

@@ -11,10 +11,19 @@ from pathlib import Path
 import psutil
 
 from helpers.config import Config, ConfigError
-from helpers.model import loading, measure, plan, predict
+from helpers.model import loading, measure, plan, precision, predict
 from helpers.model.steps import Run
-from helpers.training import checkpoints, several_processes
-from helpers.training.trl_settings import uses_fast_path
+from helpers.training import checkpoints, machine, several_processes
+
+
+def prepare(config: Config, tokenizer) -> tuple[Config, Path]:
+    """(the Config as it is `planned`, the folder of its checkpoints), before any weights load.
+
+    The folder is named by what is asked for, not by the plan. Raises what `planned` raises.
+    """
+    folder = checkpoints.folder_of(config, tokenizer)
+    machine.prepare_tracker(config, folder)
+    return planned(config, folder), folder
 
 
 def planned(config: Config, folder: Path | None = None) -> Config:
@@ -22,8 +31,8 @@ def planned(config: Config, folder: Path | None = None) -> Config:
 
     A Config that is off the fast path or names KEPT_LAYERS stays as it is. A run that has
     checkpoints in `folder` goes on as it began, or, in less memory, with the same rows at a time
-    and the same optimizer. A model that is no Llama leaves the fast path. Raises ConfigError when
-    nothing fits: only the model's shape was loaded by then.
+    and the same optimizer. Where the fast path cannot go, FAST_PATH is False in what is returned.
+    Raises ConfigError when nothing fits: only the model's shape was loaded by then.
     """
     several_processes.join(config)
     config = several_processes.for_this_process(config)
@@ -31,15 +40,24 @@ def planned(config: Config, folder: Path | None = None) -> Config:
     config = dataclasses.replace(config, **_same_steps(begun))
     if loading.is_sharded() and config.device != "cpu":
         refuse_without_room(config)
-    if not uses_fast_path(config):
+    if not config.fast_path:
         return config
-    shape = loading.load_shape(config.model_name)
-    if shape.model_type != "llama":
-        print(f"trained without the fast path, which knows no {shape.model_type!r} model")
+    if reason := why_not_fast(config):
+        print(f"trained without the fast path, {reason}")
         return dataclasses.replace(config, fast_path=False)
     if config.kept_layers is not None:
         return config
-    return _fastest(config, shape, begun, folder)
+    return _fastest(config, loading.load_shape(config.model_name), begun, folder)
+
+
+def why_not_fast(config: Config) -> str | None:
+    """Why this machine or model cannot take the fast path, as the end of a sentence."""
+    if config.device == "cpu" or not precision.has_bfloat16(config.device):
+        return "which needs a GPU from Ampere on"
+    if config.keep_in_16bit:
+        return "whose kernels know layers in 4 bits alone (KEEP_IN_16BIT names others)"
+    kind = loading.load_shape(config.model_name).model_type
+    return None if kind == "llama" else f"which knows no {kind!r} model"
 
 
 def _same_steps(begun: dict) -> dict:

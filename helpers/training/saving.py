@@ -1,33 +1,46 @@
-"""Save what was trained: the adapter, the tokenizer, the log, and what is noted of the rows."""
+"""What is saved beside the adapter, and that all of it is there or none."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from helpers.config import Config
 from helpers.data import curation_note
+from helpers.model import loading
 from helpers.runs import folders, inventory
 from helpers.training.callbacks import step_log
-from helpers.training.course_trainer import CourseTrainer
+from helpers.training.safety import Settings, part_of
 from helpers.training.several_processes import wait_for_all
 
 
-def save_adapter(trainer: CourseTrainer, tokenizer, config: Config) -> Path:
-    """Write adapter, tokenizer and training log to run_dir/adapter, whole or not at all.
+@contextlib.contextmanager
+def adapter_folder(trainer, config: Config) -> Iterator[Path]:
+    """A folder for `trainer.save_model`; it becomes run_dir/adapter when `with` ends without error.
 
-    The checkpoints have done their duty then and are removed. Of several processes, the first one
-    does it.
+    It gets the training log, a note of the rows and checksums too. The checkpoints have done their
+    duty then and are removed. Of several processes, the first one does it.
     """
     wait_for_all()  # another may still be reading its best checkpoint
-    weights = whole_adapter(trainer.model)
+    weights = whole_adapter(trainer.model) if loading.is_sharded() else None
     if trainer.is_world_process_zero():
-        with folders.writing_in(config.run_dir):  # no checkpoint that goes is somebody else's
-            _write_adapter(trainer, tokenizer, config, weights)
+        # No checkpoint that goes is somebody else's.
+        with folders.writing_in(config.run_dir), folders.whole_folder(config.adapter_dir) as draft:
+            yield draft
+            if weights is not None:  # of shards, the trainer saves none
+                trainer.model.save_pretrained(draft, state_dict=weights)
+                trainer.processing_class.save_pretrained(draft)
+            _write_notes(trainer, config, draft)
+            inventory.seal(draft)
+        shutil.rmtree(config.checkpoints_dir, ignore_errors=True)
+    else:
+        yield config.adapter_dir
     wait_for_all()
-    return config.adapter_dir
 
 
 def whole_adapter(model) -> dict[str, torch.Tensor]:
@@ -39,19 +52,15 @@ def whole_adapter(model) -> dict[str, torch.Tensor]:
     return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in trained}
 
 
-def _write_adapter(trainer: CourseTrainer, tokenizer, config: Config, weights: dict) -> None:
-    with folders.whole_folder(config.adapter_dir) as draft:
-        trainer.model.save_pretrained(draft, state_dict=weights)
-        tokenizer.save_pretrained(draft)
-        log = {
-            "history": [entry for entry in trainer.state.log_history if "seconds" not in entry],
-            "steps": step_log(trainer),
-            "dataset": trainer.trained_on["dataset"],
-            "recipe": config.recipe,
-        }
-        (draft / inventory.TRAINING_LOG).write_text(
-            json.dumps(log, indent=1, default=float), encoding="utf-8"
-        )
-        curation_note.write_curation(trainer.trained_on["curation"], draft)
-        inventory.seal(draft)
-    shutil.rmtree(config.checkpoints_dir, ignore_errors=True)
+def _write_notes(trainer, config: Config, draft: Path) -> None:
+    made_from = part_of(trainer, Settings)
+    (draft / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nothing here reads
+    log = {
+        "history": [entry for entry in trainer.state.log_history if "seconds" not in entry],
+        "steps": step_log(trainer),
+        "dataset": made_from.dataset_fingerprint,
+        "recipe": config.recipe,
+    }
+    text = json.dumps(log, indent=1, default=float)
+    (draft / inventory.TRAINING_LOG).write_text(text, encoding="utf-8")
+    curation_note.write_curation(made_from.curation, draft)

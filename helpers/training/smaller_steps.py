@@ -31,13 +31,16 @@ class OutOfMemory(RuntimeError):
 
 
 @contextlib.contextmanager
-def out_of_memory_advice(trainer):
-    """Turn torch's error into the next rung of the ladder, with the memory that it saves."""
+def out_of_memory_advice(trainer, made_from):
+    """Turn torch's error into the next rung of the ladder, with the memory that it saves.
+
+    `made_from` is the trainer's `Settings`: see safety.py.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        config, tokenizer = trainer.settings, trainer.processing_class
-        changes = next_rung(config, tokenizer, trainer.dataset)
+        config, dataset, tokenizer = made_from.config, made_from.dataset, trainer.processing_class
+        changes = next_rung(config, tokenizer, dataset)
         if not changes:
             raise OutOfMemory(
                 "the GPU's memory is full, and no shorter MAX_LENGTH keeps half of the rows: lower "
@@ -46,7 +49,7 @@ def out_of_memory_advice(trainer):
             ) from error
         lost = ""
         if "max_length" in changes:
-            lengths = row_lengths(tokenizer, trainer.dataset)
+            lengths = row_lengths(tokenizer, dataset)
             lost = f"leaves out {count_longer(lengths, changes['max_length'])} and "
         saved = memory_saved(config, changes, trainer.model.config) / predict.GIB
         raise OutOfMemory(

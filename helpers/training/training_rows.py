@@ -7,14 +7,12 @@ model not to stop.
 import itertools
 import warnings
 
-import torch
 from datasets import DatasetDict, load_from_disk
 
 from helpers import prompts
 from helpers.config import Config, ConfigError
 from helpers.data import curation_note, dataset_folder
 from helpers.model import loading
-from helpers.prompts import IGNORED_LABEL
 from helpers.runs import inventory
 
 SPLITS = {"train": "training rows", "validation": "validation rows"}
@@ -114,18 +112,3 @@ def count_longer(lengths: dict[str, list[int]], max_length: int) -> str:
         f"{sum(length > max_length for length in lengths[name])} of {len(lengths[name])} {words}"
         for name, words in SPLITS.items()
     )
-
-
-def examples_of(batch: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The ids of each example in a batch that are shown to the model, and those that are graded.
-
-    The examples are padded on the right, or with PACKING laid end to end.
-    """
-    ids, labels = batch["input_ids"], batch["labels"]
-    if "position_ids" not in batch:
-        places = [(row, slice(n)) for row, n in enumerate(batch["attention_mask"].sum(dim=1))]
-    else:
-        used = batch.get("used_tokens", ids.shape[1])  # on the fast path a filling follows
-        starts = (batch["position_ids"][0, :used] == 0).nonzero().flatten().tolist()
-        places = [(0, slice(*ends)) for ends in itertools.pairwise([*starts, used])]
-    return [(ids[at], labels[at][labels[at] != IGNORED_LABEL]) for at in places]

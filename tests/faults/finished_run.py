@@ -5,10 +5,9 @@ import shutil
 from pathlib import Path
 
 from helpers.config import Config
-from helpers.model import loading
 from helpers.runs import inventory
-from helpers.training import building, saving, training_rows
-from tests.notebook_code import curate
+from helpers.training.export import run_cells
+from tests.notebook_code import curate, save_adapter
 
 
 def make_run(model_dir: Path, tokenizer, run_dir: Path, **changes) -> Config:
@@ -17,9 +16,7 @@ def make_run(model_dir: Path, tokenizer, run_dir: Path, **changes) -> Config:
         "smoke", model_name=str(model_dir), run_dir=run_dir, lora_r=4, max_steps=4, **changes
     )
     curate(config)
-    dataset = training_rows.load_dataset(config)
-    trainer = building.build_trainer(config, loading.load_model(config), tokenizer, dataset)
-    saving.save_adapter(trainer, tokenizer, config)
+    save_adapter(run_cells(config, "trainer")["trainer"], config)
     inventory.record_metrics(config, "04", {"eval_loss_before": 2.5, "eval_loss_after": 1.5})
     inventory.record_metrics(config, "05", {"eval_loss_merged": 1.6})
     return config

@@ -13,12 +13,11 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from helpers.config import Config
 from helpers.model import embedded, loading
 from helpers.runs import inventory, lessons, recording
-from helpers.training import running, saving, trl_settings
 from tests.faults.staging import (
     die_at,
     first_of_each,
@@ -30,7 +29,7 @@ from tests.faults.staging import (
     write_notebook,
 )
 from tests.faults.train_tiny import build, tiny_config
-from tests.notebook_code import curate, merge, save_merged
+from tests.notebook_code import curate, fine_tune, merge, save_adapter, save_merged
 
 
 def kill_everywhere(tmp_path, template, watched, job, *arguments, check):
@@ -114,8 +113,8 @@ def test_curation(tmp_path, questions):
 
 def training_job(folder, model, seed=42):
     config = tiny_config(folder, model, max_steps=2, save_steps=2, eval_steps=2, seed=seed)
-    trainer, _ = running.fine_tune(build(config))
-    saving.save_adapter(trainer, trainer.processing_class, config)
+    trainer, _ = fine_tune(build(config))
+    save_adapter(trainer, config)
 
 
 @pytest.mark.slow
@@ -150,8 +149,7 @@ def with_adapter(tmp_path, tiny_model_dir):
     config = Config.from_profile("smoke", model_name=str(tiny_model_dir), run_dir=template)
     for seed in (1, 2):
         torch.manual_seed(seed)
-        settings = trl_settings.lora_config(config)
-        settings.init_lora_weights = False
+        settings = LoraConfig(target_modules=list(config.target_modules), init_lora_weights=False)
         adapted = get_peft_model(loading.load_model(config, quantized=False), settings)
         adapted.save_pretrained(config.adapter_dir)
         if seed == 1:

@@ -14,7 +14,6 @@ import pytest
 from helpers.config import PROJECT_DIR
 from helpers.model import loading
 from helpers.runs import folders
-from helpers.training import running, saving
 from tests.faults.staging import (
     folder_hashes,
     left_over,
@@ -24,7 +23,7 @@ from tests.faults.staging import (
 )
 from tests.faults.test_training import start
 from tests.faults.train_tiny import build, tiny_config, write_dataset
-from tests.notebook_code import curate, save_merged
+from tests.notebook_code import curate, fine_tune, save_adapter, save_merged
 
 HOLD = """
 import sys, time
@@ -105,12 +104,11 @@ def curates(config):
 
 
 def trains(config):
-    running.fine_tune(build(config))
+    fine_tune(build(config))
 
 
 def saves_an_adapter(config):
-    trainer = build(config)
-    saving.save_adapter(trainer, trainer.processing_class, config)
+    save_adapter(build(config), config)
 
 
 def merges(config):

@@ -288,7 +288,7 @@ def test_it_holds_what_each_notebook_ran_with(stage):
     assert "CPU cores" in record["environment"]["hardware"]
     assert record["versions"]["torch"].startswith("2.") and "trl" in record["versions"]
     assert record["read"].keys() >= {
-        *("notebooks/01_one.ipynb", "notebooks/04_four.ipynb", "helpers/training/running.py"),
+        *("notebooks/01_one.ipynb", "notebooks/04_four.ipynb", "helpers/training/safety.py"),
         *("dataset/train/data.arrow", "MODEL_NAME/model.safetensors"),
     }
     assert record["wrote"].keys() == {

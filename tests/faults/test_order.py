@@ -11,6 +11,7 @@ import papermill
 import pytest
 from nbformat.v4 import new_code_cell
 from papermill.exceptions import PapermillExecutionError
+from peft import LoraConfig, get_peft_model
 
 from helpers.merging import merging
 from helpers.model import loading
@@ -146,11 +147,7 @@ def test_the_cell_that_wraps_the_model_cannot_run_twice(execute, straight, run_d
 
 
 def test_no_adapter_is_loaded_onto_another(tiny_config, tiny_model_dir):
-    from peft import get_peft_model
-
-    from helpers.training.trl_settings import lora_config
-
-    adapted = get_peft_model(loading.load_model(tiny_config), lora_config(tiny_config))
+    adapted = get_peft_model(loading.load_model(tiny_config), LoraConfig(target_modules=["q_proj"]))
     adapted.save_pretrained(tiny_config.adapter_dir)
     with pytest.raises(ValueError, match="the model carries an adapter already, or one is merged"):
         merging.load_tuned(tiny_config, adapted)
@@ -168,7 +165,7 @@ def test_no_adapter_is_loaded_onto_another(tiny_config, tiny_model_dir):
     ("number", "last", "artefact"),
     [
         ("02", "curate(", "dataset"),
-        ("04", "running.fine_tune(", "adapter"),
+        ("04", "trainer.train(", "adapter"),
         ("05", "merging.saving(", "merged"),
     ],
 )
@@ -185,7 +182,7 @@ def test_from_the_start_after_a_stop_half_way_gives_the_same(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "middle"), [("04", "saving.save_adapter("), ("05", "merging.saving(")]
+    ("number", "middle"), [("04", "trainer.save_model("), ("05", "merging.saving(")]
 )
 def test_on_from_the_middle_in_a_fresh_kernel_stops_and_loses_nothing(
     execute, straight, run_dir, number, middle

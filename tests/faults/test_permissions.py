@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from helpers.merging import export
 from helpers.model import loading
 from helpers.runs import folders
-from helpers.training import building, running, training_rows
 from tests.faults.finished_run import make_run
 from tests.faults.staging import record_cell, run_notebooks, start, write_notebook
-from tests.notebook_code import merge, save_merged
+from tests.faults.train_tiny import build
+from tests.notebook_code import fine_tune, merge, save_merged
 
 UMASKS = pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
 
@@ -36,9 +36,7 @@ def every_artefact(umask, model_dir, run_dir):
     config = make_run(model_dir, tokenizer, run_dir)
     save_merged(merge(config, "16bit"), tokenizer, config)
     export.export_gguf(config)
-    dataset = training_rows.load_dataset(config)
-    trainer = building.build_trainer(config, loading.load_model(config), tokenizer, dataset)
-    running.fine_tune(trainer)
+    fine_tune(build(config))
 
 
 @UMASKS

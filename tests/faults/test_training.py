@@ -12,6 +12,7 @@ import time
 from collections import namedtuple
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,16 +23,10 @@ from helpers.data import dataset_folder
 from helpers.model import loading
 from helpers.runs import inventory
 from helpers.runs.folders import DiskFull
-from helpers.training import (
-    callbacks,
-    checkpoints,
-    running,
-    saving,
-    smaller_steps,
-    trl_settings,
-)
+from helpers.training import callbacks, checkpoints, smaller_steps
 from helpers.view import live_chart
 from tests.faults.train_tiny import build, outcome, tiny_config, write_dataset
+from tests.notebook_code import fine_tune, save_adapter
 
 KILLS = 10
 
@@ -42,7 +37,7 @@ def config(tmp_path, tiny_model_dir):
 
 
 def finish(config):
-    trainer, metrics = running.fine_tune(build(config))
+    trainer, metrics = fine_tune(build(config))
     return outcome(trainer), metrics
 
 
@@ -61,7 +56,7 @@ def interrupt(config, after):
     trainer = build(config)
     trainer.add_callback(StopAfter(after))
     with pytest.raises(InterruptedError):
-        running.fine_tune(trainer)
+        fine_tune(trainer)
 
 
 @pytest.mark.parametrize("after", [1, 3, 5])
@@ -145,7 +140,7 @@ def test_a_disk_without_room_is_named_before_a_checkpoint_is_written(config, mon
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     with pytest.raises(DiskFull, match="the next checkpoint needs .* MB .* are free: make room"):
-        running.fine_tune(trainer)
+        fine_tune(trainer)
     monkeypatch.undo()
     assert checkpoints.latest(folder) == folder / "checkpoint-2"
     resumed, _ = finish(config)
@@ -167,7 +162,7 @@ def test_a_signal_stops_at_a_step_edge_with_a_checkpoint(config, number):
     with pytest.raises(
         KeyboardInterrupt, match=f"{number.name} ended training after step 3.*again"
     ):
-        running.fine_tune(trainer)
+        fine_tune(trainer)
     assert signal.getsignal(number) is before
     assert checkpoints.latest(Path(trainer.args.output_dir)).name == "checkpoint-3"
     resumed, _ = finish(config)
@@ -176,7 +171,7 @@ def test_a_signal_stops_at_a_step_edge_with_a_checkpoint(config, number):
 
 @pytest.mark.parametrize(("loss", "stops"), [(1.0, False), (4.9, False), (5.1, True)])
 def test_a_loss_that_explodes_stops_the_run_and_names_the_cause(config, loss, stops):
-    arguments = trl_settings.sft_config(dataclasses.replace(config, learning_rate=0.5))
+    arguments = SimpleNamespace(learning_rate=0.5, fp16=False, output_dir="checkpoints")
     state = TrainerState(global_step=7, log_history=[{"loss": 2.0}, {"eval_loss": 9.0}])
     expected = pytest.raises(
         callbacks.TrainingDiverged,
@@ -213,7 +208,7 @@ def test_a_full_gpu_is_answered_with_the_next_rung(config, monkeypatch, changes,
 
     monkeypatch.setattr(trainer, "train", full)
     with pytest.raises(smaller_steps.OutOfMemory, match=f"set {advice}.* saves about .* GiB"):
-        running.fine_tune(trainer)
+        fine_tune(trainer)
 
 
 @pytest.mark.parametrize("batch", range(1, 65))
@@ -259,7 +254,7 @@ def test_a_run_may_take_the_rungs_by_itself(config, monkeypatch, capsys):
     small = dataclasses.replace(config, fit_to_memory=True, per_device_train_batch_size=4)
     first = build(small)
     view = live_chart.chart(first)
-    trainer, metrics = running.fine_tune(first)
+    trainer, metrics = fine_tune(first)
     assert f"step {small.max_steps} of {small.max_steps}" in view.value  # it follows the last one
     assert list(dict.fromkeys(card.asked)) == [
         (False, 4, 1),
@@ -300,8 +295,8 @@ def test_a_cell_that_took_rungs_and_was_stopped_goes_on_in_their_folder(config, 
     trainer = build(config)
     send_in_step(trainer, 2)
     with pytest.raises(KeyboardInterrupt):
-        running.fine_tune(trainer)
-    trainer, _ = running.fine_tune(trainer)
+        fine_tune(trainer)
+    trainer, _ = fine_tune(trainer)
     assert outcome(trainer) == whole
 
 
@@ -343,8 +338,8 @@ def test_after_ctrl_c_the_same_cell_goes_on_to_the_end(config):
     trainer = build(config)
     send_in_step(trainer, 2)
     with pytest.raises(KeyboardInterrupt):
-        running.fine_tune(trainer)
-    trainer, metrics = running.fine_tune(trainer)
+        fine_tune(trainer)
+    trainer, metrics = fine_tune(trainer)
     assert same((outcome(trainer), metrics), whole)
 
 
@@ -356,16 +351,16 @@ def test_after_an_error_the_same_cell_does_not_begin_with_what_was_learnt(config
     trainer = build(config)
     trainer.add_callback(StopAfter(after))
     with pytest.raises(InterruptedError):
-        running.fine_tune(trainer)
+        fine_tune(trainer)
     trainer.remove_callback(StopAfter)
-    trainer, metrics = running.fine_tune(trainer)
+    trainer, metrics = fine_tune(trainer)
     assert same((outcome(trainer), metrics), whole)
 
 
 def test_a_run_that_is_over_is_the_same_when_its_cell_runs_again(config):
-    trainer, metrics = running.fine_tune(build(config))
+    trainer, metrics = fine_tune(build(config))
     first = (outcome(trainer), metrics)
-    trainer, metrics = running.fine_tune(trainer)
+    trainer, metrics = fine_tune(trainer)
     assert same((outcome(trainer), metrics), first)
 
 
@@ -375,7 +370,7 @@ def test_a_run_that_is_over_is_the_same_when_its_cell_runs_again(config):
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_every_step_keeps_its_seconds_and_its_tokens_through_a_resume(config, how):
     config = dataclasses.replace(config, log_steps=4, max_steps=7)
-    trainer, _ = running.fine_tune(build(config))
+    trainer, _ = fine_tune(build(config))
     losses = outcome(trainer)["losses"]
     tokens = [step["tokens"] for step in callbacks.step_log(trainer)]
     assert len(tokens) == 7 and min(tokens) > 0
@@ -386,8 +381,8 @@ def test_every_step_keeps_its_seconds_and_its_tokens_through_a_resume(config, ho
         trainer = build(config)
         send_in_step(trainer, 5)
         with pytest.raises(KeyboardInterrupt):
-            running.fine_tune(trainer)
-    trainer, metrics = running.fine_tune(build(config))
+            fine_tune(trainer)
+    trainer, metrics = fine_tune(build(config))
     steps = callbacks.step_log(trainer)
     assert [step["tokens"] for step in steps] == tokens
     assert outcome(trainer)["losses"] == losses and [step for step, _ in losses] == [2, 4, 6, 7]
@@ -397,7 +392,7 @@ def test_every_step_keeps_its_seconds_and_its_tokens_through_a_resume(config, ho
 
 def test_the_tokens_of_a_step_are_those_of_its_rows(config):
     trainer = build(dataclasses.replace(config, grad_acc_steps=2, max_steps=3))
-    running.fine_tune(trainer)
+    fine_tune(trainer)
     rows = trainer.train_dataset["input_ids"]
     longest, shortest = max(map(len, rows)), min(map(len, rows))
     for step in callbacks.step_log(trainer):
@@ -406,7 +401,7 @@ def test_the_tokens_of_a_step_are_those_of_its_rows(config):
 
 def test_fewer_steps_than_a_log_line_takes_are_trained_and_measured(config):
     config = dataclasses.replace(config, max_steps=3, log_steps=5, eval_steps=5, save_steps=5)
-    first = trainer, metrics = running.fine_tune(build(config))
+    first = trainer, metrics = fine_tune(build(config))
     assert metrics["train_tokens_per_second"] > 0
     history = trainer.state.log_history
     assert [entry["step"] for entry in history if "loss" in entry] == [3]
@@ -419,7 +414,7 @@ def test_the_loss_after_is_that_of_the_adapter_which_is_kept(config):
     """Here the best evaluation is of a step without a checkpoint."""
     wild = {"learning_rate": 0.05, "scheduler_type": "constant", "max_grad_norm": 100.0}
     steps = {"save_steps": 6, "eval_steps": 1, "log_steps": 50, "max_steps": 7}
-    trainer, metrics = running.fine_tune(build(dataclasses.replace(config, **wild, **steps)))
+    trainer, metrics = fine_tune(build(dataclasses.replace(config, **wild, **steps)))
     assert trainer.state.best_global_step not in (6, 7)
     assert metrics["eval_loss_after"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
 
@@ -447,16 +442,16 @@ def test_what_training_does_not_depend_on_changes_nothing(config):
             begun.append(state.global_step)
 
     trainer.add_callback(Note())
-    running.fine_tune(trainer)
+    fine_tune(trainer)
     assert begun[0] == 4
 
 
 def test_the_log_names_the_data_that_was_trained_on(config):
-    trainer, _ = running.fine_tune(build(config))
+    trainer, _ = fine_tune(build(config))
     trained_on = dataset_folder.dataset_fingerprint(config)
     shutil.rmtree(config.dataset_dir)
     write_dataset(config, rows=30)
-    saving.save_adapter(trainer, trainer.processing_class, config)
+    save_adapter(trainer, config)
     log = json.loads((config.adapter_dir / inventory.TRAINING_LOG).read_text(encoding="utf-8"))
     assert log["dataset"] == trained_on != dataset_folder.dataset_fingerprint(config)
 

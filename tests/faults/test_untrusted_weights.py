@@ -15,8 +15,9 @@ from helpers.config import PROJECT_DIR
 from helpers.merging import adapter_folder, merging
 from helpers.model import loading
 from helpers.runs.inventory import ArtefactError
-from helpers.training import building, checkpoints, training_rows
+from helpers.training import checkpoints
 from tests.faults.finished_run import contents, copy_run, make_run
+from tests.faults.train_tiny import build
 from tests.notebook_code import NOTEBOOKS, notebook_source
 
 # Calls that run what a file says, and the keyword that lets transformers do it.
@@ -145,9 +146,7 @@ def test_an_adapter_with_a_pickle_beside_it_loads_without_it(config, canary):
 def checkpoint(finished, tokenizer):
     """The folder of a checkpoint after two steps."""
     config = dataclasses.replace(finished, max_steps=2)
-    trainer = building.build_trainer(
-        config, loading.load_model(config), tokenizer, training_rows.load_dataset(config)
-    )
+    trainer = build(config)
     trainer.train()
     return checkpoints.latest(Path(trainer.args.output_dir))
 
@@ -159,9 +158,7 @@ def test_a_payload_in_a_checkpoint_does_not_run(finished, checkpoint, tokenizer,
     config = dataclasses.replace(finished, max_steps=2)
     whole = contents(checkpoint)
     torch.save({"state": Payload(canary)}, checkpoint / name)
-    trainer = building.build_trainer(
-        config, loading.load_model(config), tokenizer, training_rows.load_dataset(config)
-    )
+    trainer = build(config)
     try:
         if name == "training_args.bin":  # nothing reads it
             trainer.train(resume_from_checkpoint=str(checkpoint))

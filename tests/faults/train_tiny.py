@@ -13,8 +13,9 @@ from datasets import Dataset, DatasetDict
 
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
-from helpers.model import loading
-from helpers.training import building, callbacks, running, training_rows
+from helpers.training import callbacks
+from helpers.training.export import run_cells
+from tests.notebook_code import fine_tune
 
 
 def tiny_config(run_dir: Path, model_dir: Path, **changes) -> Config:
@@ -58,12 +59,11 @@ def write_dataset(config: Config, rows: int = 40, held_out: int = 4) -> None:
     DatasetDict(splits).save_to_disk(config.dataset_dir)
 
 
-def build(config: Config):
-    tokenizer = loading.load_tokenizer(config.model_name)
+def build(config: Config, **given):
+    """The trainer that notebook 04's cells make."""
     if not config.dataset_dir.exists():
         write_dataset(config)
-    dataset = training_rows.load_dataset(config)
-    return building.build_trainer(config, loading.load_model(config), tokenizer, dataset)
+    return run_cells(config, "trainer", **given)["trainer"]
 
 
 def outcome(trainer) -> dict:
@@ -84,5 +84,5 @@ if __name__ == "__main__":
     run_dir, model_dir, *changes = sys.argv[1:]
     settings = {name: json.loads(value) for name, value in (text.split("=") for text in changes)}
     trainer = build(tiny_config(Path(run_dir), Path(model_dir), **settings))
-    running.fine_tune(trainer)
+    fine_tune(trainer)
     print(json.dumps(outcome(trainer)))

@@ -41,8 +41,17 @@ def with_trl(model):
 
 def with_ours(model):
     model = with_trl(model)
-    answer_head.score_answers_alone(model)
+    model.way = answer_head.answers_scored_alone(model)  # which ends with the model
+    model.way.__enter__()
     return model
+
+
+def test_the_way_of_trl_is_given_back(plain, batch):
+    model = with_trl(plain)
+    before = model.forward
+    with answer_head.answers_scored_alone(model):
+        assert model.forward is not before
+    assert model.forward is before
 
 
 def scores_and_gradient(model, batch):

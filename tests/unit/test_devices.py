@@ -6,12 +6,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from transformers import TrainerControl, TrainerState
+from trl import SFTConfig
 
 from helpers.config import Config
 from helpers.merging import merging
 from helpers.model import architecture, embedded, loading, measure, precision, predict
 from helpers.runs import environment
-from helpers.training import callbacks, decorators, planning, trl_settings
+from helpers.training import callbacks, decorators, machine, planning
 
 SECOND = {"": 1}
 ANSWERS = {
@@ -83,7 +84,7 @@ QUESTIONS = {
     "number format": lambda config: precision.compute_dtype(
         Config.from_profile("demo", device_map=config.device_map)
     ),
-    "fast path": trl_settings.uses_fast_path,
+    "fast path": planning.why_not_fast,
     "room for a plan": lambda config: planning.rooms(config, architecture.llama2_config("7B")),
     "room in shards": planning.refuse_without_room,
     "room for a merge": lambda config: merging.with_room(config, 1),
@@ -121,7 +122,9 @@ def test_every_kind_of_gpu_is_named(monkeypatch, names, shown):
 @pytest.mark.parametrize("place", [1, "cuda:1"])
 def test_a_trainer_is_on_the_gpu_of_its_model(gpus, tmp_path, place):
     """Kernels, streams and a recorded step are those of the current GPU."""
-    arguments = trl_settings.sft_config(config_on(place), tmp_path)
+    config = config_on(place)
+    arguments = SFTConfig(str(tmp_path), **machine.for_this_machine(config))
+    machine.on_one_device(arguments, config)
     assert arguments.device == torch.device("cuda:1") and arguments.n_gpu == 1
     assert arguments.distributed_state.device == torch.device("cuda:1")
     assert gpus.current == 1

@@ -17,17 +17,10 @@ from trl import SFTConfig
 
 from helpers.config import PROJECT_DIR, Config, ConfigError
 from helpers.merging import adapter_folder
-from helpers.model import architecture, loading, measure, predict
+from helpers.model import architecture, measure, predict
 from helpers.runs import inventory
-from helpers.training import (
-    building,
-    checkpoints,
-    planning,
-    several_processes,
-    training_rows,
-    trl_settings,
-)
-from helpers.training.export import export_training
+from helpers.training import checkpoints, machine, planning, several_processes
+from helpers.training.export import export_training, run_cells
 from tests.faults.train_tiny import parameters_of, tiny_config, write_dataset
 
 CONFIG_FILE = PROJECT_DIR / "accelerate" / "ddp_cpu.yaml"
@@ -145,7 +138,9 @@ def test_two_gpus_learnt_what_one_learnt():
 
 def test_several_gpus_in_sight_do_not_split_the_batch(tmp_path, tiny_model_dir, monkeypatch):
     monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda arguments: 2))
-    assert trl_settings.sft_config(tiny_config(tmp_path, tiny_model_dir))._n_gpu == 1
+    config = tiny_config(tmp_path, tiny_model_dir)
+    arguments = SFTConfig(str(tmp_path), **machine.for_this_machine(config))
+    assert machine.on_one_device(arguments, config)._n_gpu == 1
 
 
 def test_under_fsdp_packed_bytes_pass_for_numbers(tmp_path, tiny_model_dir, monkeypatch):
@@ -153,10 +148,9 @@ def test_under_fsdp_packed_bytes_pass_for_numbers(tmp_path, tiny_model_dir, monk
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     config = tiny_config(tmp_path, tiny_model_dir, use_4bit=True)
     write_dataset(config, rows=8, held_out=2)
-    model, dataset = loading.load_model(config), training_rows.load_dataset(config)
-    layer = model.model.layers[0].mlp.up_proj
+    names = run_cells(config, "trainer")
+    layer = names["trainer"].model.get_base_model().model.layers[0].mlp.up_proj
     assert layer.weight.dtype == layer.compute_dtype == torch.float32
-    building.build_trainer(config, model, loading.load_tokenizer(config.model_name), dataset)
 
 
 def test_the_fsdp_file_wraps_the_layers_of_a_llama():

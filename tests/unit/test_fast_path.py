@@ -15,12 +15,14 @@ from transformers import Qwen2Config, TrainerState
 
 from helpers.config import PROBLEMS_FILE, Config, ConfigError
 from helpers.data.sources import SAMPLE_DIR
-from helpers.model import architecture, loading, measure, predict
+from helpers.model import architecture, loading, measure, precision, predict
 from helpers.model.steps import Run
 from helpers.runs import inventory
-from helpers.training import building, checkpoints, planning, running, trl_settings
+from helpers.training import checkpoints, machine, planning, safety
+from helpers.training.export import run_cells
 from helpers.training.fast import fast_path, kernels
-from tests.conftest import fill_adapters, relative_error
+from tests.conftest import fill_adapters, lora_of, relative_error
+from tests.faults.train_tiny import write_dataset
 
 ROWS = [[5 + row] * (8 + 3 * row) for row in range(6)]
 
@@ -100,7 +102,8 @@ def build(config, texts=None):
     rows = [tokenizer(text)["input_ids"][: config.max_length] for text in texts]
     data = Dataset.from_dict({"input_ids": rows, "labels": [[-100, *row[1:]] for row in rows]})
     splits = {"train": data, "validation": data.select(range(8))}
-    trainer = building.build_trainer(config, loading.load_model(config), tokenizer, splits)
+    write_dataset(config, rows=8, held_out=2)  # in whose place come these
+    trainer = run_cells(config, "trainer", dataset=splits)["trainer"]
     fill_adapters(trainer.model)
     return trainer
 
@@ -129,7 +132,7 @@ def one_step(tmp_path, fast: bool, **changes):
     trainer = build(tiny_config(tmp_path, fast_path=fast, **GPU, **changes))
     batch = next(iter(trainer.get_train_dataloader()))
     count = (batch["labels"][..., 1:] != -100).sum()
-    with running.kernels(trainer):
+    with safety.kernels(trainer):
         loss = trainer.training_step(trainer.model, dict(batch), count)
         if fast:  # the first call recorded; a replay is what trains
             trainer.model.zero_grad()
@@ -142,7 +145,7 @@ def planned(tmp_path, monkeypatch, gib, host_gib=0, folder=None, **changes):
     """`planning.planned` of a Llama 2 7B with `gib` of a GPU; loading a weight is an error."""
     free = Mock(available=host_gib * predict.GIB)
     monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: free)
-    monkeypatch.setattr(fast_path, "is_supported", lambda device: True)
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
     monkeypatch.setattr(measure, "torch_bytes", lambda device: round(gib * predict.GIB))
     monkeypatch.setattr(loading, "load_model", None)
     architecture.llama2_config("7B").save_pretrained(tmp_path)
@@ -223,7 +226,7 @@ def test_a_run_that_does_not_fit_any_more_is_kept_and_told(tmp_path, monkeypatch
 
 def test_a_run_goes_on_with_its_rows_where_there_is_no_fast_path(tmp_path, monkeypatch):
     small = planned(tmp_path, monkeypatch, 10)
-    monkeypatch.setattr(fast_path, "is_supported", lambda device: False)
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
     asked = Config.from_profile("llama2_7b", model_name=str(tmp_path), run_dir=tmp_path)
     assert (asked.per_device_train_batch_size, small.per_device_train_batch_size) == (8, 4)
     found = planning.planned(asked, begun(tmp_path, small))
@@ -246,10 +249,10 @@ def test_a_card_that_is_too_small_is_refused_before_the_weights(tmp_path, monkey
 
 
 def test_a_model_that_is_no_llama_leaves_the_fast_path(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fast_path, "is_supported", lambda device: True)
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
     Qwen2Config().save_pretrained(tmp_path)
     config = Config.from_profile("llama2_7b", model_name=str(tmp_path), run_dir=tmp_path / "run")
-    assert not trl_settings.uses_fast_path(planning.planned(config))
+    assert not planning.planned(config).fast_path
     assert "without the fast path, which knows no 'qwen2' model" in capsys.readouterr().out
 
 
@@ -262,7 +265,7 @@ def test_the_loss_of_a_packed_row_is_that_of_the_model(tmp_path, tiny_model_dir,
     monkeypatch.setattr(kernels, "compiled", lambda function: function)
     monkeypatch.setattr(kernels, "LOSS_CHUNK", 5)
     config = tiny_config(tmp_path, model_name=str(tiny_model_dir))
-    model = get_peft_model(loading.load_model(config), trl_settings.lora_config(config)).eval()
+    model = get_peft_model(loading.load_model(config), lora_of(config)).eval()
     ids = torch.arange(5, 28)[None]
     labels = torch.where(ids % 4 > 0, ids, -100)
     with torch.no_grad():
@@ -310,7 +313,7 @@ def packed(tmp_path, tiny_model_dir, monkeypatch):
     config = tiny_config(
         tmp_path, model_name=str(tiny_model_dir), bnb_4bit_compute_dtype="float32", bf16=False
     )
-    model = get_peft_model(loading.load_model(config), trl_settings.lora_config(config)).float()
+    model = get_peft_model(loading.load_model(config), lora_of(config)).float()
     fill_adapters(model)
     rows = [torch.randint(5, 100, (len(row),)).tolist() for row in ROWS]
     batch = collator(tokens=256, longest=64)(examples(rows))
@@ -320,7 +323,7 @@ def packed(tmp_path, tiny_model_dir, monkeypatch):
 
 
 def checkpointed(model):
-    getattr(model, f"{trl_settings.CHECKPOINTING}_enable")({"use_reentrant": False})
+    getattr(model, f"{machine.CHECKPOINTING}_enable")({"use_reentrant": False})
 
 
 @pytest.mark.parametrize("kept_layers", [None, 0, 1, 2], ids="{} kept".format)
@@ -396,7 +399,7 @@ def test_one_step_is_as_near_to_float32_as_trls_own(tmp_path, way):
 def test_rows_of_a_packed_batch_do_not_see_each_other(tmp_path):
     trainer = build(tiny_config(tmp_path, fast_path=True, **GPU))
     hidden = {}
-    with running.kernels(trainer), torch.no_grad():
+    with safety.kernels(trainer), torch.no_grad():
         for name, rows in (("alone", ROWS[-1:]), ("after others", [*ROWS])):
             batch = collator(tokens=512, longest=64)(examples(rows))
             batch.pop("used_tokens"), batch.pop("labels")
@@ -415,7 +418,7 @@ def test_training_goes_as_with_trls_own_step(tmp_path):
     for fast in (True, False):
         settings = {"learning_rate": 1e-3, "max_steps": STEPS, "max_length": 256, **GPU}
         trainer = build(tiny_config(tmp_path, fast_path=fast, **settings), texts)
-        with running.kernels(trainer):
+        with safety.kernels(trainer):
             trainer.train()
         losses[fast] = [e["loss"] for e in trainer.state.log_history if "loss" in e]
     ours, trls = (np.array(losses[fast]).reshape(-1, 10).mean(axis=1) for fast in (True, False))

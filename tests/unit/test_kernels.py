@@ -15,9 +15,8 @@ from peft.tuners.lora.bnb import Linear4bit
 
 from helpers.config import ALL_LINEAR_TARGETS, ATTENTION_TARGETS, Config
 from helpers.model import loading
-from helpers.training import trl_settings
 from helpers.training.fast import fast_path, kernels
-from tests.conftest import fill_adapters, relative_error
+from tests.conftest import fill_adapters, lora_of, relative_error
 from tests.walking import save_random_model
 
 
@@ -36,7 +35,7 @@ def make_layer(tiny_model_dir, tmp_path):
             "demo", model_name=str(tiny_model_dir), run_dir=tmp_path, bnb_4bit_compute_dtype=dtype,
             bf16=dtype == "bfloat16", **changes,
         )  # fmt: skip
-        model = get_peft_model(loading.load_model(config), trl_settings.lora_config(config))
+        model = get_peft_model(loading.load_model(config), lora_of(config))
         model.to(getattr(torch, dtype))
         fill_adapters(model)
         return model.get_base_model().model.layers[0]
@@ -148,7 +147,7 @@ def test_a_bias_of_the_base_layer_is_not_lost(tokenizer, tmp_path):
     for name, parameter in base.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
-    model = get_peft_model(base, trl_settings.lora_config(config))
+    model = get_peft_model(base, lora_of(config))
     fill_adapters(model)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():

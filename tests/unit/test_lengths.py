@@ -10,8 +10,9 @@ from trl import SFTTrainer
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
 from helpers.model import loading
-from helpers.training import building, running, smaller_steps, training_rows
-from tests.faults.train_tiny import tiny_config
+from helpers.training import smaller_steps, training_rows
+from tests.faults.train_tiny import build, tiny_config
+from tests.notebook_code import examples_of, fine_tune
 
 ROWS, HELD_OUT = 16, 4
 
@@ -42,7 +43,7 @@ def length(number: int, tokenizer) -> int:
 
 def graded_by(loader) -> list[list[int]]:
     """The tokens on which the loss falls, of every row that a loader gives."""
-    return [graded.tolist() for batch in loader for _, graded in training_rows.examples_of(batch)]
+    return [graded.tolist() for batch in loader for _, graded in examples_of(batch)]
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
@@ -50,8 +51,7 @@ def graded_by(loader) -> list[list[int]]:
 def test_every_row_that_trains_keeps_its_end(config, tokenizer, capsys, packing, completion_only):
     changes = {"packing": packing, "completion_only_loss": completion_only}
     config = dataclasses.replace(config, max_length=length(9, tokenizer), **changes)
-    dataset = training_rows.load_dataset(config, tokenizer)
-    trainer = building.build_trainer(config, loading.load_model(config), tokenizer, dataset)
+    trainer = build(config)
     said = capsys.readouterr().out
     assert (
         f"MAX_LENGTH = {config.max_length}: 6 of 16 training rows and 1 of 4 validation rows are "
@@ -141,9 +141,7 @@ def small_trainer(config, tokenizer, **changes):
     """One that has no rung left but the length."""
     smallest = {"activation_checkpointing": True, "per_device_train_batch_size": 1, **changes}
     config = dataclasses.replace(config, **smallest)
-    return building.build_trainer(
-        config, loading.load_model(config), tokenizer, training_rows.load_dataset(config)
-    )
+    return build(config, dataset=training_rows.load_dataset(config))
 
 
 def test_the_rung_that_lowers_the_length_says_what_it_loses(config, tokenizer, monkeypatch):
@@ -154,7 +152,7 @@ def test_the_rung_that_lowers_the_length_says_what_it_loses(config, tokenizer, m
         match=f"set MAX_LENGTH = {median}, which leaves out 8 of 16 training rows and 2 of 4 "
         "validation rows and saves about .* GiB",
     ):
-        running.fine_tune(trainer)
+        fine_tune(trainer)
 
 
 def test_where_a_shorter_length_loses_little_it_is_halved(config, tokenizer, monkeypatch):
@@ -177,7 +175,7 @@ def test_a_ladder_ends_before_most_rows_are_lost(config, tokenizer, monkeypatch,
         smaller_steps.OutOfMemory,
         match="no shorter MAX_LENGTH keeps half of the rows: lower LORA_R",
     ):
-        running.fine_tune(trainer)
+        fine_tune(trainer)
     said = capsys.readouterr().out
     median = length(7, tokenizer)
     assert (

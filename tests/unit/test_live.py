@@ -6,10 +6,9 @@ import matplotlib.pyplot as plt
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from helpers.model import loading
-from helpers.training import building, running, training_rows
 from helpers.view import live_chart
-from tests.faults.train_tiny import write_dataset
+from tests.faults.train_tiny import build, write_dataset
+from tests.notebook_code import fine_tune
 
 PNG_AS_DATA = 'src="data:image/png;base64,iVBORw0KGgo'
 
@@ -89,14 +88,9 @@ def test_speed_is_that_of_the_steps_since_the_log_line_before():
 
 def test_training_feeds_the_chart_and_still_prints_its_lines(tiny_config, tokenizer, capsys):
     write_dataset(tiny_config, rows=8, held_out=2)
-    trainer = building.build_trainer(
-        tiny_config,
-        loading.load_model(tiny_config),
-        tokenizer,
-        training_rows.load_dataset(tiny_config),
-    )
+    trainer = build(tiny_config)
     view = live_chart.chart(trainer)
     assert "img" not in view.value
-    running.fine_tune(trainer)
+    fine_tune(trainer)
     assert "step 2 of 2" in view.value and "speed" in view.value and "done" in view.value
     assert "step    2/2   loss" in capsys.readouterr().out

@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import nbformat
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -22,20 +21,19 @@ from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
 from helpers.merging import adapter_folder, comparison, merging
 from helpers.model import architecture, embedded, loading, measure, precision
 from helpers.runs import inventory
-from helpers.training import (
-    building,
-    callbacks,
-    checkpoints,
-    planning,
-    running,
-    saving,
-    training_rows,
-    trl_settings,
-)
+from helpers.training import callbacks, checkpoints, machine, planning, safety, training_rows
 from helpers.training.fast import fast_path
 from tests.conftest import fill_adapters, relative_error
-from tests.faults.train_tiny import write_dataset
-from tests.notebook_code import definitions_from, merge, notebook_path, save_merged
+from tests.faults.train_tiny import build, write_dataset
+from tests.notebook_code import (
+    cell_source,
+    definitions_from,
+    examples_of,
+    fine_tune,
+    merge,
+    save_adapter,
+    save_merged,
+)
 
 
 @pytest.fixture
@@ -52,20 +50,15 @@ def config(tiny_model_dir, tmp_path):
     return config
 
 
-def trainer_for(config, tokenizer):
-    model = loading.load_model(config)
-    return building.build_trainer(config, model, tokenizer, training_rows.load_dataset(config))
-
-
 @pytest.fixture
 def trained(config, tokenizer):
-    trainer, metrics = running.fine_tune(trainer_for(config, tokenizer))
-    saving.save_adapter(trainer, tokenizer, config)
+    trainer, metrics = fine_tune(build(config))
+    save_adapter(trainer, config)
     return trainer, metrics
 
 
 def test_only_the_adapter_is_trained_and_its_size_is_predicted(config, tokenizer):
-    trainer = trainer_for(config, tokenizer)
+    trainer = build(config)
     named = [(n, p) for n, p in trainer.model.named_parameters() if p.requires_grad]
     assert all("lora_" in name for name, _ in named)
     predicted = architecture.lora_parameters(
@@ -94,7 +87,7 @@ def test_a_gpus_steps_take_the_time_from_wait_to_wait(monkeypatch):
 
 def test_a_step_that_a_signal_ends_has_its_seconds_as_one_that_is_waited_for(config, tokenizer):
     """So StepLog comes last: what asks for a checkpoint has asked by then, resumed or not."""
-    kinds = [type(item) for item in trainer_for(config, tokenizer).callback_handler.callbacks]
+    kinds = [type(item) for item in build(config).callback_handler.callbacks]
     order = (checkpoints.StopAtStepEdge, checkpoints.LogEachCheckpoint, callbacks.StepLog)
     assert [kind for kind in kinds if kind in order] == [*order]
 
@@ -105,34 +98,29 @@ def test_the_cell_that_shows_a_batch_shows_any(config, tokenizer, capsys, packin
     config = dataclasses.replace(
         config, packing=packing, completion_only_loss=completion_only, max_length=128
     )
-    trainer = trainer_for(config, tokenizer)
-    cells = nbformat.read(notebook_path("04"), as_version=4).cells
-    (cell,) = [cell for cell in cells if "get_train_dataloader()" in cell.source]
-    names = {"trainer": trainer, "tokenizer": tokenizer, "training_rows": training_rows}
-    exec(cell.source, names)
-    said = capsys.readouterr().out
+    names = {"trainer": build(config), "tokenizer": tokenizer}
+    capsys.readouterr()
+    exec(cell_source("04", "69a7a62c"), names)
+    shown, graded = capsys.readouterr().out.splitlines()
     begin = " 1. Add" if completion_only else r"(<.im_start.>)?\[INST\]"
-    assert re.search(rf"graded: ['\"]({begin})", said), said
-    count = len(names["examples"])
-    assert f"{count} examples, " in said and f"{tokenizer.eos_token}'" in said
+    assert re.match(r"shown, \d+ tokens: ['\"](<.im_start.>)?\[INST\]", shown)
+    assert re.match(rf"graded, \d+ tokens: ['\"]({begin})", graded)
+    assert graded.endswith(f"{tokenizer.eos_token}'") and shown[-20:] == graded[-20:]
+    count = len(examples_of(names["batch"]))
     assert count == 2 or packing and count > 2
-    for shown, graded in names["examples"]:
-        assert tokenizer.decode(shown).count("[INST]") == 1
-        assert shown[-1] == graded[-1] == tokenizer.eos_token_id
-        assert (shown[-len(graded) :] == graded).all()
 
 
 def test_a_filled_up_batch_of_the_fast_path_has_its_examples(tokenizer):
     rows = [[5, 6, 7], [8, 9]]
     collate = fast_path.FixedCollator(0, padding_free=True, tokens=16, longest=8, rows=4)
     row = {"input_ids": sum(rows, []), "labels": sum(rows, []), "seq_lengths": [3, 2]}
-    found = training_rows.examples_of(collate([row]))
+    found = examples_of(collate([row]))
     assert [ids.tolist() for ids, _ in found] == rows
     assert [graded.tolist() for _, graded in found] == [[6, 7], [9]]  # none is the first
 
 
 def test_the_loss_falls_on_the_answer_and_its_end_alone(config, tokenizer):
-    batch = next(iter(trainer_for(config, tokenizer).get_train_dataloader()))
+    batch = next(iter(build(config).get_train_dataloader()))
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         graded = tokenizer.decode(ids[labels != prompts.IGNORED_LABEL])
         assert graded.startswith(" 1. Add them.") and graded.endswith(tokenizer.eos_token)
@@ -140,7 +128,7 @@ def test_the_loss_falls_on_the_answer_and_its_end_alone(config, tokenizer):
 
 def test_the_article_profile_counts_the_prompt_too(config, tokenizer):
     whole = dataclasses.replace(config, completion_only_loss=False)
-    batch = next(iter(trainer_for(whole, tokenizer).get_train_dataloader()))
+    batch = next(iter(build(whole).get_train_dataloader()))
     padding = batch["attention_mask"] == 0
     assert ((batch["labels"] == prompts.IGNORED_LABEL) == padding).all()
 
@@ -154,10 +142,20 @@ def test_training_lowers_the_loss_and_measures_itself(trained):
     assert [step["step"] for step in callbacks.step_log(trainer)] == [1, 2, 3, 4]
 
 
-def test_a_model_with_an_adapter_is_not_wrapped_twice(config, tokenizer):
-    trainer = trainer_for(config, tokenizer)
-    with pytest.raises(ValueError, match="carries an adapter already"):
-        building.build_trainer(config, trainer.model, tokenizer, training_rows.load_dataset(config))
+def trained_by(trainer) -> list[torch.Tensor]:
+    return [parameter for _, parameter in safety.trained(trainer.model)]
+
+
+def test_a_model_that_is_wrapped_again_gets_a_fresh_adapter_of_the_same_layers(config, tokenizer):
+    """The cell that makes the trainer may run twice."""
+    first = build(config)
+    made = [p.detach().clone() for p in trained_by(first)]
+    fine_tune(first)
+    again = build(config, model=first.model.get_base_model())
+    assert all(map(torch.equal, trained_by(again), made))
+    fewer = dataclasses.replace(config, target_modules=("q_proj",))
+    with pytest.raises(ValueError, match="carries another adapter already, on down_proj, gate_pr"):
+        build(fewer, model=first.model.get_base_model())
 
 
 def test_the_adapter_is_saved_whole_and_the_checkpoints_are_gone(trained, config):
@@ -246,7 +244,7 @@ def test_the_checkpoints_are_named_by_what_was_asked_for_and_not_by_the_plan(
     def planned(config):
         return dataclasses.replace(config, kept_layers=1, per_device_train_batch_size=1)
 
-    trainer = trainer_for(config, tokenizer)
+    trainer = build(config)
     assert Path(trainer.args.output_dir) == asked
     assert trainer.args.per_device_train_batch_size == 1
 
@@ -261,29 +259,26 @@ def test_adapters_are_float32_where_bfloat16_is_not_to_be_had(config, tokenizer)
     assert {p.dtype for p in tuned.parameters() if p.requires_grad} == {torch.float32}
 
 
-@pytest.mark.parametrize("when", ["resumed", "at the end"])
-def test_an_adapter_is_loaded_in_the_type_that_it_has(config, tokenizer, tmp_path, when):
-    trainer = trainer_for(config, tokenizer)
-    trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    precision.cast(trained, torch.bfloat16)
-    trainer.model.save_pretrained(tmp_path)
-    before = [p.detach().clone() for p in trained]
-    for parameter in trained:
-        parameter.data.zero_()
+@pytest.mark.parametrize("when", ["resumed", "finished"])
+def test_an_adapter_is_loaded_in_the_type_that_it_has(config, when):
+    """trl trains it in bfloat16 where a GPU computes in that, and peft loads it in float32."""
+    config = dataclasses.replace(config, bnb_4bit_compute_dtype="bfloat16", bf16=False)
+    whole = build(config)
+    fine_tune(whole)
     if when == "resumed":
-        trainer._load_from_checkpoint(str(tmp_path))
-    else:
-        trainer.state.best_model_checkpoint = str(tmp_path)
-        trainer._load_best_model()
-    assert {p.dtype for p in trained} == {torch.bfloat16}
-    assert all(map(torch.equal, trained, before))
+        shutil.rmtree(checkpoints.latest(Path(whole.args.output_dir)))
+    again = build(config)
+    fine_tune(again)
+    moments = [m["exp_avg"] for m in again.optimizer.state.values()] if when == "resumed" else []
+    assert {each.dtype for each in [*trained_by(again), *moments]} == {torch.bfloat16}
+    assert all(map(torch.equal, trained_by(again), trained_by(whole)))
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "trackio"])
 def test_a_tracker_that_is_not_installed_is_named(config, tokenizer, monkeypatch, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=f"REPORT_TO is '{package}', .*pip install {package}"):
-        trl_settings.prepare_tracker(dataclasses.replace(config, report_to=package), "a-run")
+        machine.prepare_tracker(dataclasses.replace(config, report_to=package), Path("a-run"))
 
 
 def test_a_tracker_keeps_its_files_in_the_run_folder(config, tokenizer, monkeypatch):
@@ -291,17 +286,17 @@ def test_a_tracker_keeps_its_files_in_the_run_folder(config, tokenizer, monkeypa
         monkeypatch.setenv(name, "elsewhere")
         monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
         tracked = dataclasses.replace(config, report_to=package)
-        trl_settings.prepare_tracker(tracked, "a-run")
+        machine.prepare_tracker(tracked, Path("a-run"))
         assert Path(os.environ[name]) == config.run_dir / package / "a-run"
-        assert trl_settings.sft_config(tracked).report_to == [package]
+        assert machine.for_this_machine(tracked)["report_to"] == package
         folders = {checkpoints.folder_of(each, tokenizer) for each in (tracked, config)}
         assert len(folders) == 1
 
 
 def test_tensorboard_gets_the_log(config, tokenizer, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
-    trainer = trainer_for(dataclasses.replace(config, report_to="tensorboard"), tokenizer)
-    running.fine_tune(trainer)
+    trainer = build(dataclasses.replace(config, report_to="tensorboard"))
+    fine_tune(trainer)
     (events,) = (config.run_dir / "tensorboard").rglob("events.out.*")
     assert b"train/learning_rate" in events.read_bytes()
 

@@ -5,6 +5,7 @@ included, onto the whole vocabulary in tiles of more than a hundred megabytes: i
 that is more than a third of a training step. It knows nothing of recipes or data.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -60,33 +61,37 @@ def has_plain_head(model) -> bool:
     return model.get_output_embeddings().bias is None and set(done) <= {None, 1.0}
 
 
-def score_answers_alone(model) -> None:
-    """Give a causal language model's fused head, which trl's loss calls, this way to compute.
+@contextlib.contextmanager
+def answers_scored_alone(model):
+    """While `with` lasts, a language model's fused head, which trl's loss calls, computes so.
 
     A head that does more than a matrix product stays trl's.
     `model(..., labels=, fused_lm_head=True)` then returns log_probs, entropy, is_top1 and
     label_mask, each [rows, length - 1] and zero where the label is ignored, as trl's own head does.
     Other calls are left alone.
     """
-    if not has_plain_head(model):
-        return
     forward = model.forward
+    if has_plain_head(model):
+        model.forward = functools.partial(with_answer_head, model, forward)
+    try:
+        yield
+    finally:
+        model.forward = forward
 
-    @functools.wraps(forward)
-    def with_answer_head(*args, fused_lm_head=False, labels=None, **kwargs):
-        if not fused_lm_head:
-            return forward(*args, **({} if labels is None else {"labels": labels}), **kwargs)
-        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
-        mask = labels[:, 1:] != IGNORED_LABEL
-        weight = model.get_output_embeddings().weight
-        scores = AnswerLogProbs.apply(hidden[mask].to(weight.dtype), weight, labels[:, 1:][mask])
-        # masked_scatter keeps a batch without any graded token connected to the model.
-        log_probs, entropy, is_top1 = (
-            score.new_zeros(mask.shape).masked_scatter(mask, score) for score in scores
-        )
-        # Not any object will do: DDP looks for the tensors in it.
-        return FusedCausalLMOutput(
-            log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
-        )
 
-    model.forward = with_answer_head
+def with_answer_head(model, forward, *args, fused_lm_head=False, labels=None, **kwargs):
+    """`forward`, but for a call of the fused head."""
+    if not fused_lm_head:
+        return forward(*args, **({} if labels is None else {"labels": labels}), **kwargs)
+    hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+    mask = labels[:, 1:] != IGNORED_LABEL
+    weight = model.get_output_embeddings().weight
+    scores = AnswerLogProbs.apply(hidden[mask].to(weight.dtype), weight, labels[:, 1:][mask])
+    # masked_scatter keeps a batch without any graded token connected to the model.
+    log_probs, entropy, is_top1 = (
+        score.new_zeros(mask.shape).masked_scatter(mask, score) for score in scores
+    )
+    # Not any object will do: DDP looks for the tensors in it.
+    return FusedCausalLMOutput(
+        log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
+    )

@@ -13,28 +13,19 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch.utils.checkpoint import checkpoint
+from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from helpers.config import Config
-from helpers.model import plan, precision
+from helpers.model import plan
 from helpers.model.steps import Run
 from helpers.prompts import IGNORED_LABEL
-from helpers.training.course_trainer import CourseTrainer
 from helpers.training.fast.kernels import ChunkedLoss, Pass
 from helpers.training.fast.offloading import offload_layers
+from helpers.training.machine import RECORDED
+from helpers.training.safety import Settings, part_of, settings_of
 
 WARM_UP_PASSES = 2  # kernels choose their algorithms and compile before anything is recorded
-# A recorded pass cannot look at random states, so a checkpoint must not save them: no dropout.
-CHECKPOINT_OPTIONS = {
-    "use_reentrant": False,
-    "preserve_rng_state": False,
-    "determinism_check": "none",
-}
-
-
-def is_supported(device: str = "cuda:0") -> bool:
-    """Whether there is a GPU with bfloat16 and flash attention (Ampere or later)."""
-    return precision.has_bfloat16(device)
 
 
 @dataclass
@@ -87,16 +78,16 @@ def fixed_collator(config: Config, tokenizer, packed) -> FixedCollator:
     )
 
 
-class FastTrainer(CourseTrainer):
-    """A trainer whose forward and backward pass is one recorded CUDA graph."""
+class FastTrainer(SFTTrainer):
+    """SFTTrainer, with `safety` among its callbacks, whose step is one recorded CUDA graph."""
 
     graph = None
 
-    def __init__(self, config: Config, dataset, **arguments):
-        super().__init__(config, dataset, **arguments)
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
         packed = (self.train_dataset, self.eval_dataset)
         # trl takes none when it packs
-        self.data_collator = fixed_collator(config, self.processing_class, packed)
+        self.data_collator = fixed_collator(settings_of(self), self.processing_class, packed)
 
     def _prepare_for_training(self, *arguments, **options):
         # DDP's part in the backward pass stays in the stream in which DDP was made, and what runs
@@ -124,16 +115,25 @@ class FastTrainer(CourseTrainer):
 
     def _recorded(self, model, inputs: dict) -> "StepGraph":
         """The step as it was planned, recorded on its first batch."""
-        step = Run.from_config(self.settings)
+        step = Run.from_config(settings_of(self))
         keep_weights = plan.weights_fit_in_place(model.config, step)
         layers = model.get_base_model().model.layers
         choose_checkpoints(layers, step.kept_layers, keep_weights, step.offload)
         return StepGraph(model, inputs)
 
+    def _load_from_checkpoint(self, *arguments, **options):
+        self._forget_recording()
+        super()._load_from_checkpoint(*arguments, **options)
+        part_of(self, Settings).restore_types(self.model)  # before DDP makes room for gradients
+
     def _load_best_model(self):
-        self.graph = None  # the adapter is read into the memory of the recording
-        torch.cuda.empty_cache()
+        self._forget_recording()
         super()._load_best_model()
+
+    def _forget_recording(self) -> None:
+        """It reads and writes the tensors of the adapter that was, and peft loads others."""
+        self.graph = None
+        torch.cuda.empty_cache()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of an evaluation: mean nats over the batch's graded tokens.
@@ -212,7 +212,7 @@ def choose_checkpoints(layers, kept_layers: int, keep_weights: bool, offload: bo
     """
     run_twice = partial(
         checkpoint,
-        **CHECKPOINT_OPTIONS,
+        **RECORDED,
         context_fn=lambda: (Pass(keep_weights), Pass(keep_weights, is_second=True)),
     )
     ways = [run_twice] * (len(layers) - kept_layers) + [keep_products] * kept_layers
