@@ -114,24 +114,23 @@ def one(size: str, cap: float, length: int, way: str) -> dict:
 def train(config, size: str) -> dict:
     """Train on rows of random words as notebook 04 does; bytes, steps and losses."""
     import torch
-    from datasets import Dataset
 
-    from benchmarks.training import random_rows
-    from helpers.model import loading
-    from helpers.training import building, running
+    from benchmarks.training import random_rows, write_rows
+    from helpers.training import export, safety
 
-    rows = random_rows(2 * STEPS * TOKENS_PER_STEP[size] // 300, config.max_length)
-    data = Dataset.from_dict({"input_ids": rows, "labels": [[-100, *r[1:]] for r in rows]})
-    model = loading.load_model(config)
-    torch.cuda.empty_cache()
-    found = {"weights_bytes": torch.cuda.memory_allocated()}
-    found |= {"load_reserved_bytes": torch.cuda.max_memory_reserved()}
-    torch.cuda.reset_peak_memory_stats()
-    trainer = building.build_trainer(
-        config, model, loading.load_tokenizer(config.model_name),
-        {"train": data, "validation": data.select(range(8))},
-    )  # fmt: skip
-    with running.kernels(trainer):
+    count = 2 * STEPS * TOKENS_PER_STEP[size] // 300
+    write_rows(config.dataset_dir, random_rows(count, config.max_length - 1))
+    found = {}
+    for names in export.each_cell(config):
+        if "model" in names and not found:
+            torch.cuda.empty_cache()
+            found |= {"weights_bytes": torch.cuda.memory_allocated()}
+            found |= {"load_reserved_bytes": torch.cuda.max_memory_reserved()}
+            torch.cuda.reset_peak_memory_stats()
+        if "trainer" in names:
+            break
+    trainer = names["trainer"]
+    with safety.kernels(trainer):
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {

@@ -12,30 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-from trl import SFTTrainer
-
 from helpers.config import Config
-from helpers.model import loading, precision
+from helpers.model import precision
 from helpers.runs.environment import environment
-from helpers.training import building, running, training_rows, trl_settings
+from helpers.training import export, safety
 
 RESULT = Path(__file__).parent / "results" / "cpu_step.json"
 BATCHES = 6
-
-
-def trl_trainer(config, tokenizer, dataset) -> SFTTrainer:
-    """trl's trainer with the same settings; its adapter is given the format that ours has."""
-    trainer = SFTTrainer(
-        model=loading.load_model(config),
-        args=trl_settings.sft_config(config),
-        train_dataset=dataset["train"],
-        eval_dataset=dataset["validation"],
-        processing_class=tokenizer,
-        peft_config=trl_settings.lora_config(config),
-    )
-    trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    precision.cast(trained, precision.adapter_dtype(config))
-    return trainer
 
 
 def seconds_of(trainer, batch) -> float:
@@ -47,15 +30,11 @@ def seconds_of(trainer, batch) -> float:
 
 def main(run_dir: str) -> None:
     config = Config.from_profile("demo", run_dir=run_dir)
-    tokenizer, dataset = (
-        loading.load_tokenizer(config.model_name),
-        training_rows.load_dataset(config),
-    )
-    ours = building.build_trainer(config, loading.load_model(config), tokenizer, dataset)
-    ways = {"trl": trl_trainer(config, tokenizer, dataset), "ours": ours}
+    ways = {way: export.run_cells(config, "trainer")["trainer"] for way in ("trl", "ours")}
+    ours = ways["ours"]  # alone in the context of its kernels
     batches = list(itertools.islice(ours.get_train_dataloader(), BATCHES))
     speeds = {way: [] for way in ways}
-    with running.kernels(ours):
+    with safety.kernels(ours):
         for trainer in ways.values():
             seconds_of(trainer, batches[0])  # warm up
         for batch, (way, trainer) in itertools.product(batches, ways.items()):

@@ -104,11 +104,10 @@ def tokens_per_second(model, tokenizer, texts: list[str], config: Config) -> dic
 
 def on_gpu(folder: Path, prompts_asked: int, tokens: int, turns: int) -> dict:
     """Turns through the three forms of a model of random weights, and their medians."""
-    from peft import get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     from benchmarks.training import circumstances, random_rows
     from helpers.model import measure
-    from helpers.training import trl_settings
 
     config = Config.from_profile(
         "llama2_7b",
@@ -123,9 +122,13 @@ def on_gpu(folder: Path, prompts_asked: int, tokens: int, turns: int) -> dict:
         torch.cuda.reset_peak_memory_stats()
         model = loading.load_model(config, quantized=form != "merged, 16 bits")
         if "adapter" in form:
-            model = get_peft_model(
-                model, trl_settings.lora_config(config), autocast_adapter_dtype=False
-            ).eval()
+            lora = LoraConfig(
+                r=config.lora_r,
+                lora_alpha=config.lora_alpha,
+                target_modules=list(config.target_modules),
+                task_type="CAUSAL_LM",
+            )
+            model = get_peft_model(model, lora, autocast_adapter_dtype=False).eval()
         runs.append({"model": form, **tokens_per_second(model, tokenizer, texts, config)})
         print(json.dumps(runs[-1]), flush=True)
         del model

@@ -25,10 +25,9 @@ from helpers.__main__ import add_settings, parameters_of
 from helpers.answers import evaluation, problem_sets
 from helpers.config import PROJECT_DIR, RECIPES, Config, ConfigError
 from helpers.merging import comparison
-from helpers.model import loading
 from helpers.runs import folders
 from helpers.runs.environment import environment
-from helpers.training import building, running, training_rows
+from helpers.training import export
 
 RESULTS = PROJECT_DIR / "benchmarks" / "results" / "recipes.json"
 
@@ -103,12 +102,11 @@ def _measured_alone(parameters: dict) -> dict:
 
 def measure(config: Config) -> dict:
     """Train once. Losses are nats per token of the validation answers, the question not counted."""
-    tokenizer = loading.load_tokenizer(config.model_name)
-    dataset = training_rows.load_dataset(config, tokenizer)
-    model = loading.load_model(config)
-    before = comparison.text_loss(model, tokenizer, dataset["validation"])
-    trainer = building.build_trainer(config, model, tokenizer, dataset)
-    trainer, metrics = running.fine_tune(trainer)
+    names = export.run_cells(config, "trainer")
+    tokenizer, rows = names["tokenizer"], names["dataset"]["validation"]
+    before = comparison.text_loss(names["trainer"].model, tokenizer, rows)  # its adapter adds 0
+    trainer, metrics = export.train(names["trainer"])
+    history = trainer.state.log_history
     numbers = {
         "recipe": config.recipe,
         "seed": config.seed,
@@ -116,8 +114,9 @@ def measure(config: Config) -> dict:
         "epochs": round(trainer.state.epoch, 2),
         "best_step": trainer.state.best_global_step,
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
+        "evaluations": [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e],
         "answer_loss_before": before,
-        "answer_loss_after": comparison.text_loss(trainer.model, tokenizer, dataset["validation"]),
+        "answer_loss_after": comparison.text_loss(trainer.model, tokenizer, rows),
         **_rates(trainer.model, tokenizer, config),
         **{n: metrics[n] for n in ("train_tokens_per_second", "peak_memory_bytes")},
         "exec_time_seconds": metrics["exec_time_seconds"],

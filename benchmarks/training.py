@@ -79,6 +79,22 @@ def random_rows(count: int, longest: int) -> list[list[int]]:
     return [chance.choices(range(3, 32000), k=n) for n in row_lengths(count, longest)]
 
 
+def write_rows(folder: Path, rows: list[list[int]]) -> None:
+    """Rows as notebook 02 leaves them; the first token of each is given, all others are graded.
+
+    trl adds the end mark, so a row has a token more.
+    """
+    from datasets import Dataset, DatasetDict
+
+    from helpers.runs import inventory
+
+    texts = [[f"w{token}" for token in row] for row in rows]
+    pairs = [{"prompt": text[0], "completion": " " + " ".join(text[1:])} for text in texts]
+    data = Dataset.from_list(pairs)
+    DatasetDict(train=data, validation=data.select(range(8))).save_to_disk(folder)
+    inventory.seal(folder)
+
+
 class Clock:
     """Counts tokens and seconds after the warm-up, and profiles the last step."""
 
@@ -159,10 +175,7 @@ def by_part(kernels: list) -> dict[str, float]:
 
 def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
     """This project's own trainer, as notebook 04 builds it."""
-    from helpers.model import loading
-    from helpers.training import running
-    from helpers.training import building  # isort: skip  (says how memory grows, before it is asked)
-    from datasets import Dataset
+    from helpers.training import export, safety  # isort: skip  (say how memory grows, before it is asked)
     from transformers import TrainerCallback
 
     from helpers.config import Config
@@ -183,14 +196,8 @@ def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
             log_steps=10,
         )
         count = 2 * options.steps * config.per_device_train_batch_size * options.length // 300
-        rows = random_rows(count, options.length)
-        # The first token of a row is given, all others are graded.
-        labels = [[-100, *row[1:]] for row in rows]
-        data = Dataset.from_dict({"input_ids": rows, "labels": labels})
-        tokenizer = loading.load_tokenizer(str(folder))
-        model = loading.load_model(config)
-        splits = {"train": data, "validation": data.select(range(8))}
-        trainer = building.build_trainer(config, model, tokenizer, splits)
+        write_rows(config.dataset_dir, random_rows(count, options.length - 1))
+        trainer = export.run_cells(config, "trainer")["trainer"]
         clock = Clock(options.steps)
 
         class Timer(TrainerCallback):
@@ -201,7 +208,7 @@ def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
                 clock.end(state.global_step, state.num_input_tokens_seen)
 
         trainer.add_callback(Timer())
-        with running.kernels(trainer):
+        with safety.kernels(trainer):
             trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         losses = [round(float(loss), 4) for loss in losses]

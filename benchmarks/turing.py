@@ -16,9 +16,8 @@ import torch
 from transformers import TrainerCallback
 
 from helpers.config import Config
-from helpers.model import loading
 from helpers.runs.environment import environment
-from helpers.training import building, running, training_rows
+from helpers.training import export
 
 RESULTS = Path(__file__).resolve().parent / "results" / "turing.json"
 HALF = {"fp16": True, "bf16": False, "bnb_4bit_compute_dtype": "float16"}
@@ -62,12 +61,10 @@ def types_of(trainer) -> dict[str, str]:
 
 
 def train(config: Config) -> dict:
-    tokenizer = loading.load_tokenizer(config.model_name)
-    dataset = training_rows.load_dataset(config)
-    trainer = building.build_trainer(config, loading.load_model(config), tokenizer, dataset)
+    trainer = export.run_cells(config, "trainer")["trainer"]
     watch = Watch(trainer)
     trainer.add_callback(watch)
-    trainer, metrics = running.fine_tune(trainer)
+    trainer, metrics = export.train(trainer)
     losses = [float(e["loss"]) for e in trainer.state.log_history if "loss" in e]
     pairs = zip(watch.scales, watch.scales[1:], strict=False)
     return {

@@ -10,6 +10,7 @@ import torch
 from helpers.data import curation
 from helpers.merging import merging
 from helpers.model import loading
+from helpers.training.export import train as fine_tune  # noqa: F401  by notebook 04's own cell
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
@@ -40,13 +41,6 @@ def definitions_from(number: str) -> dict:
     namespace = {}
     exec(compile(tree, f"notebook {number}", "exec"), namespace)
     return namespace
-
-
-def fine_tune(trainer) -> tuple:
-    """Train by notebook 04's own cell; the trainer and its metrics."""
-    names = {"trainer": trainer}
-    exec(cell_source("04", "c3814d97"), names)
-    return names["trainer"], names["metrics"]
 
 
 def save_adapter(trainer, config) -> None:

@@ -51,13 +51,14 @@ def for_this_machine(config: Config) -> dict:
 def steps_of(config: Config) -> dict:
     """What of a trainer's arguments a rung of FIT_TO_MEMORY changes, as notebook 04 gives it."""
     packed = config.per_device_train_batch_size if config.packing else 1
-    machine = for_this_machine(config)
     return {
         "per_device_train_batch_size": config.per_device_train_batch_size // packed,
         "gradient_accumulation_steps": config.grad_acc_steps,
         "max_length": config.max_length * packed,
         "optim": config.optim,
-        **{name: machine[name] for name in ("per_device_eval_batch_size", CHECKPOINTING)},
+        "per_device_eval_batch_size": for_this_machine(config)["per_device_eval_batch_size"],
+        CHECKPOINTING: config.activation_checkpointing,
+        "gradient_checkpointing": config.activation_checkpointing,  # trl asks by the old name
     }
 
 

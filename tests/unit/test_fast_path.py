@@ -256,6 +256,19 @@ def test_a_model_that_is_no_llama_leaves_the_fast_path(tmp_path, monkeypatch, ca
     assert "without the fast path, which knows no 'qwen2' model" in capsys.readouterr().out
 
 
+def test_layers_in_16_bits_leave_the_fast_path(tmp_path, monkeypatch, capsys):
+    found = planned(tmp_path, monkeypatch, 80, keep_in_16bit=("down_proj",))
+    assert not found.fast_path and found.packing  # the same batches, by trl's own step
+    said = "trained without the fast path, whose kernels know layers in 4 bits alone (KEEP_IN_16BIT"
+    assert said in capsys.readouterr().out
+
+
+def test_a_cpu_leaves_the_fast_path(tmp_path, monkeypatch, capsys):
+    found = planned(tmp_path, monkeypatch, 80, device_map={"": "cpu"})
+    assert not found.fast_path
+    assert "without the fast path, which needs a GPU from Ampere on" in capsys.readouterr().out
+
+
 def test_what_is_given_is_not_planned(tmp_path, monkeypatch):
     assert planned(tmp_path, monkeypatch, 3, kept_layers=0).kept_layers == 0
     assert planned(tmp_path, monkeypatch, 3, fast_path=False).kept_layers is None

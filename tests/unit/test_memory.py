@@ -181,24 +181,22 @@ from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.model import loading, measure, predict
 from helpers.model.steps import Run
-from helpers.training import building, running
+from helpers.training import export, safety
 
 config = Config.from_profile("demo", run_dir=Path(sys.argv[1]), max_steps=2)
 baseline = measure.current_memory_bytes("cpu")
 tokenizer = loading.load_tokenizer(config.model_name)
-model = loading.load_model(config)
 prompt = prompts.render_prompt("How do I reverse a list?", SYSTEM_MESSAGE)
 row = {"prompt": prompt, "completion": prompts.render_completion("reverse the list, " * 58)}
 length = len(prompts.encode(tokenizer, **row)["input_ids"])
 rows = Dataset.from_list([row] * 16)
-trainer = building.build_trainer(
-    config, model, tokenizer, DatasetDict(train=rows, validation=rows.select(range(2)))
-)
+DatasetDict(train=rows, validation=rows.select(range(2))).save_to_disk(config.dataset_dir)
+trainer = export.run_cells(config, "trainer")["trainer"]
 measure.reset_peak_memory("cpu")
-with running.kernels(trainer):
+with safety.kernels(trainer):
     trainer.train()
 run = Run.from_config(config, length)
-predicted = predict.estimate(model.config, run, baseline)
+predicted = predict.estimate(trainer.model.config, run, baseline)
 found = {"peak": measure.peak_memory_bytes("cpu"), "total": predicted.total}
 print(json.dumps({"length": length, **found}))
 """
