@@ -149,7 +149,7 @@ def test_under_fsdp_packed_bytes_pass_for_numbers(tmp_path, tiny_model_dir, monk
     config = tiny_config(tmp_path, tiny_model_dir, use_4bit=True)
     write_dataset(config, rows=8, held_out=2)
     names = run_cells(config, "trainer")
-    layer = names["trainer"].model.get_base_model().model.layers[0].mlp.up_proj
+    layer = names["trainer"].model.get_base_model().model.layers[0].mlp.up_proj.base_layer
     assert layer.weight.dtype == layer.compute_dtype == torch.float32
 
 
