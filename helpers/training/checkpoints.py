@@ -52,7 +52,8 @@ class SealCheckpoints(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if control.should_save:
-            needed = checkpoint_bytes(model)
+            # The trained weights, and at most two float32 moments of each.
+            needed = sum(p.nbytes + 8 * p.numel() for p in model.parameters() if p.requires_grad)
             folders.need_space(Path(args.output_dir), needed, "the next checkpoint")
             # The trainer notes which one is best once its folder is there. Under FSDP it would be
             # there too late, in one process or in both, and they would load different ones.
@@ -97,22 +98,14 @@ class StopAtStepEdge(TrainerCallback):
 
 
 class LogEachCheckpoint(TrainerCallback):
-    """Adds a log line at each checkpoint, whatever LOG_STEPS is, so that no step goes without.
-
-    The loss of the steps since a log line is in no checkpoint: a run that goes on would not have
-    it. The last step has a checkpoint too.
-    """
+    """A log line at each checkpoint and so at the last step: a resume would lose the loss since."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_log = control.should_log or control.should_save
 
 
 class SameOrder(TrainerCallback):
-    """Draws the order of every epoch from the seed and the epoch, so that a resume has it.
-
-    transformers groups rows by length with the random numbers that the process has come to, and a
-    process that resumes has come to others.
-    """
+    """Draws an epoch's order from seed and epoch, not from what the process has come to, resumed."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         batches = train_dataloader.batch_sampler
@@ -121,18 +114,10 @@ class SameOrder(TrainerCallback):
             sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch))
 
 
-def checkpoint_bytes(model) -> int:
-    """Upper bound of a checkpoint's size: the trained weights and two float32 moments of each."""
-    trained = (p for p in model.parameters() if p.requires_grad)
-    return sum(p.nbytes + 8 * p.numel() for p in trained)
-
-
 def folder_of(config: Config, tokenizer) -> Path:
     """Where the checkpoints of a training lie: named by all that it depends on, and nothing else.
 
-    That is the rows, the tokenizer, the base model, NAMED_BY, and over how many processes it goes.
-    `config` is what was asked for, before it is planned to a card: on a card with another amount of
-    memory the run goes on. Which GPU it is makes no difference: the processes of one run share it.
+    `config` is what was asked for, before it is planned: on a card with other memory a run goes on.
     """
     loading.load_shape(config.model_name)  # a model of the Hub has its commit on this disk then
     named_by = {name: getattr(config, name) for name in NAMED_BY} | {
@@ -196,8 +181,7 @@ def is_finished(checkpoint: Path) -> bool:
 def restore_finished(trainer, checkpoint: Path) -> None:
     """Put a trainer where training would have left it: its log, and the best adapter loaded.
 
-    Asked to resume from its last step, the Trainer would take one more. That it loads its best
-    model by a method without a public name is the price of not taking it.
+    Asked to resume from its last step, the Trainer would take one more.
     """
     trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
     best = trainer.state.best_model_checkpoint or checkpoint  # the last, where no best was saved

@@ -25,10 +25,9 @@ def join(config: Config) -> None:
 
 
 def for_this_process(config: Config) -> Config:
-    """The Config with the GPU of this process, when `accelerate launch` started several.
+    """The Config with the GPU of this process; in shards without the fast path, for whole weights.
 
-    In shards there is no fast path: it reads weights that are whole. Raises ConfigError for
-    FIT_TO_MEMORY: one process alone would start again.
+    Raises ConfigError for FIT_TO_MEMORY: one process alone would start again.
     """
     rank = os.environ.get("LOCAL_RANK")
     if rank is None:
@@ -42,10 +41,7 @@ def for_this_process(config: Config) -> Config:
 
 
 def alone_there(config: Config):
-    """Hold the run folder while `with` lasts; of several processes, the first one does it for all.
-
-    Raises InUse, while somebody else trains or writes there: two would mix their checkpoints.
-    """
+    """Hold the run folder while `with` lasts, the first process for all; raises InUse."""
     first = os.environ.get("RANK", "0") == "0"
     return folders.writing_in(config.run_dir) if first else contextlib.nullcontext()
 
