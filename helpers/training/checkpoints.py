@@ -105,7 +105,7 @@ class LogEachCheckpoint(TrainerCallback):
 
 
 class SameOrder(TrainerCallback):
-    """Draws an epoch's order from seed and epoch, not from what the process has come to, resumed."""
+    """Draws an epoch's order from seed and epoch alone, so that a resumed process has it too."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         batches = train_dataloader.batch_sampler
