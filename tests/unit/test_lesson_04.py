@@ -45,6 +45,8 @@ def test_each_argument_has_its_reason_beside_it(cell, name, count):
 
 def in_the_table(value) -> str:
     """A setting as the table writes it."""
+    if value in (None, ()):
+        return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value == ALL_LINEAR_TARGETS:
