@@ -70,12 +70,13 @@ class Settings(TrainerCallback):
     def restore_types(self, model, optimizer=None) -> None:
         """Give each trained weight the type that it had, and its moments with it."""
         for name, parameter in trained(model):
-            if parameter.dtype == self.types[name]:
+            dtype = self.types.get(name, parameter.dtype)
+            if parameter.dtype == dtype:
                 continue
-            parameter.data = parameter.data.to(self.types[name])
+            parameter.data = parameter.data.to(dtype)
             moments = optimizer.state.get(parameter, {}) if optimizer else {}
             for each in moments.keys() & {"exp_avg", "exp_avg_sq"}:  # torch's: others choose theirs
-                moments[each] = moments[each].to(parameter.dtype)
+                moments[each] = moments[each].to(dtype)
 
 
 def trained(model) -> list[tuple[str, torch.nn.Parameter]]:
