@@ -66,9 +66,7 @@ def _check_rows(config: Config, dataset: DatasetDict, tokenizer, made_with: str)
 
 
 def rows_that_fit(config: Config, tokenizer, dataset: DatasetDict) -> DatasetDict:
-    """The rows of up to MAX_TRAIN_LENGTH tokens, or MAX_LENGTH, BOS and EOS included.
-
-    How many are longer is printed.
+    """The rows of up to MAX_TRAIN_LENGTH or MAX_LENGTH tokens; how many are longer is printed.
 
     Raises ConfigError when less than a tenth of the training rows fits, or no validation row.
     """
@@ -96,14 +94,10 @@ def rows_that_fit(config: Config, tokenizer, dataset: DatasetDict) -> DatasetDic
 
 def row_lengths(tokenizer, dataset: DatasetDict) -> dict[str, list[int]]:
     """The tokens of each row by split, as trl counts them before it cuts any."""
-    lengths = {}
-    for name, rows in dataset.items():
-        if "input_ids" in rows.column_names:
-            lengths[name] = [len(ids) for ids in rows["input_ids"]]
-            continue
-        pairs = zip(rows["prompt"], rows["completion"], strict=True)
-        lengths[name] = [length for length, _ in prompts.verify_rows(tokenizer, pairs)]
-    return lengths
+    pairs = {n: zip(each["prompt"], each["completion"], strict=True) for n, each in dataset.items()}
+    return {
+        n: [length for length, _ in prompts.verify_rows(tokenizer, p)] for n, p in pairs.items()
+    }
 
 
 def count_longer(lengths: dict[str, list[int]], max_length: int) -> str:

@@ -99,14 +99,6 @@ def test_a_profiles_limit_is_for_its_own_data():
     assert given.max_train_length == 64
 
 
-def test_rows_that_are_tokens_already_are_counted_too(config, tokenizer):
-    tokens = [[5] * count for count in (20, 40, 60)]
-    rows = Dataset.from_dict({"input_ids": tokens, "labels": tokens})
-    short = dataclasses.replace(config, max_length=40)
-    kept = training_rows.rows_that_fit(short, tokenizer, {"train": rows, "validation": rows})
-    assert [len(ids) for ids in kept["train"]["input_ids"]] == [20, 40]
-
-
 @pytest.mark.parametrize(
     ("longest", "lost"), [(None, "16 of 16"), (0, "15 of 16")], ids=["none", "too few"]
 )

@@ -52,11 +52,8 @@ class AnswerLogProbs(torch.autograd.Function):
 
 def has_plain_head(model) -> bool:
     """Whether logits are hidden states times a matrix, and nothing more is done to them."""
-    changes = (
-        "final_logit_softcapping",
-        "logit_scale",
-        "logits_scaling",
-    )  # Gemma 2, Cohere, Granite
+    # Gemma 2, Cohere, Granite
+    changes = ("final_logit_softcapping", "logit_scale", "logits_scaling")
     done = [getattr(model.config, name, None) for name in changes]
     return model.get_output_embeddings().bias is None and set(done) <= {None, 1.0}
 
@@ -65,10 +62,9 @@ def has_plain_head(model) -> bool:
 def answers_scored_alone(model):
     """While `with` lasts, a language model's fused head, which trl's loss calls, computes so.
 
-    A head that does more than a matrix product stays trl's.
-    `model(..., labels=, fused_lm_head=True)` then returns log_probs, entropy, is_top1 and
-    label_mask, each [rows, length - 1] and zero where the label is ignored, as trl's own head does.
-    Other calls are left alone.
+    `model(..., labels=, fused_lm_head=True)` returns what trl's own head does, each tensor [rows,
+    length - 1] and zero where the label is ignored. Other calls, and a head that is more than a
+    matrix product, are left alone.
     """
     forward = model.forward
     if has_plain_head(model):
