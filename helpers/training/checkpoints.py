@@ -67,7 +67,10 @@ class SealCheckpoints(TrainerCallback):
 
 
 class StopAtStepEdge(TrainerCallback):
-    """While `with` lasts, Ctrl-C and SIGTERM end the run after the step, with a checkpoint."""
+    """While `with` lasts, Ctrl-C and SIGTERM end the run after the step, with a checkpoint.
+
+    Each checkpoint, and so the last step, has a log line: a resume would lose the loss since one.
+    """
 
     def __init__(self):
         self.received = None
@@ -87,6 +90,7 @@ class StopAtStepEdge(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_save = control.should_save or in_any(self.received is not None, args.device)
+        control.should_log = control.should_log or control.should_save
 
     def on_save(self, args, state, control, **kwargs):
         if in_any(self.received is not None, args.device):
@@ -95,13 +99,6 @@ class StopAtStepEdge(TrainerCallback):
                 f"{who} ended training after step {state.global_step}, and a checkpoint holds it: "
                 "run the same cell or command again to go on from there"
             )
-
-
-class LogEachCheckpoint(TrainerCallback):
-    """A log line at each checkpoint and so at the last step: a resume would lose the loss since."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_log = control.should_log or control.should_save
 
 
 class SameOrder(TrainerCallback):

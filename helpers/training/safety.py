@@ -37,7 +37,6 @@ def safety(config: Config, dataset: DatasetDict) -> list[TrainerCallback]:
         checkpoints.SameOrder(),
         checkpoints.SealCheckpoints(),
         checkpoints.StopAtStepEdge(),
-        checkpoints.LogEachCheckpoint(),  # also at one that a signal asked for
         EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience),
         callbacks.StepLog(),  # the last, which knows of everything that the others ask for
     ]

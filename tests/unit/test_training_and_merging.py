@@ -88,7 +88,7 @@ def test_a_gpus_steps_take_the_time_from_wait_to_wait(monkeypatch):
 def test_a_step_that_a_signal_ends_has_its_seconds_as_one_that_is_waited_for(config, tokenizer):
     """So StepLog comes last: what asks for a checkpoint has asked by then, resumed or not."""
     kinds = [type(item) for item in build(config).callback_handler.callbacks]
-    order = (checkpoints.StopAtStepEdge, checkpoints.LogEachCheckpoint, callbacks.StepLog)
+    order = (checkpoints.StopAtStepEdge, callbacks.StepLog)
     assert [kind for kind in kinds if kind in order] == [*order]
 
 
