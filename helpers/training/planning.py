@@ -9,21 +9,29 @@ import os
 from pathlib import Path
 
 import psutil
+from datasets import DatasetDict
 
 from helpers.config import Config, ConfigError
 from helpers.model import loading, measure, plan, precision, predict
 from helpers.model.steps import Run
 from helpers.training import checkpoints, machine, several_processes
+from helpers.training.training_rows import row_lengths
 
 
-def prepare(config: Config, tokenizer) -> tuple[Config, Path]:
-    """(the Config as it is `planned`, the folder of its checkpoints), before any weights load.
+def prepare(
+    config: Config, tokenizer, dataset: DatasetDict
+) -> tuple[Config, Path, predict.Estimate]:
+    """(the Config as it is `planned`, the folder of its checkpoints, the memory of a step).
 
-    The folder is named by what is asked for, not by the plan. Raises what `planned` raises.
+    Before any weights load: what the process has is counted. The folder is named by what is asked
+    for, not by the plan. Raises what `planned` raises.
     """
     folder = checkpoints.folder_of(config, tokenizer)
     machine.prepare_tracker(config, folder)
-    return planned(config, folder), folder
+    config = planned(config, folder)
+    step = step_of(config, max(row_lengths(tokenizer, dataset)["train"]))
+    before = measure.current_memory_bytes(config.device)
+    return config, folder, predict.estimate(loading.load_shape(config.model_name), step, before)
 
 
 def planned(config: Config, folder: Path | None = None) -> Config:

@@ -16,13 +16,14 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from helpers.config import Config
 from helpers.data import curation_note, dataset_folder
-from helpers.model import measure, precision, predict
+from helpers.model import measure, precision
 from helpers.training import callbacks, checkpoints, planning, several_processes
 from helpers.training.fast.answer_head import answers_scored_alone
 from helpers.training.fast.kernels import fused_kernels, in_place_adapters
 from helpers.training.machine import steps_of
 from helpers.training.smaller_steps import OutOfMemory, out_of_memory_advice
 from helpers.training.training_rows import rows_that_fit
+from helpers.view import live_chart
 
 
 def safety(config: Config, dataset: DatasetDict) -> list[TrainerCallback]:
@@ -109,12 +110,14 @@ def safely(train):
     returns it with metrics: eval_loss_before, eval_loss_after (nats per token; before the first
     step, and of the adapter that is kept), train_tokens_per_second (padding not counted). Another
     trainer is returned where one had to begin anew: after steps that no checkpoint holds, or with
-    FIT_TO_MEMORY where a step does not fit. Without it OutOfMemory says what to change.
+    FIT_TO_MEMORY where a step does not fit. Without it OutOfMemory says what to change. In Jupyter
+    a chart follows the run.
     """
 
     @functools.wraps(train)
     def wrapper(trainer):
         folder = Path(trainer.args.output_dir)
+        live_chart.show(trainer)
         if trainer.state.global_step and not checkpoints.latest(folder):
             trainer = made_anew(trainer, {}, folder)
         while True:
@@ -180,13 +183,6 @@ def kernels(trainer):
         yield
 
 
-def predicted_memory(trainer, before: int) -> predict.Estimate:
-    """What the trainer's largest step was predicted to take, beside the bytes in use before."""
-    longest = max(len(ids) for ids in trainer.train_dataset["input_ids"])
-    step = planning.step_of(settings_of(trainer), longest)
-    return predict.estimate(trainer.model.config, step, before)
-
-
 def one_rung_down(trainer, changes: dict):
     """A trainer of the next rung's settings, on the same model with its adapter taken off.
 
@@ -210,7 +206,7 @@ def made_anew(trainer, changes: dict, folder: Path | None):
     trainer.accelerator.free_memory()
     measure.free_memory()
     if folder is None:
-        config, folder = planning.prepare(config, tokenizer)
+        config, folder, _ = planning.prepare(config, tokenizer, asked.dataset)
     rows = rows_that_fit(config, tokenizer, asked.dataset)
     arguments = copy.copy(trainer.args)
     for name, value in {**steps_of(config), "output_dir": str(folder)}.items():

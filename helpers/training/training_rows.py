@@ -94,10 +94,14 @@ def rows_that_fit(config: Config, tokenizer, dataset: DatasetDict) -> DatasetDic
 
 def row_lengths(tokenizer, dataset: DatasetDict) -> dict[str, list[int]]:
     """The tokens of each row by split, as trl counts them before it cuts any."""
-    pairs = {n: zip(each["prompt"], each["completion"], strict=True) for n, each in dataset.items()}
-    return {
-        n: [length for length, _ in prompts.verify_rows(tokenizer, p)] for n, p in pairs.items()
-    }
+    lengths = {}
+    for name, rows in dataset.items():
+        if "input_ids" in rows.column_names:  # tokens already
+            lengths[name] = [len(ids) for ids in rows["input_ids"]]
+        else:
+            pairs = zip(rows["prompt"], rows["completion"], strict=True)
+            lengths[name] = [length for length, _ in prompts.verify_rows(tokenizer, pairs)]
+    return lengths
 
 
 def count_longer(lengths: dict[str, list[int]], max_length: int) -> str:
