@@ -146,6 +146,7 @@ def test_several_gpus_in_sight_do_not_split_the_batch(tmp_path, tiny_model_dir, 
 def test_under_fsdp_packed_bytes_pass_for_numbers(tmp_path, tiny_model_dir, monkeypatch):
     """accelerate shards on GPUs only, so what a process does there is checked here one by one."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     config = tiny_config(tmp_path, tiny_model_dir, use_4bit=True)
     write_dataset(config, rows=8, held_out=2)
     names = run_cells(config, "trainer")

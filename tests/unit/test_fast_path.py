@@ -86,6 +86,8 @@ def tiny_config(tmp_path, **changes):
         "max_steps": 4,
         "log_steps": 1,
         "warmup_ratio": 0.0,
+        "keep_in_16bit": (),  # as the kernels need it
+        "max_train_length": None,
         "run_dir": tmp_path,
         **changes,
     }
