@@ -33,7 +33,7 @@ def make_layer(tiny_model_dir, tmp_path):
         torch.manual_seed(0)
         config = Config.from_profile(
             "demo", model_name=str(tiny_model_dir), run_dir=tmp_path, bnb_4bit_compute_dtype=dtype,
-            bf16=dtype == "bfloat16", **changes,
+            bf16=dtype == "bfloat16", keep_in_16bit=(), **changes,
         )  # fmt: skip
         model = get_peft_model(loading.load_model(config), lora_of(config))
         model.to(getattr(torch, dtype))
