@@ -301,6 +301,15 @@ def test_of_two_plans_with_one_batch_the_one_that_recomputes_less_is_faster():
     assert costs == sorted(costs) and len(set(costs)) == 4
 
 
+def test_a_plan_in_short_says_rows_batches_and_what_saves_memory():
+    recipe = Run(batch=16, length=512)
+    short = [
+        for_card(llama2_config(size), recipe, card * predict.GIB).in_short
+        for size, card in (("7B", 8), ("7B", 16), ("70B", 8))
+    ]
+    assert short == ["8 x 2, checkpointing", "4 x 4, paged", "no"]
+
+
 @pytest.mark.parametrize(
     "changes, card, advice",
     [

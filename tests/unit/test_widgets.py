@@ -90,6 +90,19 @@ def test_rank_out_of_range_is_named(picture, rank):
         widgets.rank_figure(picture, truncate, [rank])
 
 
+def test_every_part_of_a_step_has_a_bar_of_its_own_and_its_size_beside_it():
+    parts = {"weights": 3 * predict.GIB, "logits": 0, "activations": predict.GIB // 2}
+    figure = widgets.fit_figure(
+        {"small": parts, "large": parts}, [4 * predict.GIB, 8 * predict.GIB]
+    )
+    for axis, card in zip(figure.axes, (4, 8), strict=True):
+        assert [label.get_text() for label in axis.texts] == [" 3.00", " 0.00", " 0.50"]
+        assert [bar.get_x() for bar in axis.patches] == [0, 3, 3]
+        assert axis.lines[0].get_xdata()[0] == card < axis.get_xlim()[1]
+    assert figure.axes[1].get_title() == "large: 3.5 GiB"
+    plt.close(figure)
+
+
 def test_will_it_fit_follows_its_sliders():
     shapes = {size: architecture.llama2_config(size) for size in ("7B", "70B")}
     cards = {f"{size} GB": size * predict.GIB for size in (8, 24)}
