@@ -53,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("model", help="base_chat, base (or llama2), tuned (or new_model), merged")
     ask.add_argument("question", nargs="?", default=LINKED_LIST_PROMPT)
 
+    check = _command(commands, "check-data", _check_data, "what becomes of a file of your own")
+    check.add_argument("source", help="a file, a folder, or a dataset of the Hub")
+
     _command(commands, "export-training", _export_training, "notebook 04 for several GPUs")
 
     _command(commands, "record", _record, "put a run's outputs into the committed notebooks")
@@ -125,6 +128,12 @@ def _ask(options) -> None:
     for piece in pieces:
         print(visible(piece), end="", flush=True)
     print()
+
+
+def _check_data(options) -> None:
+    config = Config.from_parameters({**parameters_of(options), "DATA_SOURCE": options.source})
+    tokenizer = _load("helpers.model.loading").load_tokenizer(config.model_name)
+    print(visible(_load("helpers.data.own_rows").describe(config, tokenizer)))
 
 
 def _export_training(options) -> None:

@@ -79,8 +79,12 @@ class Config:
     keep_in_16bit: tuple[str, ...] = none_or_some_of(*ALL_LINEAR_TARGETS)
 
     # -- The data.
-    # "sample", "kagglehub", a folder with Kaggle's CSV files, or a Hub dataset id.
+    # "sample", "kagglehub", a folder with Kaggle's CSV files, a file or folder of your own, or the
+    # Hub's "owner/name" or "owner/name:configuration:split"; and, besides, what to validate with.
     data_source: str = not_blank("luisroque/instruct-python-llama2-20k")
+    validation_source: str | None = checked(None, lambda v: bool(v.strip()), "must not be blank")
+    # Llama 2's, or the model's own. None: as in the rows of the run; notebook 02 takes Llama 2's.
+    template: str | None = one_of(None, "llama2", "model")
     # Begins each prompt. None: as in the rows of the run; notebook 02 writes SYSTEM_MESSAGE there.
     system_message: str | None = prompt_text(None)
     min_question_score: int = between(0, -(10**6), 10**6)  # votes on Stack Overflow
@@ -89,8 +93,10 @@ class Config:
     validation_rows: int = count(1000, 10**8)  # at most,
     validation_share: float = between(0.1, 0.01, 0.5)  # and no more than this share of all
     near_duplicate_similarity: float = between(0.7, 0.1, 1.0)  # Jaccard, from which two are one
-    min_answer_characters: int = count(60, 10**6)
-    max_post_characters: int = between(8000, 100, 10**6)
+    # None: 60 and 8000 for posts of a forum; for rows of your own, whatever is not empty.
+    min_answer_characters: int | None = count(None, 10**6)
+    max_post_characters: int | None = between(None, 100, 10**6)
+    check_python: bool = False  # in rows of your own too, code in answers must be Python 3
     # What must not be in the data: "problems", "humaneval", or a JSONL file with a `prompt` a line.
     benchmarks: tuple[str, ...] = ("problems", "humaneval")
 
@@ -338,7 +344,7 @@ CONTRADICTIONS = (
     ),
     (
         ("min_answer_characters", "max_post_characters"),
-        lambda low, high: low > high,
+        lambda low, high: (low or 0) > (high or 8000),
         "MIN_ANSWER_CHARACTERS is {} and MAX_POST_CHARACTERS is {}: no answer can pass both",
     ),
 )

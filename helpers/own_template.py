@@ -22,7 +22,7 @@ class Frame:
 
     opening: str  # before a conversation's system message
     closing: str  # behind a request; an answer follows
-    before: str  # an answer, such as a space
+    before: str | None  # an answer, such as a space; None: more turns change those before
     ending: str  # behind an answer, up to the token that ends it
     special: frozenset[str]  # the tokenizer's control tokens, which no text may spell
 
@@ -54,14 +54,14 @@ def _rendered(tokenizer, messages: Messages) -> str:
 
     (text,), _ = render_jinja_template(
         [messages],
-        chat_template=_template(tokenizer),
+        chat_template=template_of(tokenizer),
         add_generation_prompt=True,
         **tokenizer.special_tokens_map,
     )
     return text
 
 
-def _template(tokenizer) -> str:
+def template_of(tokenizer) -> str:
     """The Jinja of a tokenizer, "" where it has none; some have several under names."""
     template = getattr(tokenizer, "chat_template", None) or ""
     return template if isinstance(template, str) else template["default"]
@@ -69,7 +69,7 @@ def _template(tokenizer) -> str:
 
 def frame_of(tokenizer) -> Frame | None:
     """The Frame of the tokenizer's own chat template, None where it has none."""
-    if not _template(tokenizer):
+    if not template_of(tokenizer):
         return None
     added = tokenizer.added_tokens_decoder.values()
     special = frozenset(token.content for token in added if token.special)
@@ -78,7 +78,7 @@ def frame_of(tokenizer) -> Frame | None:
     again = chat_text(tokenizer, messages_of(SYSTEM, [(USER, ANSWER), (USER, None)]))
     head, _, tail = again.partition(ANSWER)
     ends = [tail.index(text) + len(text) for text in special if text in tail]
-    before = head.removeprefix(asked) if head.startswith(asked) else ""
+    before = head.removeprefix(asked) if head.startswith(asked) else None
     return Frame(opening, closing, before, tail[: min(ends, default=0)], special)
 
 
@@ -95,11 +95,17 @@ def chat_row(tokenizer, system: str, turns) -> tuple[str, str]:
     """(prompt, completion) of answered turns, as `prompts.render_row` gives them.
 
     Each answer follows what the model is given when it is asked for it. Raises TemplateError for a
-    text with a control token, and for turns that the template writes otherwise when more follow.
+    text that the template cannot hold, ValueError where the template cannot hold any.
     """
     frame = frame_of(tokenizer)
     if frame is None:
-        raise TemplateError('the model has no chat template: set TEMPLATE to "llama2"')
+        raise ValueError('the model has no chat template: set TEMPLATE to "llama2"')
+    if len(turns) > 1 and (frame.before is None or not frame.ending):
+        raise ValueError(
+            "the model's own chat template writes a turn otherwise when more follow, and a row has "
+            f'{len(turns)} turns: set TEMPLATE to "llama2"'
+        )
+    before = frame.before or ""
     check_texts(frame, [system, *(text for turn in turns for text in turn)])
     asked = [
         chat_text(tokenizer, messages_of(system, [*turns[:place], (turns[place][0], None)]))
@@ -109,13 +115,10 @@ def chat_row(tokenizer, system: str, turns) -> tuple[str, str]:
     for place, following in enumerate(asked[1:]):
         answer = turns[place][1]
         head, _, rest = following[len(asked[place]) :].partition(answer.strip())
-        if not following.startswith(asked[place]) or head.strip() or not frame.ending:
-            raise TemplateError(
-                "the model's own chat template writes a turn otherwise when more follow: "
-                'set TEMPLATE to "llama2"'
-            )
-        text += frame.before + answer + rest
-    text += frame.before + turns[-1][1] + frame.ending.removesuffix(tokenizer.eos_token)
+        if not following.startswith(asked[place]) or head.strip():
+            raise TemplateError(f"the model's template changes the answer {answer[:60]!r}")
+        text += before + answer + rest
+    text += before + turns[-1][1] + frame.ending.removesuffix(tokenizer.eos_token)
     return asked[0], text[len(asked[0]) :]
 
 

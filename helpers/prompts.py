@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from helpers.own_template import TemplateError, chat_row, chat_text, frame_of, messages_of
+from helpers.own_template import template_of as own_template_of
 
 OPEN_SYSTEM, CLOSE_SYSTEM = "<<SYS>>", "<</SYS>>"
 OPEN_USER, CLOSE_USER = "[INST]", "[/INST]"
@@ -303,5 +304,11 @@ def _clean(what: str, text: str) -> str:
     return without_blank_lines(text)
 
 
+def template_text(tokenizer, own: bool = False) -> str:
+    """The template as a dataset's note holds it: Llama 2's, or with `own` the model's."""
+    return own_template_of(tokenizer) if own else TEMPLATE
+
+
+TEMPLATES = ("llama2", "model")  # what TEMPLATE can be
 # What stands in a dataset's note, by which rows in another template are known.
 TEMPLATE = render_prompt("{user}", "{system}") + render_completion("{answer}")

@@ -13,8 +13,8 @@ import re
 from pathlib import Path
 
 from helpers.config import PROBLEMS_FILE
+from helpers.data.formats import json_records
 from helpers.data.markdown import fenced_blocks
-from helpers.data.own_rows import json_records
 from helpers.data.posts import DataError
 from helpers.data.similarity import RarestIndex, contained, jaccard, word_pairs, words_of
 

@@ -8,6 +8,7 @@ and saved. Nothing depends on the number of processes or on the order of a file.
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,8 +25,8 @@ from helpers.data.card import dataset_card
 from helpers.data.contamination import problem_index
 from helpers.data.curation_note import tokenizer_note, write_curation
 from helpers.data.duplicates import SKETCH, deduplicate, sketch
-from helpers.data.own_rows import QUARANTINE
-from helpers.data.posts import Posts
+from helpers.data.formats import QUARANTINE
+from helpers.data.posts import HELD, Posts
 from helpers.data.report import Report
 from helpers.data.rows import (
     SCHEMA,
@@ -51,19 +52,18 @@ def curate(config: Config, tokenizer, workers: int | None = None, progress: bool
     cores, fewer for a small source); the result does not depend on it. Raises DataError for a
     source that cannot be read and when no row survives, and what `folders.whole_folder` raises.
     """
-    if config.system_message is None:
-        config = replace(config, system_message=SYSTEM_MESSAGE)
     report = Report()
     with folders.whole_folder(config.dataset_dir) as draft:
         work = draft / ".work"  # inside the draft: a killed run leaves one thing to remove, not two
         work.mkdir()
         posts = read(config, work, report, progress)
+        config = replace(config, system_message=message_of(config, posts))
         with spread_over(workers or default_workers(posts)) as spread:
             encoder = Encoder.of(tokenizer, work)
             sketches = clean(config, posts, encoder, spread, report, progress)
             rows, stay = compare(config, posts, sketches, report)
             with report.timed("write"):
-                save(rows, *split(config, rows, stay, report), draft)
+                save(rows, *split(config, rows, stay, report, not posts.is_html), draft)
                 find = partial(leaks_of_slice, draft, config.near_duplicate_similarity)
                 report.validation_leaks = len(set().union(*spread(find, range(SLICES))))
         write_curation(note(config, tokenizer), draft)
@@ -85,7 +85,7 @@ def note(config: Config, tokenizer) -> dict:
     return {
         "source": folders.public_name(config.data_source),
         "system_message": config.system_message,
-        "template": prompts.TEMPLATE,
+        "template": prompts.template_text(tokenizer, config.template == "model"),
         "max_length": config.max_length,
         "tokenizer": {"name": folders.public_name(config.model_name), **tokenizer_note(tokenizer)},
     }
@@ -95,13 +95,28 @@ def read(config: Config, work: Path, report: Report, progress: bool) -> Posts:
     """The posts of the source; warns of lines that are no rows."""
     problem_index(config.benchmarks)  # one that cannot be read should fail here, not in a worker
     with report.timed("read"):
-        posts = open_source(config.data_source, work, config.seed, progress)
+        held = config.validation_source
+        posts = open_source(config.data_source, work, config.seed, progress, held)
     report.raw_questions, report.raw_answers = posts.questions, posts.answers
     report.orphan_answers, report.quarantined = posts.orphans, posts.quarantined
     if posts.quarantined:
         listed = config.dataset_dir / QUARANTINE
         warnings.warn(f"{posts.quarantined} lines are no rows: see {listed}", stacklevel=3)
+    if posts.seen and (posts.seen.unused or posts.seen.not_read):
+        names = ", ".join([*posts.seen.unused, *posts.seen.not_read])
+        warnings.warn(f"not used of {config.data_source}: {names}", stacklevel=3)
     return posts
+
+
+def message_of(config: Config, posts: Posts) -> str:
+    """The system message of the rows: SYSTEM_MESSAGE, the course's, or the one that all bring.
+
+    Rows that bring others keep theirs.
+    """
+    brought = posts.seen.systems if posts.seen else Counter()
+    if len(brought) == 1 and brought.total() == posts.questions:
+        return next(iter(brought))
+    return SYSTEM_MESSAGE if config.system_message is None else config.system_message
 
 
 def clean(
@@ -129,12 +144,18 @@ def clean_part(
     removed, rows, sketches = [], [], []
     for pair in posts.pairs(part):
         question_id, score = pair["question_id"], pair["answer_score"] or 0
+        score += HELD in pair["tags"] and not posts.is_html  # of two copies it is the one to stay
         text = judge(pair, config, posts.is_html)
         if text.rule:
             removed.append((question_id, text.rule, text.problem))
         else:
-            system = str(config.system_message)  # curate has given it one
-            rows.append(training_row(pair, text.user, text.answer, posts, system))
+            system = text.system or str(config.system_message)  # curate has given it one
+            said = prompts.Conversation(system, text.turns or ((text.user, text.answer),))
+            try:
+                rows.append(training_row(pair, said, posts, encoder, config.template == "model"))
+            except prompts.TemplateError:
+                removed.append((question_id, "template_marker", ""))
+                continue
             sketches.append(sketch(question_id, score, text.words, text.features, config.seed))
     write_rows(rows_file(posts, part), list(verified(rows, encoder)))
     return removed, np.array(sketches, SKETCH)
@@ -145,7 +166,9 @@ def compare(
 ) -> tuple[pa.Table, np.ndarray]:
     """All rows with their groups, and which of them stay: True for a row that nothing removes."""
     with report.timed("compare"):
-        groups = deduplicate(sketches, config.near_duplicate_similarity, report)
+        # Rows of one's own may all be cast in one mould: what is no duplicate is split row by row.
+        together = {} if posts.is_html else {"together": 1.0}
+        groups = deduplicate(sketches, config.near_duplicate_similarity, report, **together)
         rows = pa.concat_tables(read_rows(rows_file(posts, part)) for part in posts.parts())
         group = pa.array([groups.get(name) for name in rows["question_id"].to_pylist()], pa.int64())
     rows = rows.append_column("group", group)
@@ -165,13 +188,19 @@ def compare(
 
 
 def split(
-    config: Config, rows: pa.Table, stay: np.ndarray, report: Report
+    config: Config, rows: pa.Table, stay: np.ndarray, report: Report, own: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """True for the training rows, and for the validation rows."""
+    """True for the training rows, and for the validation rows.
+
+    Those are drawn, but for rows of one's `own` that their owner holds out.
+    """
     count, seed = report.kept_pairs, config.seed
     held = np.zeros(len(rows), bool)
-    groups = rows["group"].filter(pa.array(stay)).to_numpy()
-    held[stay] = choose_validation(groups, validation_size(config, count), seed)
+    kept = rows.select(["group", "tags"]).filter(pa.array(stay))
+    held[stay] = [HELD in (tags or ()) for tags in kept["tags"].to_pylist()]
+    if not (own and held.any()):
+        size = validation_size(config, count)
+        held[stay] = choose_validation(kept["group"].to_numpy(), size, seed)
     train = stay & ~held
     if config.max_train_rows:
         train[np.flatnonzero(train)[config.max_train_rows :]] = False

@@ -9,6 +9,7 @@ import json
 import warnings
 from pathlib import Path
 
+from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.runs.inventory import ArtefactWarning, again, read_json
 
@@ -46,6 +47,11 @@ def system_message(config: Config, folder: Path) -> str:
             stacklevel=1,  # one place, so that it is shown once
         )
     return next(text for text in (given, trained, SYSTEM_MESSAGE) if text is not None)
+
+
+def in_own_template(config: Config, folder: Path) -> bool:
+    """Whether the rows behind `folder` are in the model's own chat template, and not Llama 2's."""
+    return curation_of(config, folder).get("template", prompts.TEMPLATE) != prompts.TEMPLATE
 
 
 def tokenizer_note(tokenizer) -> dict:

@@ -32,18 +32,20 @@ def sketch(question_id: int, score: int, words: list[str], features: set[str], s
     return question_id, score, int.from_bytes(digest, "little"), minhash.digest()
 
 
-def deduplicate(sketches: np.ndarray, threshold: float, report: Report) -> dict[int, int]:
+def deduplicate(
+    sketches: np.ndarray, threshold: float, report: Report, together: float = GROUP_SIMILARITY
+) -> dict[int, int]:
     """Remove exact and near duplicates, the best-scored of each kind stays (then the oldest).
 
     Returns the kept question ids with their group: the smallest id among all rows that are linked
-    by a similarity of GROUP_SIMILARITY or more.
+    by a similarity of `together` or more.
     """
     best_first = sketches[np.lexsort((sketches["id"], -sketches["score"]))]
     _, first = np.unique(best_first["digest"], return_index=True)
     best = best_first[np.sort(first)]
     ids = best["id"]
     report.removed["exact_duplicate"] = np.setdiff1d(sketches["id"], ids).tolist()
-    left, right, similarity = similar_pairs(best["signature"], min(GROUP_SIMILARITY, threshold))
+    left, right, similarity = similar_pairs(best["signature"], min(together, threshold))
     kept = np.ones(len(best), bool)
     near = similarity >= threshold
     # `left` is the better one of a pair; going through the worse ones in order makes the choice

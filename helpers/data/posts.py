@@ -12,10 +12,12 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 DATABASE = "posts.sqlite"
+HELD = "validation"  # tag of rows whose owner holds them out
 PART = 2_000  # questions that are worked on at a time
 
 TABLES = """
@@ -67,6 +69,7 @@ class Posts:
     answers: int = 0
     orphans: int = 0  # answers without a question
     quarantined: int = 0  # lines that were no rows; quarantine.jsonl beside the database lists them
+    seen: Any = None  # of rows of one's own: a conversations.Seen
 
     def parts(self) -> list[range]:
         """Places in the shuffled order, PART at a time."""

@@ -41,7 +41,10 @@ class Encoder:
     file: Path
     bos_token_id: int
     eos_token_id: int
+    bos_token: str
     eos_token: str
+    chat_template: str
+    special_tokens_map: dict
     added_tokens_decoder: dict  # id -> tokenizers.AddedToken
 
     @classmethod
@@ -49,8 +52,7 @@ class Encoder:
         """Of a fast tokenizer of transformers; its vocabulary is written into `folder`."""
         file = folder / "tokenizer.json"
         tokenizer.backend_tokenizer.save(str(file))
-        names = "bos_token_id eos_token_id eos_token added_tokens_decoder".split()
-        return cls(file, *(getattr(tokenizer, name) for name in names))
+        return cls(file, *(getattr(tokenizer, name) for name in list(cls.__annotations__)[1:]))
 
     def __call__(self, texts: list[str]) -> SimpleNamespace:
         """`encodings`, as transformers calls them: a `tokenizers.Encoding` for each text."""
@@ -64,12 +66,18 @@ def _vocabulary(file: Path):
     return tokenizers.Tokenizer.from_file(str(file))
 
 
-def training_row(pair: dict, user: str, answer: str, posts: Posts, system: str) -> dict:
-    """The columns of SCHEMA, but for the group."""
+def training_row(
+    pair: dict, conversation: prompts.Conversation, posts: Posts, encoder: Encoder, own: bool
+) -> dict:
+    """The columns of SCHEMA, but for the group; in the model's own template with `own`.
+
+    Raises TemplateError for a conversation that the template cannot hold.
+    """
+    prompt, completion = prompts.render_row(conversation, encoder, own)
     return {
         **{name: pair[name] for name in SCHEMA.names if name in pair},
-        "prompt": prompts.render_prompt(user, system),
-        "completion": prompts.render_completion(answer),
+        "prompt": prompt,
+        "completion": completion,
         "url": posts.url.format(**pair),
         "licence": posts.licence,
     }

@@ -8,16 +8,22 @@ import re
 import string
 from collections import Counter
 
-WORD = re.compile(r"\w+")
+# Scripts that put no space between words: there each character counts as one.
+NO_SPACES = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+WORD = re.compile(rf"[{NO_SPACES}]|[^\W{NO_SPACES}]+")
 # For plain ASCII `translate` and `split` give what the pattern gives, four times as fast.
 NO_LETTERS = {ord(sign): " " for sign in string.punctuation if sign != "_"}
 SHARED = 16  # rare members that a candidate must have in common
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, in lower case, without punctuation."""
+    """The words of a text, in lower case, without punctuation; of signs alone, each sign."""
     text = text.lower()
-    return text.translate(NO_LETTERS).split() if text.isascii() else WORD.findall(text)
+    words = text.translate(NO_LETTERS).split() if text.isascii() else WORD.findall(text)
+    return words or list("".join(text.split()))
 
 
 def word_pairs(words: list[str]) -> set[str]:

@@ -1,11 +1,12 @@
-"""Where rows come from: the sample, the Kaggle set, files of one's own, or the Hub."""
+"""Where rows come from: the sample, the Kaggle set, rows of one's own on this disk or the Hub."""
 
 import re
 from dataclasses import replace
 from pathlib import Path
 
 from helpers.config import PROJECT_DIR
-from helpers.data import kaggle, own_rows, posts
+from helpers.data import conversations, kaggle, posts
+from helpers.data.formats import ENDINGS, holds_rows
 from helpers.data.posts import DataError, Posts
 from helpers.runs.folders import public_name
 
@@ -17,23 +18,27 @@ def local_path(source: str) -> Path:
     return SAMPLE_DIR if source == "sample" else Path(source).expanduser()
 
 
-def open_source(source: str, folder: Path, seed: int, progress: bool = False) -> Posts:
+def open_source(
+    source: str, folder: Path, seed: int, progress: bool = False, held: str | None = None
+) -> Posts:
     """Read a source into a database in `folder`; with `progress`, a bar for each file.
 
-    It is "sample", "kagglehub", a folder of CSVs, a JSONL, CSV or Parquet file, or a Hub dataset.
-    Raises DataError for what cannot be read.
+    It is "sample", "kagglehub", a folder with Kaggle's files, or rows of one's own: a file, a
+    folder of files, one that `save_to_disk` wrote, a Hub dataset. `held` is a source of one's own
+    rows to validate with. Raises DataError for what cannot be read.
     """
     path = kaggle.download() if source == "kagglehub" else local_path(source)
     with posts.new_database(folder) as database:
-        if path.is_dir():
+        if path.is_dir() and not holds_rows(path):
             kaggle.read(path, database, progress)
             found = _of_kaggle(path, folder)
         else:
-            given = path if path.is_file() else _hub_name(source)
-            licence = "as in " if path.is_file() else "as stated on the Hub: "
-            licence += public_name(path.name if path.is_file() else source)
-            lost = own_rows.read(given, database, folder)
-            found = Posts(folder / posts.DATABASE, False, licence, quarantined=lost)
+            given = _own(source)
+            licence = "as in " if isinstance(given, Path) else "as stated on the Hub: "
+            licence += public_name(path.name if isinstance(given, Path) else source)
+            seen = conversations.read(given, database, folder, held and _own(held))
+            lost = seen.quarantined
+            found = Posts(folder / posts.DATABASE, False, licence, quarantined=lost, seen=seen)
         questions, answers, orphans = posts.shuffle(database, seed)
         return replace(found, questions=questions, answers=answers, orphans=orphans)
 
@@ -46,11 +51,15 @@ def _of_kaggle(source: Path, folder: Path) -> Posts:
     return Posts(folder / posts.DATABASE, True, "CC BY-SA 3.0", url)
 
 
-def _hub_name(source: str) -> str:
-    if Path(source).suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+def _own(source: str) -> Path | str:
+    """A file or folder that is there, or the id of a Hub dataset. Raises DataError."""
+    path = local_path(source)
+    if path.exists():
+        return path
+    if path.name.endswith(ENDINGS) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", source):
         raise DataError(
             f"DATA_SOURCE is {source!r}, and there is no such file or folder: give a folder with "
-            "Questions.csv and Answers.csv, a .jsonl, .csv or .parquet file, the id of a Hub "
-            "dataset, 'kagglehub' or 'sample'"
+            "Questions.csv and Answers.csv, a .jsonl, .json, .csv or .parquet file or a folder of "
+            "them, the id of a Hub dataset, 'kagglehub' or 'sample'"
         )
     return source

@@ -1,11 +1,13 @@
 """The split into training and validation rows, and whether a row stands on both sides of it."""
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from helpers import prompts
 from helpers.config import Config
@@ -68,6 +70,13 @@ def leaks_of_slice(dataset: Path, similarity: float, number: int) -> set[int]:
         pa.concat_tables(map(read_rows, sorted((dataset / name).glob("data-*.arrow"))))
         for name in ("validation", "train")
     )
+    if not str(held["prompt"][0]).startswith(prompts.OPENING):  # all begin with a system message
+        some = [*held["prompt"].to_pylist(), *train["prompt"][:100].to_pylist()]
+        skip = len(os.path.commonprefix(some))
+        held, train = (
+            part.set_column(0, "prompt", pc.utf8_slice_codeunits(part["prompt"], skip))
+            for part in (held, train)
+        )
     starts = range(number * STEP, len(train), SLICES * STEP)
     rows = (row for start in starts for row in train.slice(start, STEP).to_pylist())
     return find_leaks(held.to_pylist(), rows, similarity)

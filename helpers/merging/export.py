@@ -7,11 +7,11 @@ from pathlib import Path
 import gguf
 import torch
 from gguf import GGMLQuantizationType as Kind
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from helpers import prompts
 from helpers.config import Config
-from helpers.data.curation_note import system_message
+from helpers.data.curation_note import in_own_template, system_message
 from helpers.merging import gguf_writer
 from helpers.merging.merged_folder import check_merged
 from helpers.model import loading, predict
@@ -82,7 +82,9 @@ def modelfile(config: Config, weights: str = "model.q8_0.gguf") -> str:
     system = prompts.without_blank_lines(system_message(config, config.merged_dir))
     if '"""' in system:
         raise ValueError('SYSTEM_MESSAGE holds """, which ends a text in a Modelfile: reword it')
-    template = prompts.render_prompt("{{ .Prompt }}", "{{ .System }}")
+    own = in_own_template(config, config.merged_dir)
+    tokenizer = AutoTokenizer.from_pretrained(config.merged_dir) if own else None
+    template = prompts.render_prompt("{{ .Prompt }}", "{{ .System }}", tokenizer)
     return (
         f'FROM ./{weights}\nTEMPLATE """{template}"""\nSYSTEM """{system}"""\n'
         f"PARAMETER temperature 0\nPARAMETER num_predict {config.max_new_tokens}\n"

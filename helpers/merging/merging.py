@@ -23,7 +23,7 @@ from peft.utils.integrations import dequantize_module_weight
 
 from helpers import prompts
 from helpers.config import Config
-from helpers.data.curation_note import system_message
+from helpers.data.curation_note import in_own_template, system_message
 from helpers.merging.adapter_folder import ADAPTER_WEIGHTS, check_adapter
 from helpers.merging.merged_folder import seal_merged
 from helpers.model import loading, measure, precision, predict
@@ -121,8 +121,9 @@ def saving(model, into: str, config: Config) -> Iterator[Path]:
     size = sum(parameter.nbytes for parameter in model.parameters())
     with folders.whole_folder(config.merged_dir, size) as draft:
         yield draft
-        template = prompts.chat_template(system_message(config, config.adapter_dir))
-        (draft / "chat_template.jinja").write_text(template, encoding="utf-8")
+        if not in_own_template(config, config.adapter_dir):  # else the tokenizer brings it
+            template = prompts.chat_template(system_message(config, config.adapter_dir))
+            (draft / "chat_template.jinja").write_text(template, encoding="utf-8")
         seal_merged(draft, into, config)
         shutil.rmtree(config.gguf_dir, ignore_errors=True)
     as_saved(model, config)

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from helpers.config import PROJECT_DIR, Config
+from helpers.data.formats import ENDINGS, holds_rows
 from helpers.data.sources import local_path
 from helpers.model.hub import NOT_HERE, identity
 from helpers.runs.environment import environment
@@ -72,7 +73,9 @@ def read_by(settings: dict, run_dir: Path, source: Path, sha256: Sha256) -> dict
     patterns = ("helpers/**/*.py", *PROJECT_FILES.get(number, ()))
     found |= hashes(PROJECT_DIR, patterns, sha256)
     if number == "02":
-        found |= _below(DATA, data_source(settings["data_source"], sha256))
+        given = settings["data_source"], settings.get("validation_source")
+        for place in filter(None, given):
+            found |= _below(DATA, data_source(place, sha256))
         own = [
             path for name in settings["benchmarks"] if (path := Path(name).expanduser()).is_file()
         ]
@@ -92,7 +95,9 @@ def data_source(source: str, sha256: Sha256) -> dict[str, str]:
     place = local_path(source)
     if place.is_file():
         return {place.name: sha256(place)}
-    return hashes(place, ["*.csv"], sha256) if place.is_dir() else {source: NOT_HERE}
+    own = ["**/*.arrow", *(f"**/*{ending}" for ending in ENDINGS)]
+    patterns = own if place.is_dir() and holds_rows(place) else ["*.csv"]
+    return hashes(place, patterns, sha256) if place.is_dir() else {source: NOT_HERE}
 
 
 def written_by(run_dir: Path, name: str, sha256: Sha256) -> dict[str, str]:

@@ -31,16 +31,43 @@ def load_dataset(config: Config, tokenizer=None) -> DatasetDict:
     dataset = dataset.select_columns(["prompt", "completion"])
     curation_note.system_message(config, config.dataset_dir)
     note = curation_note.curation_of(config, config.dataset_dir)
-    if note and note["template"] != prompts.TEMPLATE:
-        raise inventory.ArtefactError(
-            f"the rows are in the template {note['template']!r}, and the one here is "
-            f"{prompts.TEMPLATE!r}: run notebook 02 again"
-        )
     if note:
         own = tokenizer or loading.load_tokenizer(config.model_name)
+        _check_template(config, note["template"], own)
         if not curation_note.tokenizer_note(own).items() <= note["tokenizer"].items():
             _check_rows(config, dataset, own, note["tokenizer"]["name"])
-    return dataset if tokenizer is None else rows_that_fit(config, tokenizer, dataset)
+    if tokenizer is None:
+        return dataset
+    return with_masks(tokenizer, rows_that_fit(config, tokenizer, dataset))
+
+
+def _check_template(config: Config, found: str, tokenizer) -> None:
+    """ArtefactError for rows in another template than TEMPLATE, or than both where that is None."""
+    known = {name: prompts.template_text(tokenizer, name == "model") for name in prompts.TEMPLATES}
+    wanted = [known[config.template]] if config.template else list(known.values())
+    if found not in wanted:
+        raise inventory.ArtefactError(
+            f"the rows are in the template {found!r}, and the one here is {wanted[0]!r}: run "
+            "notebook 02 again"
+        )
+
+
+def with_masks(tokenizer, dataset: DatasetDict) -> DatasetDict:
+    """Rows of which some have several turns, as tokens with the `completion_mask` of trl.
+
+    Of a text trl masks the prompt alone; here later requests are masked as well. Rows of one turn
+    are left to trl.
+    """
+    pairs = (zip(rows["prompt"], rows["completion"], strict=True) for rows in dataset.values())
+    if all(len(prompts.learned_parts(tokenizer, *pair)) == 1 for pair in itertools.chain(*pairs)):
+        return dataset
+
+    def masked(row: dict) -> dict:
+        encoded = prompts.encode(tokenizer, row["prompt"], row["completion"])
+        mask = [int(label != prompts.IGNORED_LABEL) for label in encoded["labels"]]
+        return {"input_ids": encoded["input_ids"], "completion_mask": mask}
+
+    return dataset.map(masked)
 
 
 def _check_rows(config: Config, dataset: DatasetDict, tokenizer, made_with: str) -> None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from helpers import prompts
 from helpers.config import Config
-from helpers.data import own_rows
 from helpers.data.contamination import load_problems
+from helpers.data.formats import QUARANTINE
 from helpers.data.markdown import html_to_markdown
 from helpers.data.posts import DataError
 from helpers.data.rules import judge
@@ -55,7 +55,10 @@ BAD = {
     "is not UTF-8 text (invalid continuation byte at": b'{"prompt": "caf\xe9", "answer": ""}',
     "is longer than 1 MB": b'{"prompt": "' + b"x" * 3_000_000 + b'", "answer": "x"}',
     "has ['str', 'int'] in ('prompt', 'answer')": b'{"prompt": "x", "answer": 3}',
-    "has ['str', 'NoneType'] in ('prompt', 'answer')": b'{"prompt": "x"}',
+    "has ['str', 'NoneType'] in ('prompt', 'answer')": b'{"prompt": "x", "answer": null}',
+    "has no column for the prompt (": b'{"prompt": "x"}',
+    "is no JSON ('answer' stands there twice)": b'{"prompt": "x", "answer": "a", "answer": "b"}',
+    "has two columns of one name among prompt, Prompt": b'{"prompt": "x", "Prompt": "y"}',
     "holds NUL or half of a character": b'{"prompt": "x", "answer": "half \\ud83d of it"}',
     "holds NUL or half": b'{"prompt": "zero \\u0000", "answer": "x"}',
 }
@@ -69,25 +72,25 @@ def test_bad_lines_are_put_aside_with_number_and_reason_and_no_good_one_is_lost(
         places[3 * step + 2] = reason
     path = tmp_path / "own.jsonl"
     path.write_bytes(b"".join(rows))
-    with pytest.warns(UserWarning, match=r"10 lines are no rows: see .*quarantine\.jsonl"):
+    with pytest.warns(UserWarning, match=r"13 lines are no rows: see .*quarantine\.jsonl"):
         report, kept, config = curated(path, tmp_path)
     assert_nothing_good_is_lost(kept)
     assert report.quarantined == report.metrics()["quarantined_lines"] == len(BAD)
-    listed = (config.dataset_dir / own_rows.QUARANTINE).read_text("utf-8").splitlines()
+    listed = (config.dataset_dir / QUARANTINE).read_text("utf-8").splitlines()
     found = {entry["line"]: entry for entry in map(json.loads, listed)}
     assert list(found) == list(places)
     for number, reason in places.items():
         assert found[number]["reason"].startswith(reason)
         assert 0 < len(found[number]["content"]) <= 200
     card = (config.dataset_dir / "README.md").read_text("utf-8")
-    assert "no rows and are left out: 10." in card
+    assert "no rows and are left out: 13." in card
 
 
 def test_a_clean_file_leaves_no_quarantine_and_no_warning(tmp_path, recwarn):
     path = tmp_path / "own.jsonl"
     path.write_bytes(lines(OWN_ROWS))
     report, _, config = curated(path, tmp_path)
-    assert report.quarantined == 0 and not (config.dataset_dir / own_rows.QUARANTINE).exists()
+    assert report.quarantined == 0 and not (config.dataset_dir / QUARANTINE).exists()
     assert not [w for w in recwarn if "no rows" in str(w.message)]
 
 
@@ -117,13 +120,13 @@ def test_a_csv_row_that_cannot_be_read_names_its_line(tmp_path, cell):
     good = "".join(f'"{row["prompt"]}","{row["answer"]}"\n' for row in OWN_ROWS)
     path.write_text(f"prompt,answer\n{good}{cell}\n", encoding="utf-8")
     if len(cell) > 1000:
-        with pytest.raises(
-            DataError, match=f"own.csv, line {len(OWN_ROWS) + 1}, .*field larger than"
-        ):
-            curated(path, tmp_path)
-        return
-    with pytest.warns(UserWarning, match="2 lines are no rows"):
-        _, kept, _ = curated(path, tmp_path)
+        with pytest.warns(UserWarning, match="1 lines are no rows"):
+            _, kept, config = curated(path, tmp_path)
+        (line,) = map(json.loads, (config.dataset_dir / QUARANTINE).open(encoding="utf-8"))
+        assert line["line"] == len(OWN_ROWS) + 2 and "field larger than" in line["reason"]
+    else:
+        with pytest.warns(UserWarning, match="2 lines are no rows"):
+            _, kept, _ = curated(path, tmp_path)
     assert_nothing_good_is_lost(kept)
 
 
@@ -154,7 +157,7 @@ def test_python_2_is_found_behind_line_ends_of_windows(tmp_path):
     answer = "Type this and press the enter key:\r\n\r\n```python\r\nprint 'x'\r\n```\r\n"
     path = tmp_path / "own.jsonl"
     path.write_bytes(lines([*OWN_ROWS, {"prompt": "How do I print?", "answer": answer}]))
-    report, kept, _ = curated(path, tmp_path)
+    report, kept, _ = curated(path, tmp_path, check_python=True)
     assert report.removed["python2"] == [len(OWN_ROWS) + 1]
     assert_nothing_good_is_lost(kept)
 
@@ -203,9 +206,9 @@ def test_white_space_without_end_is_read_in_linear_time(tmp_path):
     texts = [f"<s>[INST] {row['prompt']} [/INST] {row['answer']} </s>" for row in OWN_ROWS]
     texts += ["[/INST]" + " " * 900_000 + "x", " " * 900_000 + "[/INST]", "[INST]" + " " * 900_000]
     path.write_bytes(lines({"text": text} for text in texts))
-    report, kept, _ = curated(path, tmp_path)
+    with pytest.warns(UserWarning, match="3 lines are no rows"):
+        _, kept, _ = curated(path, tmp_path)
     assert_nothing_good_is_lost(kept)
-    assert report.removed["length"] == [len(OWN_ROWS) + n for n in (1, 2, 3)]
 
 
 # -- Code that begins with indentation.

@@ -24,6 +24,7 @@ from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.data import card as card_module
 from helpers.data import curation, kaggle, posts, rules, sources
 from helpers.data.contamination import load_problems, problem_index
+from helpers.data.curation_note import curation_of
 from helpers.data.duplicates import SKETCH, similar_pairs, sketch
 from helpers.data.posts import DataError, question_hash
 from helpers.data.report import Report
@@ -405,10 +406,7 @@ def test_a_file_of_ones_own(tmp_path, name, write):
 
 
 def test_a_hub_dataset_in_the_articles_form(tmp_path, monkeypatch):
-    """One column `text`, whose system message opens with a closing tag:
-
-    the prompt and the answer are taken out of it.
-    """
+    """One column `text`, whose system message opens with a closing tag: it is the row's own."""
     texts = [
         f"<s>[INST] <</SYS>>\nOld message.\n<</SYS>>\n\n{row['prompt']} [/INST] {row['answer']} "
         f"</s>"
@@ -425,7 +423,9 @@ def test_a_hub_dataset_in_the_articles_form(tmp_path, monkeypatch):
     report = curate(config)
     row = datasets.load_from_disk(str(config.dataset_dir))["train"][0]
     assert report.kept_pairs == len(OWN_ROWS)
-    assert "Old message" not in row["prompt"] and SYSTEM_MESSAGE in row["prompt"]
+    assert prompts.parse(row["prompt"]).system == "Old message."
+    assert SYSTEM_MESSAGE not in row["prompt"]
+    assert curation_of(config, config.dataset_dir)["system_message"] == "Old message."
     assert row["completion"].strip() == OWN_ROWS[row["question_id"] - 1]["answer"]
 
 
@@ -435,7 +435,7 @@ def test_a_hub_dataset_that_cannot_be_had(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
-        DataError, match=r"a/b could not be loaded \(no route\): check the name and"
+        DataError, match=r"a/b could not be loaded \(no route to host\): check the name and"
     ):
         sources.open_source("a/b", tmp_path, 0)
 
@@ -455,7 +455,8 @@ def test_a_file_with_fenced_python2_loses_that_row(tmp_path):
         run_dir=tmp_path / "run",
         near_duplicate_similarity=0.9,
     )
-    assert curate(config).removed["python2"] == [len(rows)]
+    assert not curate(config).removed["python2"]  # unless it is asked for
+    assert curate(replace(config, check_python=True)).removed["python2"] == [len(rows)]
 
 
 @pytest.mark.parametrize(
@@ -465,7 +466,7 @@ def test_a_file_with_fenced_python2_loses_that_row(tmp_path):
         (
             "a.jsonl",
             b'{"foo": "x"}\n',
-            "a.jsonl has no column for the prompt .* its columns are foo: rename yours",
+            "a.jsonl, line 1, has no column for the prompt .* its columns are foo: rename yours",
         ),
         (
             "a.jsonl",
@@ -676,7 +677,7 @@ def test_too_few_rows_are_told_with_what_took_the_others(tmp_path):
     rows = [OWN_ROWS[0], {"prompt": "What is 1?", "answer": "One."}]
     words = r"too few rows survive: 1 of 2.* \(removed: length 1\): .*; lower MIN_ANSWER_CHARACTERS"
     with pytest.raises(DataError, match=words):
-        curate_rows(tmp_path, rows)
+        curate_rows(tmp_path, rows, min_answer_characters=60)
     with pytest.raises(DataError, match="too few rows survive: 1 of 1.*each: give more rows that"):
         curate_rows(tmp_path, rows[:1])
 

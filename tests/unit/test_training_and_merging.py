@@ -178,7 +178,8 @@ NOT_NAMED_BY = {
     *("activation_offloading", "log_steps", "report_to", "fit_to_memory", "merge_into"),
     *("gguf_types", "comparison_rows", "article_prompt", "max_new_tokens", "generation_batch_size"),
     *("evaluation_problems", "sandbox", "new_dataset_name", "new_dataset_name_complete"),
-    *("new_model_name", "hf_hub_model_name", "push_to_hub"),
+    *("new_model_name", "hf_hub_model_name", "push_to_hub", "check_python"),
+    *("validation_source", "template"),  # which are in the rows
 }
 OTHER = {
     "lora_r": 8,

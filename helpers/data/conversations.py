@@ -1,0 +1,279 @@
+"""One stored row as a conversation, whatever its columns are called; what is not used is named."""
+
+import ast
+import contextlib
+import gzip
+import json
+import re
+import sqlite3
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from helpers.data.formats import Part, Quarantine, is_message, parts_of
+from helpers.data.posts import HELD, INSERT, DataError
+from helpers.prompts import CLOSE_USER, OPEN_USER, OPENING, read_completion
+
+# Names of columns in small letters; of each kind the first that is there is taken.
+SYSTEMS = ("system", "system_prompt", "system_message")
+PROMPTS = ("prompt", "instruction", "question", "query", "user", "human", "input")
+CONTEXTS = ("question", "input", "context")  # follow the prompt
+ANSWERS = ("answer", "completion", "response", "output", "assistant", "target", "reply", "solution")
+CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+ROLES |= {"model": "assistant", "developer": "system"}
+SYSTEM = re.compile(r"\s*<</?SYS>>(?P<system>.*?)<</SYS>>", re.DOTALL)  # the article opens with a /
+END = re.compile(r"</s>\s*(?:<s>\s*)?$|<s>\s*$")
+# Half of a character (a lone surrogate, which JSON can hold and UTF-8 cannot), and NUL.
+UNUSABLE = re.compile("[\0\ud800-\udfff]")
+EMPTY: tuple = (None, "", "[]", [], {})  # nothing is lost with it
+SEEING = ("image", "images", "video", "videos", "audio", "audios")
+TEXT_ONLY = "this course trains on text: give rows without them"
+CALLING = ("tools", "tool_calls", "function_call", "functions")
+NO_TOOLS = "the templates here have no place for tool calls: leave those rows out"
+
+
+class NoRow(ValueError):
+    """A record that is no conversation, and why."""
+
+
+@dataclass
+class Row:
+    """A conversation as it was found."""
+
+    format: str  # the columns that make it
+    turns: list[tuple[str, str]]  # of text: `read_row` asks
+    system: str | None = None
+    unused: list[str] = field(default_factory=list)  # columns
+
+
+def read_row(record: dict) -> Row:
+    """The Row of a record. NoRow when it is none, DataError for a kind that is refused."""
+    columns = {str(name).strip().lower(): name for name in record}
+    if len(columns) < len(record):
+        raise NoRow(f"has two columns of one name among {', '.join(map(str, record))}")
+    values = {key: record[name] for key, name in columns.items()}
+    _refuse(values)
+    row, used = _of_columns(values)
+    there = [key for key, value in values.items() if value not in EMPTY]
+    row.unused += [str(columns[key]) for key in there if key not in used]
+    texts = [text for turn in row.turns for text in turn]
+    texts += [row.system] if row.system is not None else []
+    kinds = [type(text).__name__ for text in texts]
+    if set(kinds) - {"str"}:
+        raise NoRow(f"has {kinds} in {tuple(used)}, where text must stand")
+    if any(UNUSABLE.search(text) for text in texts):
+        raise NoRow("holds NUL or half of a character (a lone surrogate)")
+    if any(text in ("NaN", "nan") for text in texts):
+        raise NoRow(f"has NaN in {tuple(used)}, where text must stand")
+    row.turns = [(_lines(user), _lines(answer)) for user, answer in row.turns]
+    row.system = _lines(row.system).strip("\n") or None if row.system else None
+    return row
+
+
+def _lines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _refuse(values: dict) -> None:
+    """DataError for what cannot be trained on here: preferences, tool calls, images."""
+    if "chosen" in values and "rejected" in values:
+        raise DataError(
+            "holds preference pairs (`chosen`, `rejected`), and this course trains on one answer: "
+            "rename `chosen` to `answer` and remove `rejected`, or use trl's DPOTrainer"
+        )
+    if isinstance(values.get("label"), bool):
+        raise DataError(
+            "holds preferences (`label` says whether an answer is liked): keep the liked rows and "
+            "remove `label`, or use trl's KTOTrainer"
+        )
+    for name in (*SEEING, *CALLING):
+        if values.get(name) not in EMPTY:
+            raise DataError(f"holds {name}, and {TEXT_ONLY if name in SEEING else NO_TOOLS}")
+
+
+def _of_columns(values: dict) -> tuple[Row, list[str]]:
+    """The Row of columns with values, and which of them it holds."""
+
+    def first(names: tuple[str, ...]) -> str:
+        there = [name for name in names if name in values]
+        return next((name for name in there if values[name] is not None), (there or [""])[0])
+
+    system, prompt, answer, chat = map(first, (SYSTEMS, PROMPTS, ANSWERS, CHATS))
+    if chat and str(values[chat]).lstrip()[:1] == "[":  # a cell of a table
+        values[chat] = _parsed(values[chat], chat)
+    used = [name for name in (system,) if name]
+    if prompt and isinstance(values[prompt], list):  # trl's form of a conversation in two columns
+        last = values.get(answer)
+        last = last if isinstance(last, list) else [{"role": "assistant", "content": last}]
+        row = _of_messages([*values[prompt], *last], values.get(system), prompt)
+        return row, [*used, prompt, answer]
+    if chat and isinstance(values[chat], list):
+        return _of_messages(values[chat], values.get(system), chat), [*used, chat]
+    if prompt and answer and str(values[prompt]).lstrip().startswith(("<s>[INST]", OPENING)):
+        return _of_text(f"{values[prompt]}{values[answer]}", prompt), [prompt, answer]
+    if prompt and answer:
+        return _of_pair(values, system, prompt, answer)
+    if CLOSE_USER in str(values.get("text")):
+        return _of_text(str(values["text"]), "text"), ["text"]
+    raise NoRow(
+        f"has no column for the prompt ({', '.join(PROMPTS)}) or none for the answer "
+        f"({', '.join(ANSWERS)}), and no conversation ({', '.join(CHATS)}); its columns are "
+        f"{', '.join(values)}: rename yours"
+    )
+
+
+def _of_pair(values: dict, system: str, prompt: str, answer: str) -> tuple[Row, list[str]]:
+    """A prompt with what it is about, an answer, and the turns before in `history`."""
+    contexts = [name for name in CONTEXTS if name in values and name not in (prompt, answer)]
+    parts = [values[prompt], *(values[name] for name in contexts if values[name])]
+    text = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else parts
+    used = [*([system] if system else []), prompt, *contexts, answer]
+    turns: list = [(text, values[answer])]
+    if history := _history(values.get("history")):
+        turns, used = [*history, *turns], [*used, "history"]
+    return Row(" + ".join(used), turns, values.get(system)), used
+
+
+def _history(value) -> list[tuple[str, str]]:
+    pairs = isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value)
+    return [(user, answer) for user, answer in value] if pairs else []
+
+
+def _parsed(value, name: str):
+    """A list that JSON or Python wrote as text."""
+    for read in (json.loads, ast.literal_eval) if isinstance(value, str) else ():
+        with contextlib.suppress(ValueError, SyntaxError):
+            return read(value)
+    if isinstance(value, str):
+        raise NoRow(f"has no list in {name}, but {value[:60]!r}")
+    return value
+
+
+def _of_messages(messages: list, system: str | None, name: str) -> Row:
+    """OpenAI's messages, or ShareGPT's with `from` and `value`: requests and answers in turn."""
+    from trl.data_utils import maybe_convert_to_chatml  # here: seconds, which others need not wait
+
+    if not messages or not all(map(is_message, messages)):
+        raise NoRow(f"has no messages with a role in {name}")
+    form = "ShareGPT's" if "from" in messages[0] else "OpenAI's"
+    given = maybe_convert_to_chatml({"messages": [dict(message) for message in messages]})
+    said, extra = [], set()
+    for message in given["messages"]:
+        role, content = str(message.get("role")), _content(message.get("content"))
+        _refuse(message)
+        if role in ("tool", "function", "function_call", "observation", "ipython"):
+            raise DataError(f"holds a message of role {role}, and {NO_TOOLS}")
+        kept = [key for key, value in message.items() if value not in EMPTY]
+        extra |= {f"{name}.{key}" for key in kept if key not in ("role", "content")}
+        said.append((ROLES.get(role.lower(), role.lower()), content))
+    if said[0][0] == "system":
+        system = said.pop(0)[1]
+    wanted = ["user", "assistant"] * (len(said) // 2)
+    if not said or [role for role, _ in said] != wanted:
+        roles = ", ".join(role for role, _ in said)
+        raise NoRow(f"has roles in {name} that are not user, assistant in turn: {roles}")
+    texts = [text for _, text in said]
+    turns = list(zip(texts[::2], texts[1::2], strict=True))
+    return Row(f"{name} ({form} form)", turns, system, sorted(extra))
+
+
+def _content(content):
+    """The text of a message, whose parts may stand in a list."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise DataError(f"holds a message with a part of type {kind}, and {TEXT_ONLY}")
+    return "".join(part["text"] for part in content)
+
+
+def _of_text(text: str, name: str) -> Row:
+    """Llama 2's text, as the article stored its dataset; one turn or several."""
+    head, *parts = text.strip().split(OPEN_USER)
+    pairs = [part.partition(CLOSE_USER) for part in parts]
+    if head.strip() not in ("", "<s>") or not all(found for _, found, _ in pairs):
+        raise NoRow(f"has {name} that is not of the form <s>[INST] ... [/INST] ... </s>")
+    told = SYSTEM.match(pairs[0][0])
+    turns = [[user, END.sub("", answer)] for user, _, answer in pairs]
+    turns[0][0] = turns[0][0][told.end() if told else 0 :]
+    read = [(read_completion(user), read_completion(answer)) for user, answer in turns]
+    return Row(f"{name} (Llama 2's template)", read, told and told["system"])
+
+
+# -- All rows of a source.
+
+
+@dataclass
+class Seen:
+    """What a source of one's own holds."""
+
+    formats: Counter = field(default_factory=Counter)  # rows of each
+    unused: Counter = field(default_factory=Counter)  # rows that have a column which is not used
+    not_read: list[str] = field(default_factory=list)  # files and splits
+    systems: Counter = field(default_factory=Counter)  # rows of each system message they bring
+    held: int = 0  # rows of an own validation split
+    quarantined: int = 0
+
+
+def read(
+    source: str | Path, database: sqlite3.Connection, folder: Path, held: str | Path | None = None
+) -> Seen:
+    """Put the rows of a file or folder (a Path) or a Hub dataset (a name) into an empty database.
+
+    They become posts without scores and authors, whose ids are their numbers and whose question is
+    the conversation in JSON. Rows to validate with, of a split or of the source `held`, have the
+    tag HELD. What is no row is put into quarantine, in `folder`. Raises DataError.
+    """
+    parts, not_read = parts_of(source)
+    seen, quarantine, number = Seen(not_read=not_read), Quarantine(folder), 0
+    for part in _chosen(parts, parts_of(held)[0] if held else [], seen):
+        for row in _rows(part, quarantine):
+            number += 1
+            seen.formats[row.format] += 1
+            seen.unused.update(row.unused)
+            seen.systems.update([row.system] if row.system else [])
+            seen.held += part.split == HELD
+            turns = json.dumps({"system": row.system, "turns": row.turns})
+            database.execute(INSERT["questions"], (number, None, None, "", turns))
+            last = (number, None, None, number, row.turns[-1][1])
+            database.execute(INSERT["answers"], last)
+            if part.split == HELD:
+                database.execute(INSERT["tags"], (number, HELD))
+    quarantine.check(number)
+    seen.quarantined = quarantine.count
+    return seen
+
+
+def _rows(part: Part, quarantine: Quarantine) -> Iterator[Row]:
+    """The rows of a part. Raises DataError for what cannot be read and what is refused."""
+    line = 0
+    try:
+        for line, record in part.records(quarantine):
+            try:
+                yield read_row(record)
+            except NoRow as error:
+                quarantine.add(part.name, line, str(error), record)
+            except DataError as error:
+                raise DataError(f"{part.name}, line {line}, {error}") from error
+    except UnicodeDecodeError as error:
+        said = f"{error.reason} at position {error.start}"
+        raise DataError(f"{part.name} is not UTF-8 text ({said}): save it as UTF-8") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{part.name} is no whole gzip file ({error}): get it again") from error
+
+
+def _chosen(parts: list[Part], given: list[Part], seen: Seen) -> list[Part]:
+    """The parts to read: those to train on, and those to validate with under the split HELD.
+
+    A split to test with validates where there is no other; else it is not read.
+    """
+    names = {part.split for part in parts}
+    held = HELD if given or HELD in names else "test"
+    train = [part for part in parts if part.split == "train" or len(names) == 1]
+    own = given or [part for part in parts if part.split == held and part not in train]
+    seen.not_read += [part.name for part in parts if part not in [*train, *own]]
+    return [*(p._replace(split="train") for p in train), *(p._replace(split=HELD) for p in own)]

@@ -1,0 +1,370 @@
+"""Rows of one's own: each format is read whole, what is not used or cannot be is told."""
+
+import csv
+import gzip
+import json
+
+import datasets
+import pandas
+import pytest
+
+from helpers import prompts
+from helpers.config import PROJECT_DIR, Config
+from helpers.data import own_rows, sources
+from helpers.data.conversations import NoRow, read_row
+from helpers.data.formats import QUARANTINE, split_of
+from helpers.data.posts import DataError
+from helpers.data.similarity import words_of
+from tests.notebook_code import curate
+
+CASES = PROJECT_DIR / "tests" / "cases"
+EXPECTED = json.loads((CASES / "expected.json").read_text(encoding="utf-8"))
+EXPECTED.pop("what")
+ROWS = [
+    {"prompt": f"What is the colour of the {thing}?", "answer": f"The {thing} is {colour}."}
+    for thing, colour in zip(
+        "door sky grass snow coal rose sea sun brick mouse plum sand".split(),
+        "brown blue green white black red grey yellow orange silver violet pale".split(),
+        strict=True,
+    )
+]
+
+
+def opened(source, folder, **held):
+    """(Posts, conversations in the order of their numbers) of a source."""
+    folder.mkdir(exist_ok=True)
+    posts = sources.open_source(str(source), folder, 0, **held)
+    pairs = sorted(posts.pairs(range(posts.questions)), key=lambda pair: pair["question_id"])
+    return posts, [{**json.loads(pair["question"]), "tags": pair["tags"]} for pair in pairs]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def config_of(path, tmp_path, **changes) -> Config:
+    given = {"data_source": str(path), "run_dir": tmp_path / "run", "system_message": "Be brief."}
+    return Config.from_profile("demo", **{**given, **changes})
+
+
+def learned(tokenizer, row) -> str:
+    encoded = prompts.encode(tokenizer, row["prompt"], row["completion"])
+    return tokenizer.decode([t for t in encoded["labels"] if t != prompts.IGNORED_LABEL])
+
+
+def saved(config):
+    dataset = datasets.load_from_disk(str(config.dataset_dir))
+    return {name: rows.to_list() for name, rows in dataset.items()}
+
+
+# -- The cases of tests/cases, each with what must happen.
+
+READ = [name for name, case in EXPECTED.items() if "rows" in case]
+REFUSED = [name for name, case in EXPECTED.items() if "refused" in case]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_case_is_read_whole(name, tmp_path):
+    posts, rows = opened(CASES / name, tmp_path / "work")
+    assert len(rows) == EXPECTED[name]["rows"] and posts.quarantined == 0
+    assert not posts.seen.unused and posts.seen.formats.total() == len(rows)
+    stored = (CASES / name).read_text(encoding="utf-8-sig").replace("\\n", "\n").replace('\\"', '"')
+    for row in rows:  # each text stands in the file as it is
+        assert all(text in stored for text in row["turns"][0][0].split("\n\n"))
+        assert all(answer in stored for _, answer in row["turns"])
+
+
+def test_columns_of_the_cases_are_rendered(tmp_path):
+    _, rows = opened(CASES / "alpaca.jsonl", tmp_path / "a")
+    first = json.loads((CASES / "alpaca.jsonl").open(encoding="utf-8").readline())
+    assert rows[0]["turns"] == [[f"{first['instruction']}\n\n{first['input']}", first["output"]]]
+    _, rows = opened(CASES / "system.jsonl", tmp_path / "b")
+    assert [row["system"] for row in rows] == [f"You are pirate {n}." for n in range(20)]
+    posts, _ = opened(CASES / "messages.jsonl", tmp_path / "c")
+    assert list(posts.seen.formats) == ["messages (OpenAI's form)"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_case_is_refused_by_name(name, tmp_path):
+    with pytest.raises(DataError, match=f"{name}, line 1, ") as refusal:
+        opened(CASES / name, tmp_path / "work")
+    assert all(word in str(refusal.value) for word in EXPECTED[name]["refused"])
+
+
+def test_rows_with_more_fields_than_the_header_are_put_aside_with_their_lines(tmp_path):
+    with pytest.raises(DataError, match=r"unquoted.csv, line 2, has 3 fields and .* 20 of 20"):
+        opened(CASES / "unquoted.csv", tmp_path / "work")
+    with (tmp_path / "work" / QUARANTINE).open(encoding="utf-8") as file:
+        assert [json.loads(line)["line"] for line in file] == list(range(2, 22))
+
+
+def test_own_rows_meet_no_rule_for_posts(tmp_path):
+    for name in ("short3", "unlabelled_fence", "zh_21", "indent", "sql"):
+        config = config_of(CASES / f"{name}.jsonl", tmp_path / name)
+        report = curate(config)
+        assert report.kept_pairs == 20, (name, report.funnel())
+    assert report.validation_leaks == 0
+    rows = saved(config_of("x", tmp_path / "indent"))["train"]
+    assert all(row["completion"].startswith("     x = ") for row in rows)
+    asked = config_of(CASES / "unlabelled_fence.jsonl", tmp_path, check_python=True)
+    with pytest.raises(DataError, match="removed: python2 20"):
+        curate(asked)
+    with pytest.raises(DataError, match="removed: length 20"):
+        curate(config_of(CASES / "short3.jsonl", tmp_path, min_answer_characters=60))
+
+
+def test_near_duplicates_are_found_where_no_space_parts_words(tmp_path, tokenizer):
+    with pytest.raises(DataError) as told:
+        own_rows.describe(config_of(CASES / "zh_neardup_nopunct.jsonl", tmp_path), tokenizer)
+    assert "near_duplicate 19" in str(told.value) and "row 2 is like row 1 (0." in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("火车站 到", ["火", "车", "站", "到"]),
+        ("กขค", ["ก", "ข", "ค"]),
+        ("Où est-il", ["où", "est", "il"]),
+        ("Привет, мир", ["привет", "мир"]),
+        ("iPhone手机", ["iphone", "手", "机"]),
+        ("😀 !?", ["😀", "!", "?"]),
+    ],
+)
+def test_words_of_any_script(text, words):
+    assert words_of(text) == words
+
+
+# -- One row.
+
+
+@pytest.mark.parametrize(
+    "record, turns, system, unused",
+    [
+        ({"Question": "q", "ANSWER ": "a", "id": 7}, [("q", "a")], None, ["id"]),
+        ({"instruction": "i", "context": "c", "response": "r"}, [("i\n\nc", "r")], None, []),
+        ({"instruction": "i", "input": "", "output": "r"}, [("i", "r")], None, []),
+        ({"instruction": "i", "question": "q", "answer": "a"}, [("i\n\nq", "a")], None, []),
+        ({"prompt": "p", "answer": "a", "output": "o"}, [("p", "a")], None, ["output"]),
+        (
+            {"input": "2", "output": "b", "history": [["1", "a"]], "system": "s"},
+            [("1", "a"), ("2", "b")],
+            "s",
+            [],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            [("q", "a")],
+            None,
+            [],
+        ),
+        (
+            {
+                "system": "s",
+                "source": "x",
+                "messages": '[{"role": "user", "content": "q"}, '
+                '{"role": "assistant", "content": [{"type": "text", "text": "a"}], "weight": 1}]',
+            },
+            [("q", "a")],
+            "s",
+            ["messages.weight", "source"],
+        ),
+        (
+            {
+                "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
+                "completion": [{"role": "assistant", "content": "a"}],
+            },
+            [("q", "a")],
+            "s",
+            [],
+        ),
+        (
+            {"text": "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\nq [/INST] a </s><s>[INST] r [/INST]  b"},
+            [("q", "a"), ("r", " b")],
+            "s",
+            [],
+        ),
+        (
+            {"prompt": "[INST] <<SYS>>\ns\n<</SYS>>\n\nq [/INST]", "completion": " a "},
+            [("q", "a")],
+            "s",
+            [],
+        ),
+    ],
+)
+def test_a_row_is_read(record, turns, system, unused):
+    row = read_row(record)
+    assert (row.turns, row.system, row.unused) == (turns, system, unused)
+
+
+def said(*roles):
+    return {"messages": [{"role": role, "content": role} for role in roles]}
+
+
+@pytest.mark.parametrize(
+    "record, error, words",
+    [
+        (said("user"), NoRow, "not user, assistant in turn: user"),
+        (said("assistant", "user"), NoRow, "in turn: assistant, user"),
+        (said("user", "user", "assistant"), NoRow, "in turn: user, user, assistant"),
+        (said("user", "assistant", "user"), NoRow, "in turn"),
+        (said("system"), NoRow, "in turn"),
+        ({"messages": []}, NoRow, "no messages with a role in messages"),
+        ({"messages": "[{"}, NoRow, "no list in messages"),
+        ({"messages": "[{'role': 'user'}]"}, NoRow, "in turn: user"),
+        (said("user", "tool", "assistant"), DataError, "message of role tool"),
+        ({"tools": [{"name": "f"}], **said("user", "assistant")}, DataError, "holds tools"),
+        ({"image": b"x", "prompt": "p", "answer": "a"}, DataError, "holds image, and this course"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            DataError,
+            "part of type image_url",
+        ),
+        ({"prompt": "p", "completion": "c", "label": True}, DataError, "KTOTrainer"),
+        ({"prompt": "p", "answer": float("nan")}, NoRow, "'float'"),
+        ({"prompt": "p", "answer": "NaN"}, NoRow, "has NaN"),
+        ({"prompt": "p", "answer": ["a"]}, NoRow, r"\['str', 'list'\]"),
+        ({"text": "<s>[INST] q </s>[/INST] [INST] x"}, NoRow, "not of the form"),
+        ({"title": "t", "body": "b"}, NoRow, "its columns are title, body: rename yours"),
+    ],
+)
+def test_what_is_no_row_says_so(record, error, words):
+    with pytest.raises(error, match=words):
+        read_row(record)
+
+
+# -- Files, folders, datasets.
+
+
+def test_each_kind_of_file_gives_the_same_rows(tmp_path):
+    frame, text = pandas.DataFrame(ROWS), json.dumps(ROWS)
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    (tmp_path / "list.json").write_text(f"\ufeff{text}", encoding="utf-8")
+    (tmp_path / "list.json.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "lines.json").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "data.json").write_text(json.dumps({"version": 1, "data": ROWS}), encoding="utf-8")
+    (tmp_path / "named.json").write_text(json.dumps({f"r{n}": r for n, r in enumerate(ROWS)}))
+    frame.to_json(tmp_path / "columns.json")
+    frame.to_json(tmp_path / "index.json", orient="index")
+    (tmp_path / "lists.json").write_text(json.dumps(frame.to_dict("list")), encoding="utf-8")
+    for number, separator in enumerate(",;\t|"):
+        frame.to_csv(tmp_path / f"{number}.csv", sep=separator, index=False)
+    frame.to_csv(tmp_path / "a.tsv", sep="\t", index=False, quoting=csv.QUOTE_ALL)
+    frame.to_csv(tmp_path / "a.csv.gz", index=False)
+    frame.to_parquet(tmp_path / "a.parquet")
+    paths = sorted(path for path in tmp_path.iterdir())
+    for path in paths:
+        _, rows = opened(path, tmp_path / "work")
+        found = [turn for row in rows for turn in row["turns"]]
+        assert found == [list(row.values()) for row in ROWS], path.name
+    assert len(paths) == 17
+
+
+def test_a_folder_with_its_own_validation_file(tmp_path, tokenizer):
+    folder = tmp_path / "mine"
+    (folder / "data").mkdir(parents=True)
+    write(folder / "data" / "train-1.jsonl", ROWS[:5])
+    write(folder / "data" / "train-2.jsonl", ROWS[5:9])
+    write(folder / "valid.jsonl", ROWS[8:])  # one of them stands in training too
+    write(folder / "test.jsonl", ROWS[:1])
+    (folder / "README.md").write_text("mine", encoding="utf-8")
+    config = config_of(folder, tmp_path)
+    with pytest.warns(UserWarning, match=r"not used of .*mine: README.md, test.jsonl"):
+        report = curate(config)
+    assert (report.train_rows, report.validation_rows) == (8, 4) and report.validation_leaks == 0
+    held = {row["completion"].strip() for row in saved(config)["validation"]}
+    assert held == {row["answer"] for row in ROWS[8:]}
+    told = own_rows.describe(config, tokenizer)
+    assert "8 rows to train, 4 to validate (your own), 0 of which" in told
+
+
+def test_a_validation_file_beside(tmp_path):
+    train, held = write(tmp_path / "a.jsonl", ROWS[:9]), write(tmp_path / "b.jsonl", ROWS[9:])
+    posts, rows = opened(train, tmp_path / "work", held=str(held))
+    assert posts.seen.held == 3
+    assert [row["tags"] for row in rows] == [[]] * 9 + [["validation"]] * 3
+
+
+def test_saved_datasets_and_hub_datasets_with_their_splits(tmp_path, monkeypatch):
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.save_to_disk(str(tmp_path / "one"))
+    posts, found = opened(tmp_path / "one", tmp_path / "work")
+    assert len(found) == 12 and posts.seen.held == 0
+    splits = datasets.DatasetDict(train_sft=rows, test_sft=rows.select([0]))
+    splits.save_to_disk(str(tmp_path / "two"))
+    posts, _ = opened(tmp_path / "two", tmp_path / "work")
+    assert posts.questions == 13 and posts.seen.held == 1
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given: asked.append(given) or splits)
+    names = {"a/b": 13, "a/b:main": 13, "a/b:main:test_sft": 1, "a/b::train_sft": 12}
+    for name, questions in names.items():
+        posts, _ = opened(name, tmp_path / "work")
+        assert posts.questions == questions and posts.seen.held == (questions == 13)
+    assert asked == [("a/b",), ("a/b", "main"), ("a/b", "main"), ("a/b",)]
+    with pytest.raises(DataError, match="has no split 'dev': it has train_sft, test_sft"):
+        opened("a/b::dev", tmp_path / "work")
+
+
+def test_names_of_splits():
+    names = "train validation data/val-00000-of-1 dev eval_set test_sft evaluation testing latest"
+    found = [split_of(name) for name in names.split()]
+    held = ["validation"] * 4
+    assert found == ["train", *held, "test", "validation", "test", "train"]
+
+
+# -- Several turns, in either template.
+
+
+@pytest.mark.parametrize("template", prompts.TEMPLATES)
+def test_each_answer_and_its_end_are_learned_and_nothing_else(template, tmp_path, tokenizer):
+    config = config_of(CASES / "multi_article.jsonl", tmp_path, template=template)
+    report = curate(config)
+    assert report.kept_pairs == 20 and not report.first_problem
+    _, stored = opened(CASES / "multi_article.jsonl", tmp_path / "work")
+    rows = [row for split in saved(config).values() for row in split]
+    assert len(rows) == 20
+    space = " " if template == "llama2" else ""
+    for row in rows:
+        answers = [answer for _, answer in stored[row["question_id"] - 1]["turns"]]
+        ends = "".join(f"{space}{answer}{space}{tokenizer.eos_token}" for answer in answers)
+        assert learned(tokenizer, row) == ends
+        assert prompts.verify(tokenizer, row["prompt"], row["completion"]) == []
+    # A dataset knows its template.
+    note = json.loads((config.dataset_dir / "curation.json").read_text(encoding="utf-8"))
+    assert note["template"] == prompts.template_text(tokenizer, template == "model")
+
+
+# -- What is shown before training.
+
+
+def test_what_check_data_tells(tmp_path, tokenizer):
+    rows = [{**row, "id": n, "system": "Be kind."} for n, row in enumerate(ROWS)]
+    rows += [{"prompt": "Empty?", "answer": " "}, rows[0], {"foo": 1}, said("user", "assistant")]
+    told = own_rows.describe(config_of(write(tmp_path / "a.jsonl", rows), tmp_path), tokenizer)
+    for words in (
+        "a.jsonl: 15 rows",
+        "format: system + prompt + answer (13 rows)",
+        "format: messages (OpenAI's form) (1 rows)",
+        "columns not used: id (13 rows)",
+        "lines that are no rows: 1",
+        "a.jsonl, line 15, has no column for the prompt",
+        "13 rows bring their own",
+        "system message of 2 rows: 'Be brief.'",
+        "tokens of a row (least, median, 9 of 10, most): ",
+        f"[/INST]« {ROWS[0]['answer']} {tokenizer.eos_token}»",
+        "of 15 rows 13 stay",
+        "length takes 1: a text is empty",
+        "exact_duplicate takes 1: the same words as a better pair (rows 14): ",
+        "(drawn), 0 of which have a near duplicate in training",
+    ):
+        assert words in told, (words, told)
+    assert told.count("-- row ") == 3 and not (tmp_path / "run").exists()
+
+
+def test_the_one_system_message_of_all_rows_is_the_runs(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{**row, "system": "Be kind."} for row in ROWS])
+    config = config_of(path, tmp_path, system_message=None)
+    curate(config)
+    note = json.loads((config.dataset_dir / "curation.json").read_text(encoding="utf-8"))
+    assert note["system_message"] == "Be kind."
