@@ -73,9 +73,9 @@ DEMO: dict[str, Any] = {
     "eval_steps": 10,
     "log_steps": 2,
     "comparison_rows": 12,
-    "max_new_tokens": 240,
+    "max_new_tokens": 200,
     "generation_batch_size": 32,
-    "evaluation_problems": (32, 16, 16, 8),
+    "evaluation_problems": (40, 20, 8, 4),
 }
 
 PROFILES: dict[str, dict[str, Any]] = {

@@ -47,7 +47,7 @@ def load(config: Config, which: str):
 
     What the GPU has no room for in 16 bits answers on the CPU. On a CPU, 4-bit weights are unpacked
     here, once and not for every token: the same numbers in less time. "merged" keeps the bits that
-    it was saved in.
+    it was saved in. "base_chat_4bit" has all linear layers in 4 bits, whatever KEEP_IN_16BIT says.
     """
     which = OF_THE_ARTICLE.get(which, which)
     if which not in MODELS:
@@ -58,6 +58,8 @@ def load(config: Config, which: str):
         return merging.load_merged(config)
     if which == "base_chat":
         return loading.load_model(_roomy(config), quantized=False)
+    if which == "base_chat_4bit":
+        config = dataclasses.replace(config, keep_in_16bit=())
     model = loading.load_model(config, source=merged)
     if config.use_4bit and config.device == "cpu":
         model = model.dequantize()

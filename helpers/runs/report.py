@@ -36,7 +36,7 @@ HEADLINES = (
     ("04", "eval_loss_after", "validation loss after training"),
     ("05", "eval_loss_merged", "validation loss of the merged model"),
     ("06", "pass_rate_level1_base_chat", "level 1 passed, base in its own template"),
-    ("06", "pass_rate_level1_base_chat_4bit", "level 1 passed, the same in 4 bits"),
+    ("06", "pass_rate_level1_base_chat_4bit", "level 1 passed, the same, all layers in 4 bits"),
     ("06", "pass_rate_level1_tuned", "level 1 passed, tuned"),
     ("06", "pass_rate_level1_held_back_tuned", "level 1 passed, tuned, problems held back"),
     ("06", "pass_rate_level2_tuned", "level 2 passed, tuned"),

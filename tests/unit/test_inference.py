@@ -186,6 +186,12 @@ def test_the_base_at_its_best_is_not_quantized(tiny_config, tokenizer):
         whole = loading.load_model(tiny_config, quantized=False)(ids).logits
     assert torch.equal(logits["base_chat"], whole)
     assert not torch.allclose(logits["base_chat_4bit"], whole)
+    kept = dataclasses.replace(tiny_config, keep_in_16bit=("v_proj", "down_proj"))
+    with torch.no_grad():  # the ordinary 4-bit model leaves no kind of layer out
+        assert torch.equal(
+            inference.load(kept, "base_chat_4bit")(ids).logits, logits["base_chat_4bit"]
+        )
+        assert not torch.equal(inference.load(kept, "base")(ids).logits, logits["base_chat_4bit"])
 
 
 @pytest.mark.parametrize(("gigabytes", "rows"), [(0.1, 1), (1.5, 1), (4.2, 5), (100, 8)])
