@@ -254,20 +254,20 @@ def _of_csv(path: Path, name: str, quarantine: Quarantine) -> Records:
     """
     csv.field_size_limit(LONGEST)
     with io.TextIOWrapper(_opened(path), "utf-8-sig", newline="") as file:
-        head = next((line for line in file if line.strip()), "")
+        above, head = next(((n, line) for n, line in enumerate(file) if line.strip()), (0, ""))
         separator = max(",;\t|", key=head.count)
         rows = csv.reader(itertools.chain([head], file), delimiter=separator, strict=True)
         header = [field.strip() for field in next(rows, [])]
-        if twice := [field for field in header if header.count(field) > 1]:
+        if twice := [field for field in header if field and header.count(field) > 1]:
             raise DataError(f"{name} has two columns that are called {twice[0]!r}: rename one")
         while True:
-            number = rows.line_num + 1
+            number = above + rows.line_num + 1
             try:
                 row = next(rows)
             except StopIteration:
                 return
             except csv.Error as error:
-                for lost in range(number, rows.line_num + 1):
+                for lost in range(number, above + rows.line_num + 1):
                     quarantine.add(name, lost, f"cannot be read ({error})", [])
                 continue
             if len(row) == len(header):

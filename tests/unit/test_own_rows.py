@@ -7,6 +7,8 @@ import json
 import datasets
 import pandas
 import pytest
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
 
 from helpers import prompts
 from helpers.config import PROJECT_DIR, Config
@@ -15,6 +17,7 @@ from helpers.data.conversations import NoRow, read_row
 from helpers.data.formats import QUARANTINE, split_of
 from helpers.data.posts import DataError
 from helpers.data.similarity import words_of
+from helpers.training import training_rows
 from tests.notebook_code import curate
 
 CASES = PROJECT_DIR / "tests" / "cases"
@@ -313,6 +316,68 @@ def test_names_of_splits():
     assert found == ["train", *held, "test", "validation", "test", "train"]
 
 
+NASTY = {
+    "blank lines above": ("\n\nprompt,answer\nq,a\n\nr,b\nr,b,c\n", [7], 2),
+    "quotes in quotes": ('prompt,answer\n"say ""hi""",a\n"say "hi" x",b\nq,"c, d"\n', [3], 2),
+    "a quote that never closes": ('prompt,answer\nq,a\nr,b\ns,d\nt,"c\nu,d\n', [5, 6], 3),
+    "columns without a name": ("prompt,answer,,\nq,a,,\n", [], 1),
+    "NaN and nothing": ("prompt,answer\nq,NaN\nr,\ns,a\nt,b\n", [2], 3),
+    "old line ends": ("prompt,answer\rq,a\rr,b\r", [], 2),
+    "line ends of Windows": ('\ufeffPrompt;Answer\r\nq;"a\r\nb"\r\n', [], 1),
+}
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_a_nasty_table_loses_no_row_in_silence(name, tmp_path):
+    text, lost, good = NASTY[name]
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    posts, rows = opened(tmp_path / "a.csv", tmp_path / "work")
+    assert (len(rows), posts.quarantined) == (good, len(lost))
+    assert all("\r" not in text for row in rows for turn in row["turns"] for text in turn)
+    if lost:
+        with (tmp_path / "work" / QUARANTINE).open(encoding="utf-8") as file:
+            assert [json.loads(line)["line"] for line in file] == lost
+
+
+@pytest.mark.parametrize(
+    "name, data, words",
+    [
+        (
+            "a.csv",
+            b"prompt,answer,answer\na,b,c\n",
+            "a.csv has two columns that are called 'answer'",
+        ),
+        ("a.csv", b"What is 1?,One.\nWhat is 2?,Two.\n", "its columns are what is 1\\?, one"),
+        ("a.json", b"3", "a.json holds '3', where a list of rows must stand"),
+        ("a.json", b"[", "a.json is no JSON"),
+        ("a.json", b"[]", "holds no row"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"prompt": "q", "answer": "a"}\n' * 9)[:-9],
+            "no whole gzip",
+        ),
+        ("a.csv", "prompt,answer\n".encode("utf-16"), "is not UTF-8 text"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_sentence(name, data, words, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=words):
+        opened(tmp_path / name, tmp_path / "work")
+
+
+def test_one_file_of_many_forms_and_a_list_that_is_called_jsonl(tmp_path):
+    many = [
+        ROWS[0],
+        said("user", "assistant"),
+        {"text": "[INST] q [/INST] a"},
+        {"input": "i", "output": "o"},
+    ]
+    posts, rows = opened(write(tmp_path / "a.jsonl", many), tmp_path / "work")
+    assert len(rows) == len(posts.seen.formats) == 4
+    (tmp_path / "b.jsonl").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
+    assert len(opened(tmp_path / "b.jsonl", tmp_path / "work")[1]) == len(ROWS)
+
+
 # -- Several turns, in either template.
 
 
@@ -368,3 +433,25 @@ def test_the_one_system_message_of_all_rows_is_the_runs(tmp_path):
     curate(config)
     note = json.loads((config.dataset_dir / "curation.json").read_text(encoding="utf-8"))
     assert note["system_message"] == "Be kind."
+
+
+def test_trl_takes_the_masks_of_several_turns(tmp_path, tokenizer, tiny_model_dir):
+    config = config_of(CASES / "multi_article.jsonl", tmp_path)
+    curate(config)
+    dataset = training_rows.load_dataset(config, tokenizer)["train"]
+    arguments = SFTConfig(
+        output_dir=str(tmp_path / "trl"),
+        completion_only_loss=True,
+        max_length=400,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    trainer = SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer)
+    wanted = {learned(tokenizer, row) for row in dataset}
+    for batch in trainer.get_train_dataloader():
+        for labels in batch["labels"].tolist():
+            graded = [label for label in labels if label != prompts.IGNORED_LABEL]
+            assert tokenizer.decode(graded) in wanted and len(graded) < len(labels) / 1.2
