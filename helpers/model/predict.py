@@ -330,9 +330,3 @@ def measured(name: str) -> dict:
     path = RESULTS / f"{name}.json"
     missing = {"hardware": "not measured yet", "date": "", "rows": []}
     return json.loads(path.read_text("utf-8")) if path.exists() else missing
-
-
-def measured_steps() -> dict[str, tuple[Run, int]]:
-    """Training steps of Llama 2 7B that were measured on a GPU: name -> (Run, peak bytes)."""
-    rows = measured("qlora_step_memory")["rows"]
-    return {row["name"]: (Run(**row["run"]), row["measured_bytes"]) for row in rows}
