@@ -36,7 +36,7 @@ test-faults: for-tests  ## every fault, fast and slow
 	@$(VENV_PYTHON) -m pytest tests/faults
 
 record: run  ## put the outputs of a demo run into the committed notebooks
-	@$(RUN) --only 01 && $(HELPERS) record  # 01 once more, now that it can look into the adapter
+	@$(HELPERS) first-look && $(RUN) --only 01 && $(HELPERS) record  # 01 opens with the end of the run
 
 lab: install  ## open JupyterLab
 	@$(VENV_PYTHON) -m jupyterlab notebooks

@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "export-training", _export_training, "notebook 04 for several GPUs")
 
     _command(commands, "record", _record, "put a run's outputs into the committed notebooks")
+    _command(commands, "first-look", _first_look, "write what lesson 01 opens with, from a run")
     fetch = commands.add_parser("fetch-model", help="fetch the embedded model, once")
     fetch.set_defaults(command=_fetch_model)
     _command(commands, "export-gguf", _export_gguf, "write the merged model for llama.cpp, Ollama")
@@ -143,6 +144,10 @@ def _export_training(options) -> None:
 
 def _record(options) -> None:
     _load("helpers.runs.recording").record(_config(options))
+
+
+def _first_look(options) -> None:
+    print(_load("helpers.runs.recording").write_first_look(_config(options)))
 
 
 def _fetch_model(options) -> None:

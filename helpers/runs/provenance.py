@@ -26,6 +26,7 @@ KEY = "ran_with"  # in the metadata of an executed notebook
 RESULTS = {"02": ("dataset/**/*",), "04": ("adapter/**/*",), "05": ("merged/**/*", "gguf/**/*")}
 MEASURED = ("qlora_step_memory", "layers_in_16bit")
 PROJECT_FILES = {
+    "01": ("benchmarks/results/first_look.json",),
     "02": ("data/problems.jsonl",),
     "03": tuple(f"benchmarks/results/{name}.json" for name in MEASURED),
     "04": ("benchmarks/results/*.json",),

@@ -1,13 +1,28 @@
-"""The committed notebooks get the outputs of one real run."""
+"""What is committed of one real run: the notebooks' outputs, and what lesson 01 opens with."""
 
 import functools
+import json
+import re
+from pathlib import Path
 
 import nbformat
 
-from helpers.config import Config, ConfigError
+from helpers.config import PROJECT_DIR, Config, ConfigError
 from helpers.runs import folders, provenance
-from helpers.runs.inventory import sha256
+from helpers.runs.inventory import read_metrics, sha256
 from helpers.runs.lessons import code_hash, notebooks
+
+FIRST_LOOK = PROJECT_DIR / "benchmarks" / "results" / "first_look.json"
+# As notebook 06 names them in its metrics, and as a reader of lesson 01 meets them.
+ASKED = {
+    "base_chat": "base in 16 bits, asked in its own form",
+    "base": "base in 4 bits, asked in Llama 2's form",
+    "tuned": "tuned: base in 4 bits with the adapter",
+}
+LEVELS = ("1", "2", "3")
+# The text twin of text_views.show_side_by_side, and the line of scores that may end both answers.
+PAIR = r"(?P<question>.*?)\n\n-- base\n(?P<base>.*?){0}\n\n-- tuned\n(?P<tuned>.*){0}"
+SCORES = r"\n[\u2713\u2717] [^\n]*"
 
 
 def record(config: Config) -> None:
@@ -52,3 +67,50 @@ def _cleaned(output, count: int):
     if "execution_count" in output:
         output.execution_count = count
     return output
+
+
+def first_look() -> dict:
+    """What `write_first_look` wrote and is committed: what lesson 01 opens with."""
+    return json.loads(FIRST_LOOK.read_text(encoding="utf-8"))
+
+
+def write_first_look(config: Config, path: Path = FIRST_LOOK) -> Path:
+    """Write a pair of answers and the rates that notebook 06 of a finished run shows.
+
+    Raises ConfigError when it shows no pair, or has not recorded a rate.
+    """
+    source = notebooks("06")[0]
+    executed, found = config.executed_dir / source.name, read_metrics(config).get("06", {})
+    wanted = [name for who in ASKED for name in _rate_names(who).values()]
+    shown = _first_pair(executed) if executed.exists() else {}
+    missing = [name for name in wanted if name not in found]
+    if missing or not shown:
+        raise ConfigError(
+            f"notebook 06 of {config.run_dir} shows no "
+            f"{', no '.join(missing) or 'pair of answers'}: run it to its end first"
+        )
+    rows = [
+        {"who": words, **{column: found[name] for column, name in _rate_names(who).items()}}
+        for who, words in ASKED.items()
+    ]
+    record = provenance.record_in(executed)
+    about = {name: record["environment"][name] for name in ("hardware", "date")}
+    look = {**shown, "rates": rows, "model": record["settings"]["model_name"], **about}
+    return folders.write_text(path, json.dumps(look, indent=1) + "\n")
+
+
+def _rate_names(who: str) -> dict[str, str]:
+    """The columns of the table in lesson 01, and the metric behind each."""
+    levels = {f"passes, level {level}": f"pass_rate_level{level}_{who}" for level in LEVELS}
+    return {**levels, "stops by itself": f"stop_rate_{who}"}
+
+
+def _first_pair(executed: Path) -> dict[str, str]:
+    """The question and both answers that notebook 06 shows side by side first; or {}."""
+    for cell in nbformat.read(executed, as_version=4).cells:
+        for output in cell.get("outputs", []) if "side_by_side(" in cell.source else []:
+            text = output.get("data", {}).get("text/plain", "")
+            for scores in (SCORES, ""):
+                if found := re.fullmatch(PAIR.format(scores), text, re.DOTALL):
+                    return found.groupdict()
+    return {}

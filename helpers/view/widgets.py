@@ -40,62 +40,37 @@ def image_html(png: bytes, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
-def spectra_figure(spectra: dict[str, np.ndarray]) -> Figure:
-    """Spectra (name -> falling singular values) and the truncation errors that follow from them."""
-    figure = plt.figure()
-    _draw_spectra(figure, spectra)
-    return figure
-
-
 def rank_figure(matrix: np.ndarray, truncate: Callable, ranks: Sequence[int]) -> Figure:
-    """A picture (height, width) cut to some ranks, above its spectrum and its error against rank.
+    """A picture (height, width) cut to some ranks, above its singular values and its errors.
 
-    `truncate(matrix, rank)` gives the matrix of that rank; the marks are its measured errors.
-    Raises ValueError for a rank outside 1..min(height, width).
+    `truncate(matrix, rank)` gives the matrix of that rank; the marks are its measured errors, the
+    line is what the singular values predict. ValueError for a rank outside 1..min(height, width).
     """
     if not all(1 <= rank <= min(matrix.shape) for rank in ranks):
         raise ValueError(
             f"ranks {list(ranks)} must lie in 1..{min(matrix.shape)} for shape {matrix.shape}"
         )
-    figure = plt.figure(figsize=(7, 4.2))
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.3))
-    cuts = [truncate(matrix, rank) for rank in ranks]
-    _draw_pictures(above, [matrix, *cuts], ["original", *(f"rank {rank}" for rank in ranks)])
-    singular_values = np.linalg.svd(matrix, compute_uv=False)
-    left, right = _draw_spectra(below, {"picture": singular_values})
-    left.plot(ranks, singular_values[np.array(ranks) - 1], "o", color=plots.RED)
-    right.plot(ranks, [_percent_lost(matrix, cut) for cut in cuts], "o", color=plots.RED)
-    return figure
+    above, below = plt.figure(figsize=(7, 4)).subfigures(2, 1, height_ratios=(1, 1.5))
+    pictures = {"original": matrix, **{f"rank {rank}": truncate(matrix, rank) for rank in ranks}}
+    axes = above.subplots(1, len(pictures))
+    for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
+        axis.imshow(picture, cmap="gray", vmin=matrix.min(), vmax=matrix.max())
+        axis.set(title=title, xticks=[], yticks=[])
+    values, (left, right) = np.linalg.svd(matrix, compute_uv=False), below.subplots(1, 2)
+    tails = 100 * np.sqrt(np.cumsum(values[::-1] ** 2)[::-1]) / np.linalg.norm(values)
+    left.semilogy(range(1, len(values) + 1), values)
+    left.plot(ranks, values[np.array(ranks) - 1], "o", color=plots.RED)
+    left.set(title="The singular values fall", xlabel="place in the order", ylabel="singular value")
+    right.plot(range(len(values)), tails)
+    lost = [_percent_lost(matrix, pictures[f"rank {rank}"]) for rank in ranks]
+    right.plot(ranks, lost, "o", color=plots.RED)
+    right.set(title="So a low rank loses little", xlabel="rank", ylabel="error (% of the norm)")
+    return left.figure.figure
 
 
 def _percent_lost(matrix: np.ndarray, cut: np.ndarray) -> float:
     """Frobenius norm of the difference, in percent of the norm of the matrix."""
     return 100 * np.linalg.norm(matrix - cut) / np.linalg.norm(matrix)
-
-
-def _draw_pictures(parent, pictures: Sequence[np.ndarray], titles: Sequence[str]) -> None:
-    """Pictures side by side, all with the greys of the first."""
-    low, high = pictures[0].min(), pictures[0].max()
-    for axis, picture, title in zip(
-        parent.subplots(1, len(pictures)), pictures, titles, strict=True
-    ):
-        axis.imshow(picture, cmap="gray", vmin=low, vmax=high)
-        axis.set(title=title, xticks=[], yticks=[])
-
-
-def _draw_spectra(parent, spectra: dict[str, np.ndarray]):
-    """Left the singular values by place, right the share of the norm lost at each rank."""
-    left, right = parent.subplots(1, 2)
-    for name, values in spectra.items():
-        # Summed from the small end: 1 minus a share loses the last digits of a small tail.
-        tails = np.sqrt(np.cumsum(values[::-1] ** 2)[::-1]) / np.linalg.norm(values)
-        left.semilogy(range(1, len(values) + 1), values, label=name)
-        right.plot(range(len(values)), 100 * tails, label=name)
-    left.set(title="Spectrum", xlabel="place i", ylabel="singular value")
-    right.set(title="Error after truncation", xlabel="rank r", ylabel="error (% of norm)")
-    if len(spectra) > 1:
-        left.legend()
-    return left, right
 
 
 def rank_slider(matrix: np.ndarray, truncate: Callable, start: int = 8) -> ipywidgets.VBox:
@@ -106,7 +81,7 @@ def rank_slider(matrix: np.ndarray, truncate: Callable, start: int = 8) -> ipywi
     figure, image = rank_figure(matrix, truncate, [start]), ipywidgets.HTML()
     _, picture, spectrum, error = figure.axes
     point, mark = spectrum.lines[-1], error.lines[-1]
-    draw_over = background(figure, [picture, point, mark])
+    draw_over = _background(figure, [picture, point, mark])
     singular_values = np.linalg.svd(matrix, compute_uv=False)
 
     def redraw(change=None):
@@ -124,7 +99,7 @@ def rank_slider(matrix: np.ndarray, truncate: Callable, start: int = 8) -> ipywi
     return ipywidgets.VBox([slider, image])
 
 
-def background(figure: Figure, moving: Sequence[Artist]) -> Callable[[], bytes]:
+def _background(figure: Figure, moving: Sequence[Artist]) -> Callable[[], bytes]:
     """Draw all of a figure but its moving artists once; the function returned adds them, as PNG.
 
     A step takes 10 ms so, and 170 ms with a new figure. pyplot forgets the figure.

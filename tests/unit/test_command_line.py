@@ -16,6 +16,7 @@ from tests.faults.train_tiny import write_dataset
 COMMANDS = {
     "ask": (inference, "ask", ["tuned"]),
     "record": (recording, "record", []),
+    "first-look": (recording, "write_first_look", []),
     "export-gguf": (export, "export_gguf", []),
     "push-dataset": (publishing, "push_dataset", []),
     "push-model": (publishing, "push_model", []),
