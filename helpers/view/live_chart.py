@@ -1,7 +1,7 @@
 """A chart that follows a training run, for a notebook with a front end.
 
 Its static twin is the loss figure that notebook 04 draws afterwards; run headless, the printed log
-lines say the same. The picture is one figure whose lines are moved, never a new one.
+lines say the same.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from helpers.view import plots, widgets
 
-SECONDS_BETWEEN_PICTURES = 1.0
+SECONDS_BETWEEN_PICTURES = 5.0  # drawing one takes a quarter of a second, from the training
 GIB = 2**30
 PANELS = (
     ("Training loss", "nats per token"),
@@ -34,7 +34,7 @@ def show(trainer) -> None:
 
 
 def chart(trainer) -> ipywidgets.HTML:
-    """A picture of the trainer's numbers, drawn anew while it trains, once a second at most."""
+    """A picture of the trainer's numbers, drawn anew while it trains, at times."""
     callback = LiveChart()
     trainer.add_callback(callback)
     return callback.view
@@ -45,37 +45,30 @@ class LiveChart(TrainerCallback):
 
     def __init__(self):
         self.view = ipywidgets.HTML("The chart begins with the first numbers of the training.")
-        self.drawn, self.redraw = float("-inf"), None
+        self.drawn, self.began = float("-inf"), None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.began, self.first_step = time.perf_counter(), state.global_step
-        self.lines, self.bounds, self.redraw = _empty_chart(state.max_steps)
 
     def on_log(self, args, state, control, **kwargs):
-        # The evaluation before the first step is logged too, and then there is nothing to draw on.
-        if self.redraw and time.perf_counter() - self.drawn >= SECONDS_BETWEEN_PICTURES:
+        # The evaluation before the first step is logged too, and then nothing has begun.
+        if self.began and time.perf_counter() - self.drawn >= SECONDS_BETWEEN_PICTURES:
             self.draw(state)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.draw(state)
 
     def draw(self, state) -> None:
-        """Move the lines to what the log holds now, and say it in words as the picture's text."""
-        found = curves(state.log_history)
-        for line, (bottom, top), points in zip(self.lines, self.bounds, found, strict=True):
-            steps, values = zip(*points, strict=True) if points else ((), ())
-            low, high = min(values, default=0), max(values, default=0)
-            bottom.set_text(f"{low:.3g}" if points else "")
-            top.set_text(f"{high:.3g}" if high > low else "")
-            line.set_data(steps, [(value - low) / ((high - low) or 1) for value in values])
+        """Show what the log holds now, and say it in words, which are also the picture's text."""
+        found = [*zip(PANELS, curves(state.log_history), strict=True)]
         newest = [
             f"{title.lower()} {points[-1][1]:.4g} {unit}".strip()
-            for (title, unit), points in zip(PANELS, found, strict=True)
+            for (title, unit), points in found
             if points
         ]
         words = ", ".join([f"step {state.global_step} of {state.max_steps}", *newest])
         words = f"{words}; {self._time_left(state)}."
-        picture = widgets.image_html(self.redraw(), f"Training so far: {words}")
+        picture = widgets.image_html(_picture(found), f"Training so far: {words}")
         self.view.value = f"<p>{words}</p>{picture}"
         self.drawn = time.perf_counter()
 
@@ -88,23 +81,13 @@ class LiveChart(TrainerCallback):
         return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
 
 
-def _empty_chart(max_steps: int):
-    """(a line for each of PANELS, texts for its lowest and highest value, what draws them as PNG).
-
-    The values of a line go from 0 to 1, for axes that follow them would have to be drawn anew each
-    time, and that takes ten times as long.
-    """
+def _picture(found: list[tuple[tuple[str, str], list]]) -> bytes:
+    """A panel for each (title, unit) and its (step, value) pairs, as PNG."""
     figure, axes = plt.subplots(2, 3, figsize=(9, 4), dpi=72)
-    lines, bounds = [], []
-    for axis, (title, unit) in zip(axes.flat, PANELS, strict=True):
-        axis.set(
-            title=title, xlabel="optimizer step", ylabel=f"{unit or 'no unit'}\n\n", yticks=[0, 1]
-        )
-        axis.set(xlim=(0, max_steps), ylim=(-0.05, 1.05), yticklabels=["", ""])
-        lines += axis.plot([], [], color=plots.BLUE, marker=".")
-        place = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "center"}
-        bounds.append([axis.text(-0.04, height, "", fontsize=9, **place) for height in (0, 1)])
-    return lines, bounds, widgets.background(figure, [*lines, *itertools.chain(*bounds)])
+    for axis, ((title, unit), points) in zip(axes.flat, found, strict=True):
+        axis.plot(*zip(*points, strict=True), ".-", color=plots.BLUE) if points else None
+        axis.set(title=title, xlabel="optimizer step", ylabel=unit or "no unit")
+    return widgets.figure_png(figure)
 
 
 def curves(history: list[dict]) -> list[list[tuple[int, float]]]:

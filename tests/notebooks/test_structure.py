@@ -13,6 +13,10 @@ from setup.colab import TAG
 
 PATHS = notebooks()
 NUMBERS = ["01", "02", "03", "04", "05", "06"]
+# The calls that a reader comes for, by lesson: they stand in its cells, not in a helper.
+CALLS = {
+    "01": ("AutoTokenizer.from_pretrained(", "LoraConfig(", "get_peft_model("),
+}
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.stem)
@@ -119,6 +123,15 @@ def test_links_lead_somewhere(path, notebook):
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     for target in re.findall(r"\]\(([^)#:]+\.ipynb)\)", text):
         assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize(
+    ("number", "call"), [(number, call) for number, calls in CALLS.items() for call in calls]
+)
+def test_the_calls_of_the_lesson_stand_in_it(number, call):
+    (path,) = [path for path in PATHS if path.name.startswith(number)]
+    cells = code_cells(nbformat.read(path, as_version=4))
+    assert any(call in cell.source for cell in cells)
 
 
 def test_records_its_metrics(path, notebook):
