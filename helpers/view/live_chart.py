@@ -85,7 +85,8 @@ def _picture(found: list[tuple[tuple[str, str], list]]) -> bytes:
     """A panel for each (title, unit) and its (step, value) pairs, as PNG."""
     figure, axes = plt.subplots(2, 3, figsize=(9, 4), dpi=72)
     for axis, ((title, unit), points) in zip(axes.flat, found, strict=True):
-        axis.plot(*zip(*points, strict=True), ".-", color=plots.BLUE) if points else None
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        axis.plot(steps, values, ".-", color=plots.BLUE)
         axis.set(title=title, xlabel="optimizer step", ylabel=unit or "no unit")
     return widgets.figure_png(figure)
 

@@ -50,7 +50,8 @@ def rank_figure(matrix: np.ndarray, truncate: Callable, ranks: Sequence[int]) ->
         raise ValueError(
             f"ranks {list(ranks)} must lie in 1..{min(matrix.shape)} for shape {matrix.shape}"
         )
-    above, below = plt.figure(figsize=(7, 4)).subfigures(2, 1, height_ratios=(1, 1.5))
+    figure = plt.figure(figsize=(7, 4))
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.5))
     pictures = {"original": matrix, **{f"rank {rank}": truncate(matrix, rank) for rank in ranks}}
     axes = above.subplots(1, len(pictures))
     for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
@@ -65,7 +66,7 @@ def rank_figure(matrix: np.ndarray, truncate: Callable, ranks: Sequence[int]) ->
     lost = [_percent_lost(matrix, pictures[f"rank {rank}"]) for rank in ranks]
     right.plot(ranks, lost, "o", color=plots.RED)
     right.set(title="So a low rank loses little", xlabel="rank", ylabel="error (% of the norm)")
-    return left.figure.figure
+    return figure
 
 
 def _percent_lost(matrix: np.ndarray, cut: np.ndarray) -> float:
