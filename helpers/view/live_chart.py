@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from helpers.view import plots, widgets
 
-SECONDS_BETWEEN_PICTURES = 5.0  # drawing one takes a quarter of a second, from the training
+SECONDS_BETWEEN_PICTURES = 10.0  # drawing one takes a fifth of a second, from the training
 GIB = 2**30
 PANELS = (
     ("Training loss", "nats per token"),
@@ -83,7 +83,8 @@ class LiveChart(TrainerCallback):
 
 def _picture(found: list[tuple[tuple[str, str], list]]) -> bytes:
     """A panel for each (title, unit) and its (step, value) pairs, as PNG."""
-    figure, axes = plt.subplots(2, 3, figsize=(9, 4), dpi=72)
+    figure, axes = plt.subplots(2, 3, figsize=(9, 4), dpi=72, layout="none")  # twice as fast
+    figure.subplots_adjust(0.08, 0.12, 0.98, 0.92, wspace=0.45, hspace=0.6)
     for axis, ((title, unit), points) in zip(axes.flat, found, strict=True):
         steps, values = zip(*points, strict=True) if points else ((), ())
         axis.plot(steps, values, ".-", color=plots.BLUE)
