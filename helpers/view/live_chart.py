@@ -16,7 +16,6 @@ from transformers import TrainerCallback
 from helpers.view import plots, widgets
 
 SECONDS_BETWEEN_PICTURES = 10.0  # drawing one takes a fifth of a second, from the training
-GIB = 2**30
 PANELS = (
     ("Training loss", "nats per token"),
     ("Validation loss", "nats per token"),
@@ -100,7 +99,7 @@ def curves(history: list[dict]) -> list[list[tuple[int, float]]]:
         [(entry["step"], float(entry[name])) for entry in history if name in entry]
         for name in named
     ]
-    memory = [(item["step"], item["memory_bytes"] / GIB) for item in steps]
+    memory = [(item["step"], item["memory_bytes"] / widgets.GIB) for item in steps]
     return [*found, speeds(history, steps), memory]
 
 

@@ -58,20 +58,16 @@ def rank_figure(matrix: np.ndarray, truncate: Callable, ranks: Sequence[int]) ->
         axis.imshow(picture, cmap="gray", vmin=matrix.min(), vmax=matrix.max())
         axis.set(title=title, xticks=[], yticks=[])
     values, (left, right) = np.linalg.svd(matrix, compute_uv=False), below.subplots(1, 2)
-    tails = 100 * np.sqrt(np.cumsum(values[::-1] ** 2)[::-1]) / np.linalg.norm(values)
+    percent = 100 / np.linalg.norm(matrix)
+    tails = percent * np.sqrt(np.cumsum(values[::-1] ** 2)[::-1])
     left.semilogy(range(1, len(values) + 1), values)
     left.plot(ranks, values[np.array(ranks) - 1], "o", color=plots.RED)
     left.set(title="The singular values fall", xlabel="place in the order", ylabel="singular value")
     right.plot(range(len(values)), tails)
-    lost = [_percent_lost(matrix, pictures[f"rank {rank}"]) for rank in ranks]
+    lost = [percent * np.linalg.norm(matrix - pictures[f"rank {rank}"]) for rank in ranks]
     right.plot(ranks, lost, "o", color=plots.RED)
     right.set(title="So a low rank loses little", xlabel="rank", ylabel="error (% of the norm)")
     return figure
-
-
-def _percent_lost(matrix: np.ndarray, cut: np.ndarray) -> float:
-    """Frobenius norm of the difference, in percent of the norm of the matrix."""
-    return 100 * np.linalg.norm(matrix - cut) / np.linalg.norm(matrix)
 
 
 def rank_slider(matrix: np.ndarray, truncate: Callable, start: int = 8) -> ipywidgets.VBox:
@@ -87,7 +83,7 @@ def rank_slider(matrix: np.ndarray, truncate: Callable, start: int = 8) -> ipywi
 
     def redraw(change=None):
         rank, cut = slider.value, truncate(matrix, slider.value)
-        lost = _percent_lost(matrix, cut)
+        lost = 100 * np.linalg.norm(matrix - cut) / np.linalg.norm(matrix)
         picture.images[0].set_data(cut)
         picture.set_title(f"rank {rank}")
         point.set_data([rank], [singular_values[rank - 1]])
