@@ -98,7 +98,7 @@ def read(config: Config, work: Path, report: Report, progress: bool) -> Posts:
         held = config.validation_source
         posts = open_source(config.data_source, work, config.seed, progress, held)
     report.raw_questions, report.raw_answers = posts.questions, posts.answers
-    report.orphan_answers, report.quarantined = posts.orphans, posts.quarantined
+    report.quarantined = posts.quarantined
     if posts.quarantined:
         listed = config.dataset_dir / QUARANTINE
         warnings.warn(f"{posts.quarantined} lines are no rows: see {listed}", stacklevel=3)

@@ -50,7 +50,6 @@ LEFT JOIN answers AS a ON a.rowid = (
 )
 WHERE place >= ? AND place < ? ORDER BY place
 """
-ORPHANS = "SELECT count(*) FROM answers WHERE question_id NOT IN (SELECT id FROM questions)"
 
 
 class DataError(ValueError):
@@ -67,7 +66,6 @@ class Posts:
     url: str = ""  # a pattern with {question_id} and {answer_id}, "" where posts have no address
     questions: int = 0
     answers: int = 0
-    orphans: int = 0  # answers without a question
     quarantined: int = 0  # lines that were no rows; quarantine.jsonl beside the database lists them
     seen: Any = None  # of rows of one's own: a conversations.Seen
 
@@ -99,16 +97,15 @@ def new_database(folder: Path) -> Iterator[sqlite3.Connection]:
         raise
 
 
-def shuffle(database: sqlite3.Connection, seed: int) -> tuple[int, int, int]:
-    """Make a filled database ready to be read; the numbers of questions, answers and orphans."""
+def shuffle(database: sqlite3.Connection, seed: int) -> tuple[int, int]:
+    """Make a filled database ready to be read; the numbers of questions and answers."""
     database.executescript(INDEXES)
     rows = np.array(database.execute("SELECT rowid, id FROM questions").fetchall(), np.int64)
     order = np.argsort(question_hash(rows[:, 1], seed))
     shuffled = enumerate(rows[order, 0].tolist())
     database.executemany("INSERT INTO shuffled VALUES (?, ?)", shuffled)
     (answers,) = database.execute("SELECT count(*) FROM answers").fetchone()
-    (orphans,) = database.execute(ORPHANS).fetchone()
-    return len(rows), answers, orphans
+    return len(rows), answers
 
 
 def question_hash(ids: np.ndarray, seed: int) -> np.ndarray:

@@ -18,7 +18,6 @@ class Report:
     raw_questions: int = 0
     raw_answers: int = 0
     quarantined: int = 0  # lines of the source that are no rows; dataset/quarantine.jsonl has them
-    orphan_answers: int = 0
     removed: dict[str, list[int]] = field(default_factory=lambda: {rule: [] for rule in RULES})
     benchmark_hits: list[tuple[int, str]] = field(default_factory=list)
     near_pairs: list[tuple[int, int, float]] = field(default_factory=list)

@@ -39,8 +39,8 @@ def open_source(
             seen = conversations.read(given, database, folder, held and _own(held))
             lost = seen.quarantined
             found = Posts(folder / posts.DATABASE, False, licence, quarantined=lost, seen=seen)
-        questions, answers, orphans = posts.shuffle(database, seed)
-        return replace(found, questions=questions, answers=answers, orphans=orphans)
+        questions, answers = posts.shuffle(database, seed)
+        return replace(found, questions=questions, answers=answers)
 
 
 def _of_kaggle(source: Path, folder: Path) -> Posts:
