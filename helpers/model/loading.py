@@ -1,7 +1,4 @@
-"""How a model is loaded: its shape, its tokenizer, the weights in 16 bits or in 4.
-
-It quantizes nothing itself (bitsandbytes does) and knows nothing of adapters (see training).
-"""
+"""How a model is loaded: its shape, its tokenizer, the weights in 16 bits or in 4."""
 
 import contextlib
 import os
@@ -100,9 +97,8 @@ def use_device(config: Config, name: str) -> None:
 def find_model(config: Config, source: str | Path | None = None) -> str:
     """The folder or Hub id to give to `from_pretrained`: what will fail there is said here first.
 
-    Of the Config's model, or of `source`. Makes the Config's GPU the current one. Raises
-    ModelUnavailable for a model that cannot be had or a device that is not there, DiskFull, and
-    ArtefactError for a damaged model or one that brings code of its own.
+    Makes the Config's GPU the current one. Raises ModelUnavailable, DiskFull, and ArtefactError for
+    a damaged model or one that brings code of its own.
     """
     name = str(source or config.model_name)
     use_device(config, name)
@@ -120,8 +116,7 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
     """The base model of a Config, or the one in `source`, in eval mode, all on `config.device_map`.
 
     quantized=True gives 4-bit linear layers (if `config.use_4bit`), False plain ones; whatever is
-    not packed lies in `precision.compute_dtype`. Raises ModelUnavailable for a model that cannot be
-    had or a device that is not there, DiskFull, and ArtefactError for a damaged one.
+    not packed lies in `precision.compute_dtype`. Raises what `find_model` does.
     """
     name = str(source or config.model_name)
     use_device(config, name)
@@ -141,10 +136,7 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
 
 
 def need_llama_layers(name: str, shape) -> None:
-    """Raise ConfigError for a model whose layers do not have Llama's seven linear parts by name.
-
-    Adapters, merges and the prediction of memory go by these names. Looked up on the meta device.
-    """
+    """Raise ConfigError for a model whose layers lack one of Llama's seven linear parts by name."""
     with torch.device("meta"):
         modules = dict(AutoModelForCausalLM.from_config(shape).named_modules())
     first = "model.layers.0."

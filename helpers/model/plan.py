@@ -81,11 +81,10 @@ def spare_bytes(step: Step, total: int) -> int:
 def relative_cost(run: Run, ridge: int = 500, layers: int = 32) -> tuple[float, bool, bool]:
     """How slow a run is for each token, to rank plans; not a time.
 
-    A frozen weight is passed twice, forward and backward, a third time to recompute unless its
-    layer keeps or offloads its activations. A pass costs its tokens plus `ridge`, the tokens at
-    which the arithmetic takes as long as unpacking the weights: (operations a byte) x 4.5 bytes / 2
-    operations, at 160 to 300 operations a byte for cards from a T4 to an H100 (roofline model,
-    Williams et al. 2009).
+    A frozen weight is passed forward and backward, a third time to recompute unless its layer keeps
+    or offloads its activations. A pass costs its tokens plus `ridge`, the tokens at which the
+    arithmetic takes as long as unpacking the weights: 4.5 bytes / 2 operations at 160 to 300
+    operations a byte, for cards from a T4 to an H100 (roofline model, Williams et al. 2009).
     """
     once = run.kept_layers + run.offloaded(layers)
     passes = 2 + run.checkpointing * (1 - once / layers)
@@ -157,10 +156,8 @@ def _advice(smallest: Step, room: int) -> str:
 
 
 def weights_fit_in_place(model_config, run: Run) -> bool:
-    """Whether one layer's 16-bit weights take no more than what is free when they are kept.
-
-    Layers that keep their activations come first in the backward pass. When a checkpoint runs again
-    theirs are gone, and that layer's own are there.
+    """Whether one layer's 16-bit weights take no more than what is free when they are kept: when a
+    checkpoint runs again, the activations of layers that keep theirs are gone.
     """
     step = Step.of(model_config, run)
     free = run.kept_layers * step.kept_layer - step.layer - step.travelling

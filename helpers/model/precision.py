@@ -13,8 +13,7 @@ from helpers.config import Config
 def compute_dtype(config: Config) -> torch.dtype:
     """The format of hidden states and products; "auto" takes the fastest one that can train here.
 
-    On a GPU bfloat16 where the card has it (a T4 only emulates it), else float16. On a CPU bfloat16
-    with AMX (Intel's tile instructions), else float32.
+    bfloat16 on a GPU that has it and on a CPU with AMX (Intel's tile instructions).
     """
     if config.bnb_4bit_compute_dtype != "auto":
         return getattr(torch, config.bnb_4bit_compute_dtype)
@@ -52,10 +51,7 @@ def adapter_dtype(config: Config) -> torch.dtype:
 
 
 def cast(parameters: Iterable[torch.nn.Parameter], dtype: torch.dtype) -> None:
-    """Put parameters into another format, in place; packed weights are bytes and stay.
-
-    Not `model.to(dtype)`: that also rounds buffers, such as the rotary frequencies.
-    """
+    """Put parameters into another format, in place; packed weights are bytes, and buffers stay."""
     for parameter in parameters:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

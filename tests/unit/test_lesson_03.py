@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers.model import predict
 from tests.notebook_code import cell_source, definitions_from
 
 
@@ -68,3 +69,17 @@ def test_row_losses_count_the_answer_alone(lesson):
     logits = model(torch.tensor([row["input_ids"]])).logits[0, 1:4]
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor([9, 7, 2]))
     assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_text_on_answers_says_what_their_file_says():
+    found = predict.measured("layers_in_16bit")["rows"]
+    passes = {row["kept"]: row["passes"] for row in found if row["template"] == "chat"}
+    size = {row["kept"]: row["bytes"] for row in found}
+    words = " ".join(cell_source("03", "setting").split())
+    assert f"in 4 bits: {passes['']} of {found[0]['problems']} problems pass" in words
+    assert f"quantized: {passes['all']}." in words
+    assert f"with `v_proj` beside it {passes['v_proj+down_proj']} pass" in words
+    single = {kept: count for kept, count in passes.items() if kept.endswith("_proj")}
+    assert max((k for k in single if "+" not in k), key=single.get) == "down_proj"
+    more = (size["v_proj+down_proj"] - size[""]) / (size["all"] - size[""])
+    assert 0.25 < more < 0.3, "a good quarter"
