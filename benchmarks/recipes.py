@@ -50,7 +50,7 @@ def compare(parameters: dict, seeds: Sequence[int], output: Path = RESULTS) -> l
             continue
         print(f"-- {recipe}, seed {seed}", flush=True)
         try:
-            found["runs"].append(_measured_alone({**parameters, "RECIPE": recipe, "SEED": seed}))
+            found["runs"].append(measured_alone({**parameters, "RECIPE": recipe, "SEED": seed}))
         except RuntimeError as error:
             failures.append(f"{recipe} with seed {seed} {error}")
             print(failures[-1], flush=True)
@@ -63,7 +63,7 @@ def compare(parameters: dict, seeds: Sequence[int], output: Path = RESULTS) -> l
     return found["runs"]
 
 
-def _config(parameters: dict, recipe: str, seed: int) -> Config:
+def _config(parameters: dict, recipe: str | None, seed: int) -> Config:
     """Of one training. No early stop: all take the same steps, and the best checkpoint counts."""
     patience = {"EARLY_STOPPING_PATIENCE": 10**7}
     return Config.from_parameters({**patience, **parameters, "RECIPE": recipe, "SEED": seed})
@@ -86,7 +86,7 @@ def _found(output: Path, parameters: dict) -> dict:
     return found
 
 
-def _measured_alone(parameters: dict) -> dict:
+def measured_alone(parameters: dict) -> dict:
     """`measure` in a process of its own; RuntimeError with its exit code and last word."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "run.json"
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.one:
         given, result = json.loads(options.one[0]), Path(options.one[1])
-        numbers = measure(_config(given, given["RECIPE"], given["SEED"]))
+        numbers = measure(_config(given, given.get("RECIPE"), given["SEED"]))
         result.write_text(json.dumps(numbers), encoding="utf-8")
         return
     steps = {} if options.max_steps is None else {"MAX_STEPS": options.max_steps}

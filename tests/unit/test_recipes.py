@@ -5,8 +5,10 @@ import json
 
 import pytest
 
-from benchmarks import recipes
-from helpers.config import RECIPES, ConfigError
+from benchmarks import ladder, recipes
+from helpers.answers.problem_sets import load_ladder
+from helpers.config import RECIPES, Config, ConfigError
+from helpers.model import loading
 from helpers.training import planning
 from tests.faults.train_tiny import write_dataset
 
@@ -64,7 +66,7 @@ def test_a_comparison_goes_on_from_what_it_has(parameters, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return invented(parameters)
 
-    monkeypatch.setattr(recipes, "_measured_alone", killed_at_the_second)
+    monkeypatch.setattr(recipes, "measured_alone", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         recipes.compare(parameters, [0, 1], output)
     runs = recipes.compare(parameters, [0, 1], output)
@@ -84,7 +86,7 @@ def test_a_training_that_crashes_is_named_and_the_others_are_kept(
             raise RuntimeError("ended with code -9 (it said nothing)")
         return invented(parameters)
 
-    monkeypatch.setattr(recipes, "_measured_alone", crash)
+    monkeypatch.setattr(recipes, "measured_alone", crash)
     with pytest.raises(RuntimeError, match="qlora_paper with seed 0 ended with code -9"):
         recipes.compare(parameters, [0], tmp_path / "recipes.json")
     kept = json.loads((tmp_path / "recipes.json").read_text("utf-8"))["runs"]
@@ -93,9 +95,27 @@ def test_a_training_that_crashes_is_named_and_the_others_are_kept(
 
 def test_the_last_word_of_a_crash_is_told(parameters):
     with pytest.raises(RuntimeError, match="ended with code 1 .*LORA_R is 0"):
-        recipes._measured_alone({**parameters, "RECIPE": "article", "SEED": 0, "LORA_R": 0})
+        recipes.measured_alone({**parameters, "RECIPE": "article", "SEED": 0, "LORA_R": 0})
 
 
 def test_without_a_dataset_nothing_is_trained(parameters, tmp_path):
     with pytest.raises(FileNotFoundError, match="run notebook 02"):
         recipes.compare({**parameters, "RUN_DIR": str(tmp_path)}, [0], tmp_path / "r.json")
+
+
+def test_each_form_and_each_training_of_the_ladder_is_a_config():
+    settings = [{"KEEP_IN_16BIT": kept or ()} for kept, _ in ladder.FORMS] + ladder.TRAININGS
+    made = [Config.from_parameters({**ladder.ON_GPU, **ladder.ASKED, **s}) for s in settings]
+    assert {config.keep_in_16bit for config in made} > {(), ladder.THREE}
+    assert {config.use_4bit for config in made} == {True, False}
+    asked = load_ladder(made[0].evaluation_problems)
+    assert len({problem.id for problem in asked}) == 150
+
+
+def test_the_bytes_of_a_form_are_those_of_packed_weights_and_scales(tiny_config):
+    config = dataclasses.replace(tiny_config, keep_in_16bit=("v_proj",))
+    layer = loading.load_model(config).model.layers[0].self_attn
+    size = layer.v_proj.weight.numel()
+    assert ladder.stored_bytes(layer.v_proj.weight) == 2 * size
+    packed = layer.q_proj.weight.quant_state.shape.numel()
+    assert packed / 2 < ladder.stored_bytes(layer.q_proj.weight) < 0.6 * packed + 8
