@@ -81,8 +81,7 @@ def system_message(config: Config, which: str) -> str:
 
 def asked_of(config: Config, which: str, tokenizer, texts: list[str]) -> list[str]:
     """Requests as one of MODELS is asked them: in its template, with its system message."""
-    note = curation_note.curation_of(config, config.adapter_dir)  # rows may be in either template
-    own = note.get("template", prompts.TEMPLATE) != prompts.TEMPLATE and which != "base"
+    own = curation_note.in_own_template(config, config.adapter_dir) and which != "base"
     template = "chat" if own or which.startswith("base_chat") else "llama2"
     return requests(tokenizer, texts, system_message(config, which), template)
 

@@ -12,6 +12,7 @@ import torch
 from helpers import prompts
 from helpers.answers import inference
 from helpers.config import Config
+from helpers.data import curation_note
 from helpers.model import architecture, loading, measure
 from tests.notebook_code import save_merged
 
@@ -175,6 +176,18 @@ def test_each_model_is_asked_in_its_own_template(tiny_config, tokenizer):
     }
     own = [which for which, text in asked.items() if not text.startswith("[INST]")]
     assert own == ["base_chat", "base_chat_4bit"] and len(set(asked.values())) == 2
+
+
+def test_a_model_that_was_trained_in_its_own_template_is_asked_in_it(tiny_config, tokenizer):
+    tiny_config.adapter_dir.mkdir(parents=True)
+    note = {"template": prompts.template_text(tokenizer, own=True), "system_message": "Be brief."}
+    curation_note.write_curation(note, tiny_config.adapter_dir)
+    asked = {
+        which: inference.asked_of(tiny_config, which, tokenizer, ["Why?"])[0]
+        for which in ("base", "base_chat", "tuned", "merged")
+    }
+    assert asked["base_chat"] == asked["tuned"] == asked["merged"]
+    assert asked["base"].startswith("[INST]") and not asked["tuned"].startswith("[INST]")
 
 
 def test_the_base_at_its_best_is_not_quantized(tiny_config, tokenizer):
