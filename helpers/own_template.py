@@ -106,7 +106,10 @@ def chat_row(tokenizer, system: str, turns) -> tuple[str, str]:
             f'{len(turns)} turns: set TEMPLATE to "llama2"'
         )
     before = frame.before or ""
-    check_texts(frame, [system, *(text for turn in turns for text in turn)])
+    texts = [system, *(text for turn in turns for text in turn)]
+    for mark in sorted({*frame.special, frame.closing.strip()} - {""}):
+        if any(mark in text for text in texts):
+            raise TemplateError(f"a text holds {mark!r}, which the model's template uses itself")
     asked = [
         chat_text(tokenizer, messages_of(system, [*turns[:place], (turns[place][0], None)]))
         for place in range(len(turns))
@@ -120,10 +123,3 @@ def chat_row(tokenizer, system: str, turns) -> tuple[str, str]:
         text += before + answer + rest
     text += before + turns[-1][1] + frame.ending.removesuffix(tokenizer.eos_token)
     return asked[0], text[len(asked[0]) :]
-
-
-def check_texts(frame: Frame, texts: list[str]) -> None:
-    """TemplateError when a text spells a control token of the template."""
-    for mark in sorted({*frame.special, frame.closing.strip()} - {""}):
-        if any(mark in text for text in texts):
-            raise TemplateError(f"a text holds {mark!r}, which the model's template uses itself")

@@ -61,13 +61,11 @@ def read_row(record: dict) -> Row:
     row.unused += [str(columns[key]) for key in there if key not in used]
     texts = [text for turn in row.turns for text in turn]
     texts += [row.system] if row.system is not None else []
-    kinds = [type(text).__name__ for text in texts]
+    kinds = ["NaN" if text in ("NaN", "nan") else type(text).__name__ for text in texts]
     if set(kinds) - {"str"}:
         raise NoRow(f"has {kinds} in {tuple(used)}, where text must stand")
     if any(UNUSABLE.search(text) for text in texts):
         raise NoRow("holds NUL or half of a character (a lone surrogate)")
-    if any(text in ("NaN", "nan") for text in texts):
-        raise NoRow(f"has NaN in {tuple(used)}, where text must stand")
     row.turns = [(_lines(user), _lines(answer)) for user, answer in row.turns]
     row.system = _lines(row.system).strip("\n") or None if row.system else None
     return row
@@ -132,24 +130,20 @@ def _of_pair(values: dict, system: str, prompt: str, answer: str) -> tuple[Row, 
     text = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else parts
     used = [*([system] if system else []), prompt, *contexts, answer]
     turns: list = [(text, values[answer])]
-    if history := _history(values.get("history")):
-        turns, used = [*history, *turns], [*used, "history"]
+    history = values.get("history")
+    if isinstance(history, list) and all(isinstance(p, list) and len(p) == 2 for p in history):
+        turns, used = [*map(tuple, history), *turns], [*used, "history"]
     return Row(" + ".join(used), turns, values.get(system)), used
 
 
-def _history(value) -> list[tuple[str, str]]:
-    pairs = isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value)
-    return [(user, answer) for user, answer in value] if pairs else []
-
-
 def _parsed(value, name: str):
-    """A list that JSON or Python wrote as text."""
-    for read in (json.loads, ast.literal_eval) if isinstance(value, str) else ():
+    """A list that JSON or Python wrote as text; a list as it is."""
+    if isinstance(value, list):
+        return value
+    for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError):
             return read(value)
-    if isinstance(value, str):
-        raise NoRow(f"has no list in {name}, but {value[:60]!r}")
-    return value
+    raise NoRow(f"has no list in {name}, but {value[:60]!r}")
 
 
 def _of_messages(messages: list, system: str | None, name: str) -> Row:
@@ -239,8 +233,7 @@ def read(
             seen.held += part.split == HELD
             turns = json.dumps({"system": row.system, "turns": row.turns})
             database.execute(INSERT["questions"], (number, None, None, "", turns))
-            last = (number, None, None, number, row.turns[-1][1])
-            database.execute(INSERT["answers"], last)
+            database.execute(INSERT["answers"], (number, None, None, number, ""))
             if part.split == HELD:
                 database.execute(INSERT["tags"], (number, HELD))
     quarantine.check(number)

@@ -225,7 +225,7 @@ def said(*roles):
         ),
         ({"prompt": "p", "completion": "c", "label": True}, DataError, "KTOTrainer"),
         ({"prompt": "p", "answer": float("nan")}, NoRow, "'float'"),
-        ({"prompt": "p", "answer": "NaN"}, NoRow, "has NaN"),
+        ({"prompt": "p", "answer": "NaN"}, NoRow, r"\['str', 'NaN'\]"),
         ({"prompt": "p", "answer": ["a"]}, NoRow, r"\['str', 'list'\]"),
         ({"text": "<s>[INST] q </s>[/INST] [INST] x"}, NoRow, "not of the form"),
         ({"title": "t", "body": "b"}, NoRow, "its columns are title, body: rename yours"),

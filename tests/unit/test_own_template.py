@@ -6,6 +6,9 @@ import pytest
 import trl
 
 from helpers import prompts
+from helpers.config import Config
+from helpers.data import curation_note
+from helpers.merging import export
 from helpers.model import loading
 from helpers.own_template import chat_text, frame_of, messages_of
 from helpers.prompts import Conversation, TemplateError
@@ -81,3 +84,15 @@ def test_a_template_that_rewrites_earlier_turns_says_so_for_several_turns_alone(
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="has no chat template"):
         prompts.render_row(one, tokenizer, own=True)
+
+
+def test_ollama_asks_in_the_template_of_training(tmp_path, tokenizer):
+    config = Config.from_profile("demo", run_dir=tmp_path)
+    config.merged_dir.mkdir()
+    tokenizer.save_pretrained(config.merged_dir)
+    template = prompts.template_text(tokenizer, own=True)
+    note = {"system_message": "Be brief.", "template": template}
+    curation_note.write_curation(note, config.merged_dir)
+    _, template, _, system, _ = export.modelfile(config).split('"""')
+    filled = template.replace("{{ .System }}", system).replace("{{ .Prompt }}", "One?")
+    assert filled == prompts.render_prompt("One?", "Be brief.", tokenizer)
