@@ -681,14 +681,18 @@ def test_too_few_rows_are_told_with_what_took_the_others(tmp_path):
         curate_rows(tmp_path, rows[:1])
 
 
-def test_rows_in_two_large_groups_are_split(tmp_path):
-    """Where no group is as small as the rows to hold out, the smallest is held out."""
+def test_where_all_groups_are_large_the_smallest_is_held_out():
+    held = choose_validation(np.array([1] * 6 + [7] * 5), 1, seed=0)
+    assert held.tolist() == [False] * 6 + [True] * 5
+
+
+def test_own_rows_that_are_cast_in_one_mould_are_split_row_by_row(tmp_path):
     rows = [
         {"prompt": f"How do I turn {n}?", "answer": " ".join(f"{word}{n // 6}" for word in WORDS)}
         for n in range(11)
     ]
     report = curate_rows(tmp_path, rows, near_duplicate_similarity=1.0)
-    assert (report.train_rows, report.validation_rows) == (6, 5)
+    assert (report.train_rows, report.validation_rows) == (10, 1)
 
 
 def test_an_unwritable_run_folder(tmp_path):
