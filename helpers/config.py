@@ -169,8 +169,8 @@ class Config:
     push_to_hub: bool = False  # whether notebooks 02 and 05 upload what they made
 
     def __post_init__(self):
-        for item in dataclasses.fields(self):
-            if isinstance(value := getattr(self, item.name), list):  # papermill knows lists alone
+        for item in dataclasses.fields(self):  # papermill knows lists alone
+            if "tuple" in str(item.type) and isinstance(value := getattr(self, item.name), list):
                 object.__setattr__(self, item.name, tuple(value))
         wrong = self._resolve_run_dir()
         for item in dataclasses.fields(self):
