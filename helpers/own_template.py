@@ -5,6 +5,7 @@ known word by word show them: what follows a request, and what ends an answer. t
 in templates of some twenty model families; this works for one that trl does not know, too.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 SYSTEM, USER, ANSWER = "S1st", "U2nd", "A3rd"  # no template writes these itself
@@ -20,7 +21,7 @@ class TemplateError(ValueError):
 class Frame:
     """What a template writes around requests and answers."""
 
-    opening: str  # before a conversation's system message
+    opening: str  # the first line before a system message; later ones may hold today's date
     closing: str  # behind a request; an answer follows
     before: str | None  # an answer, such as a space; None: more turns change those before
     ending: str  # behind an answer, up to the token that ends it
@@ -35,15 +36,16 @@ def chat_text(tokenizer, messages: Messages) -> str:
     """
     from jinja2 import TemplateError as Refused  # here: who needs no chat template need not wait
 
-    try:
-        text = _rendered(tokenizer, messages)
-        lost = messages[0]["content"].strip() not in text
-    except Refused:
-        lost = True
-    if lost and messages[0]["role"] == "system":
-        first = f"{messages[0]['content']}\n\n{messages[1]['content']}"
-        text = _rendered(tokenizer, [{"role": "user", "content": first}, *messages[2:]])
-    elif lost:
+    forms, (first, second) = [messages], [*messages, {}][:2]
+    if first["role"] == "system":
+        joined = f"{first['content']}\n\n{second['content']}"
+        forms.append([{"role": "user", "content": joined}, *messages[2:]])
+    for form in forms:
+        with contextlib.suppress(Refused):
+            text = _rendered(tokenizer, form)
+            if first["content"].strip() in text:
+                break
+    else:
         raise TemplateError("the model's own chat template refuses the conversation")
     writes_bos = tokenizer(["x"]).encodings[0].ids[0] == tokenizer.bos_token_id
     return text.removeprefix(tokenizer.bos_token) if writes_bos else text
@@ -74,7 +76,7 @@ def frame_of(tokenizer) -> Frame | None:
     added = tokenizer.added_tokens_decoder.values()
     special = frozenset(token.content for token in added if token.special)
     asked = chat_text(tokenizer, messages_of(SYSTEM, [(USER, None)]))
-    opening, closing = asked.partition(SYSTEM)[0], asked.partition(USER)[2]
+    opening, closing = asked.partition(SYSTEM)[0].split("\n")[0], asked.partition(USER)[2]
     again = chat_text(tokenizer, messages_of(SYSTEM, [(USER, ANSWER), (USER, None)]))
     head, _, tail = again.partition(ANSWER)
     ends = [tail.index(text) + len(text) for text in special if text in tail]

@@ -43,6 +43,7 @@ def render_prompt(user: str, system: str, own=None) -> str:
     With a tokenizer as `own`, in the chat template that it brings instead (TEMPLATE = "model").
     """
     if own is not None:
+        user, system = without_blank_lines(user), without_blank_lines(system)
         return chat_text(own, messages_of(system, [(user, None)]))
     user, system = _clean("user text", user), _clean("system message", system)
     return f"{OPEN_USER} {OPEN_SYSTEM}\n{system}\n{CLOSE_SYSTEM}\n\n{user} {CLOSE_USER}"
@@ -88,7 +89,7 @@ def render_row(conversation: Conversation, tokenizer, own: bool = False) -> tupl
     EOS, which trl adds. In the tokenizer's own chat template with `own`. Raises TemplateError.
     """
     if own:
-        return chat_row(tokenizer, conversation.system, conversation.turns)
+        return chat_row(tokenizer, without_blank_lines(conversation.system), conversation.turns)
     user, answer = conversation.turns[0]
     prompt = render_prompt(user, conversation.system)
     if len(conversation.turns) == 1:
@@ -147,7 +148,7 @@ def learned_parts(tokenizer, prompt: str, completion: str) -> list[tuple[int, in
     Each with the token that ends it. Between them stand the later requests of a conversation.
     """
     closing, ending = CLOSE_USER, tokenizer.eos_token
-    if not prompt.startswith(OPENING) and (frame := frame_of(tokenizer)):
+    if prompt and not prompt.startswith(OPENING) and (frame := frame_of(tokenizer)):
         closing, ending = frame.closing, frame.ending or ending
     text, start = prompt + completion + tokenizer.eos_token, len(prompt)
     parts: list[tuple[int, int]] = []
