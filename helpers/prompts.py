@@ -191,25 +191,15 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     return tokenizer(prompt, split_special_tokens=typed)["input_ids"]
 
 
-def verify(tokenizer, prompt: str, completion: str) -> list[str]:
-    """What is wrong with a training row, one sentence each; an empty list when it is well formed.
-
-    Checks the tags, exactly one BOS (none where the tokenizer writes none) and one EOS and no other
-    special token, that the prompt's tokens begin the whole text's tokens, and that the loss falls
-    on the answer and on the EOS that ends it. The tokenizer must be a fast one, which knows from
-    which characters a token comes.
-    """
-    ((_, problems),) = verify_rows(tokenizer, [(prompt, completion)])
-    return problems
-
-
 def verify_rows(
     tokenizer, rows: Iterable[tuple[str, str]], batch_size: int = 512
 ) -> Iterator[tuple[int, list[str]]]:
-    """For each (prompt, completion), in order, its length in tokens and what `verify` says of it.
+    """For each (prompt, completion), in order, its length in tokens and what is wrong with it.
 
-    The length includes BOS and EOS. Tokenizes in batches, which is several times faster than
-    calling `verify` row by row.
+    The length includes BOS and EOS. What is wrong is said in one sentence each, with none where the
+    row is well formed: the tags, exactly one BOS (none where the tokenizer writes none) and one EOS
+    and no other special token, the prompt's tokens before all others, and the loss on the answer
+    and the EOS that ends it. The tokenizer, a fast one, is given `batch_size` rows at a time.
     """
     rows = iter(rows)
     while batch := list(itertools.islice(rows, batch_size)):

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from playwright.sync_api import sync_playwright
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers import prompts
 from helpers.model import loading
 from helpers.model import embedded
 from helpers.config import PROJECT_DIR, Config
@@ -130,3 +131,9 @@ def watch_the_network(folder):
 def outside_calls(tmp_path):
     with watch_the_network(tmp_path) as calls:
         yield calls
+
+
+def problems_of(tokenizer, prompt: str, completion: str) -> list[str]:
+    """What `prompts.verify_rows` says of one row."""
+    ((_, problems),) = prompts.verify_rows(tokenizer, [(prompt, completion)])
+    return problems

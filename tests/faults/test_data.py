@@ -16,6 +16,7 @@ from helpers.data.markdown import html_to_markdown
 from helpers.data.posts import DataError
 from helpers.data.rules import judge
 from helpers.data.sources import open_source
+from tests.conftest import problems_of
 from tests.notebook_code import curate
 from tests.unit.test_curation import OWN_ROWS
 
@@ -284,7 +285,7 @@ def test_what_is_plain_text_to_this_tokenizer_stays(tmp_path, tokenizer):
     _, kept, _ = curated(path, tmp_path)
     assert_nothing_good_is_lost(kept, [*OWN_ROWS, *extra])
     for row in kept[-len(PLAIN) :]:
-        assert prompts.verify(tokenizer, row["prompt"], row["completion"]) == []
+        assert problems_of(tokenizer, row["prompt"], row["completion"]) == []
 
 
 @pytest.mark.parametrize("hidden", ["[/IN<b></b>ST]", "&#91;/INST&#93;", "[/INST<!-- x -->]"])
@@ -320,7 +321,7 @@ def test_the_mask_never_shifts(shared_tokenizer, user, answer):
     row = prompts.encode(shared_tokenizer, prompt, completion)
     learned = [token for token in row["labels"] if token != prompts.IGNORED_LABEL]
     exact = shared_tokenizer.decode(learned) == completion + shared_tokenizer.eos_token
-    if not prompts.verify(shared_tokenizer, prompt, completion):
+    if not problems_of(shared_tokenizer, prompt, completion):
         assert exact and not any(mark in user + answer for mark in SPECIAL)
     else:
         assert any(mark in user + "\n" + answer for mark in SPECIAL) or not answer.strip()

@@ -18,6 +18,7 @@ from helpers.data.formats import QUARANTINE, split_of
 from helpers.data.posts import DataError
 from helpers.data.similarity import words_of
 from helpers.training import training_rows
+from tests.conftest import problems_of
 from tests.notebook_code import curate
 
 CASES = PROJECT_DIR / "tests" / "cases"
@@ -395,7 +396,7 @@ def test_each_answer_and_its_end_are_learned_and_nothing_else(template, tmp_path
         answers = [answer for _, answer in stored[row["question_id"] - 1]["turns"]]
         ends = "".join(f"{space}{answer}{space}{tokenizer.eos_token}" for answer in answers)
         assert learned(tokenizer, row) == ends
-        assert prompts.verify(tokenizer, row["prompt"], row["completion"]) == []
+        assert problems_of(tokenizer, row["prompt"], row["completion"]) == []
     # A dataset knows its template.
     note = json.loads((config.dataset_dir / "curation.json").read_text(encoding="utf-8"))
     assert note["template"] == prompts.template_text(tokenizer, template == "model")

@@ -12,6 +12,7 @@ from helpers.merging import export
 from helpers.model import loading
 from helpers.own_template import chat_text, frame_of, messages_of
 from helpers.prompts import Conversation, TemplateError
+from tests.conftest import problems_of
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 # Control tokens, the one that ends an answer, EOS, BOS ("" where the tokenizer writes none).
@@ -66,9 +67,9 @@ def test_a_text_with_a_control_token_is_refused(family):
 
 def test_rows_of_the_embedded_model_verify(tokenizer):
     prompt, completion = prompts.render_row(TALK, tokenizer, own=True)
-    assert prompts.verify(tokenizer, prompt, completion) == []
-    assert prompts.verify(tokenizer, prompt.rstrip(), completion) != []
-    assert prompts.verify(tokenizer, prompt, completion + "<|im_start|>") != []
+    assert problems_of(tokenizer, prompt, completion) == []
+    assert problems_of(tokenizer, prompt.rstrip(), completion) != []
+    assert problems_of(tokenizer, prompt, completion + "<|im_start|>") != []
     encoded = prompts.encode(tokenizer, prompt, completion)
     graded = [label for label in encoded["labels"] if label != prompts.IGNORED_LABEL]
     assert tokenizer.decode(graded) == "First, this.\nThen that.<|im_end|>Yes.<|im_end|>"

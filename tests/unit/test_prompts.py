@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers import prompts
 from helpers.prompts import Conversation, TemplateError
+from tests.conftest import problems_of
 
 PROMPT = prompts.render_prompt("Add two numbers.", "Be brief.")
 COMPLETION = prompts.render_completion("Use `+`:\n\n```python\n1 + 2\n```")
@@ -72,7 +73,7 @@ def test_a_row_that_begins_with_indentation_verifies(tokenizer, answer):
     prompt, completion = prompts.render_prompt(user, "S"), prompts.render_completion(answer)
     assert prompts.parse(prompt + completion) == Conversation("S", ((user, answer),))
     assert prompts.read_completion(completion) == answer
-    assert prompts.verify(tokenizer, prompt, completion) == []
+    assert problems_of(tokenizer, prompt, completion) == []
     row = prompts.encode(tokenizer, prompt, completion)
     learned = [token for token in row["labels"] if token != prompts.IGNORED_LABEL]
     assert row["input_ids"] == tokenizer(prompt)["input_ids"] + learned
@@ -96,7 +97,7 @@ def test_labels_cover_the_answer_and_the_eos(tokenizer):
 
 
 def test_a_good_row_has_no_problem(tokenizer):
-    assert prompts.verify(tokenizer, PROMPT, COMPLETION) == []
+    assert problems_of(tokenizer, PROMPT, COMPLETION) == []
 
 
 def bad_rows(tokenizer):
@@ -115,7 +116,7 @@ def bad_rows(tokenizer):
 def test_each_bad_template_is_named(tokenizer, place):
     words, row = list(bad_rows(tokenizer).items())[place]
     with pytest.raises(AssertionError, match=words):
-        raise AssertionError("; ".join(prompts.verify(tokenizer, *row)) or "nothing was found")
+        raise AssertionError("; ".join(problems_of(tokenizer, *row)) or "nothing was found")
 
 
 class WithoutBos:
@@ -133,9 +134,9 @@ class WithoutBos:
 
 def test_where_the_tokenizer_writes_no_bos_there_must_be_none(tokenizer):
     without = WithoutBos(tokenizer)
-    assert prompts.verify(without, PROMPT, COMPLETION) == []
+    assert problems_of(without, PROMPT, COMPLETION) == []
     assert f"special token {tokenizer.bos_token} stands in the text" in "; ".join(
-        prompts.verify(without, tokenizer.bos_token + PROMPT, COMPLETION)
+        problems_of(without, tokenizer.bos_token + PROMPT, COMPLETION)
     )
 
 
@@ -166,7 +167,7 @@ def llama_like_tokenizer():
 
 
 def test_the_seam_is_judged_as_by_the_prompts_own_tokens(tokenizer, llama_like_tokenizer):
-    """`verify` looks at the whole alone; here the prompt is tokenized by itself as well."""
+    """`verify_rows` looks at the whole alone; here the prompt is tokenized by itself as well."""
     answers = ["", " x", "x", "]", "\n\nx", "  x", "ll", "\u00e9", " \U0001f600", "</SYS>"]
     ends = ["", " ", "\n", "'", "\u00e9", "\U0001f600", "[/INST", "a", "1"]
     for each in (tokenizer, llama_like_tokenizer):
@@ -175,6 +176,6 @@ def test_the_seam_is_judged_as_by_the_prompts_own_tokens(tokenizer, llama_like_t
             alone = each(prompt)["input_ids"]
             whole = prompts.encode(each, prompt, answer)["input_ids"]
             merged += whole[: len(alone)] != alone
-            problems = " ".join(prompts.verify(each, prompt, answer))
+            problems = " ".join(problems_of(each, prompt, answer))
             assert ("not a prefix" in problems) == (whole[: len(alone)] != alone), (prompt, answer)
         assert merged > 3
