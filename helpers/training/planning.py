@@ -29,7 +29,8 @@ def prepare(
     folder = checkpoints.folder_of(config, tokenizer)
     machine.prepare_tracker(config, folder)
     config = planned(config, folder)
-    step = step_of(config, max(row_lengths(tokenizer, dataset)["train"]))
+    longest = None if config.packing else max(row_lengths(tokenizer, dataset)["train"])
+    step = step_of(config, longest)
     before = measure.current_memory_bytes(config.device)
     return config, folder, predict.estimate(loading.load_shape(config.model_name), step, before)
 
