@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from datasets import DatasetDict
 from peft.tuners.lora import LoraLayer
-from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 
 from helpers.config import Config
 from helpers.data import curation_note, dataset_folder
@@ -220,6 +220,7 @@ def made_anew(trainer, changes: dict, folder: Path | None):
         peft_config=lora,
         callbacks=safety(config, asked.dataset),  # all rows: no ladder loses them rung by rung
     )
+    new.remove_callback(PrinterCallback)  # as the notebook does
     own = tuple(type(callback) for callback in new.callback_handler.callbacks)
     for callback in trainer.callback_handler.callbacks:
         if not isinstance(callback, own):  # added by a notebook, as the live chart is
