@@ -171,7 +171,7 @@ def losses_of_merge(model: Path, run_dir: Path, settings: dict) -> dict[str, flo
         found = {"base": loss(tuned)}
     found["tuned"] = loss(tuned)
     del tuned
-    base = merging.load_base(config, "dequantized")
+    base = loading.load_model(config).dequantize()
     merged = merging.as_saved(merging.load_tuned(config, base).merge_and_unload(), config)
     return {**found, "merged": loss(merged)}
 

@@ -38,8 +38,7 @@ PROBLEMS_FILE = PROJECT_DIR / "data" / "problems.jsonl"
 SYSTEM_MESSAGE = (
     "Given a puzzle-like code question, provide a well-reasoned, step-by-step Python solution."
 )
-# What the problems of data/problems.jsonl are split into: three levels, and a share of the first
-# that stays aside until the last run.
+# The parts of data/problems.jsonl: three levels, and what stays aside of the first till the end.
 PARTS = ("level1", "level1_held_back", "level2", "level3")
 LINKED_LIST_PROMPT = "Write a function that reverses a linked list."
 
@@ -148,8 +147,9 @@ class Config:
     fit_to_memory: bool = False
 
     # -- Merging.
-    merge_into: str = one_of("16bit", "16bit", "dequantized", "4bit")  # which base is merged into
+    merge_into: str = one_of("16bit", "auto", "16bit", "dequantized", "4bit")  # auto: by a rule
     comparison_rows: int = count(24, 10**6)  # on which merges, and number formats, are compared
+    comparison_problems: int = between(12, 0, 10**4)  # of level 1, that each merge answers
     # For llama.cpp and Ollama. f16 takes 2 bytes a weight, 13.5 GB of 7B, on top of the merge's.
     gguf_types: tuple[str, ...] = some_of(("q8_0",), "f16", "q8_0")
 

@@ -9,7 +9,7 @@ import torch
 
 from helpers.data import curation
 from helpers.merging import merging
-from helpers.model import loading
+from helpers.model import loading, precision
 from helpers.training.export import train as fine_tune  # noqa: F401  by notebook 04's own cell
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -48,11 +48,24 @@ def save_adapter(trainer, config) -> None:
     exec(cell_source("04", "013efc76"), {"trainer": trainer, "config": config})
 
 
-def merge(config, into: str):
-    """Notebook 05's own merge, of the adapter in the run folder."""
+def lesson_05(config) -> dict:
+    """Notebook 05's functions, and what its cells have found when it comes to merging."""
     lesson = definitions_from("05")
-    lesson |= {"config": config, "adapter": config.adapter_dir}  # which its functions look up there
-    return lesson["merge"](into)
+    lesson |= {  # in place: here its functions look these names up
+        "config": config,
+        "adapter": config.adapter_dir,
+        "source": loading.find_model(config),
+        "dtype": precision.compute_dtype(config),
+        "quantization": loading.quantization_config(config),
+        "place": merging.place_of(config),
+        "measured": lambda into, merged: None,  # takes KL, loss and answers
+    }
+    return lesson
+
+
+def merge(config, into: str):
+    """Notebook 05's own merge, of the adapter in the run folder, ready to answer."""
+    return merging.as_saved(lesson_05(config)["merge"](into), config)
 
 
 def save_merged(model, tokenizer, config, into: str = "16bit") -> Path:

@@ -29,6 +29,7 @@ SHORT = {
     "EVALUATION_PROBLEMS": (1, 1, 1, 1),
     "MAX_NEW_TOKENS": 8,
     "COMPARISON_ROWS": 1,
+    "COMPARISON_PROBLEMS": 1,
     "SANDBOX": "limits-only",  # generated code is run where nothing can be isolated, too
 }
 

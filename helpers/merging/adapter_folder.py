@@ -1,15 +1,9 @@
-"""The adapter as its folder says it: what it adds, and whether it was made for this run."""
+"""Is the adapter whole, and was it made for this run?"""
 
-import math
-import re
 import warnings
 from pathlib import Path
 
-import torch
-from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 
 from helpers.config import Config
 from helpers.data.curation_note import lasting_rules, tokenizer_rules
@@ -29,38 +23,6 @@ ADAPTER_WEIGHTS = SAFETENSORS_WEIGHTS_NAME
 TOKENIZER = "tokenizer.json"
 
 
-class Adapter:
-    """The matrices of a LoRA adapter by layer, and how much of them is added.
-
-    Nothing here comes from the Config, whose LORA_R and LORA_ALPHA are those of the next training.
-    Raises ArtefactError for an adapter that adds anything but `scale * B A` to a layer.
-    """
-
-    def __init__(self, folder: Path):
-        self.settings = LoraConfig.from_pretrained(folder)
-        self.pairs: dict[str, dict[str, torch.Tensor]] = {}  # layer -> {"A": ..., "B": ...}
-        for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
-            found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
-            if not found:
-                raise ArtefactError(
-                    f"the adapter in {folder} holds {name}, which is no A or B of a layer: its "
-                    "update cannot be worked out by hand, train one with plain LoRA"
-                )
-            self.pairs.setdefault(found[1], {})[found[2]] = tensor
-
-    def scale(self, layer: str) -> float:
-        """alpha / rank of a layer, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
-        said = self.settings
-        rank = said.rank_pattern.get(get_pattern_key(said.rank_pattern, layer), said.r)
-        alpha = said.alpha_pattern.get(get_pattern_key(said.alpha_pattern, layer), said.lora_alpha)
-        return alpha / (math.sqrt(rank) if said.use_rslora else rank)
-
-    def update(self, layer: str, device: str = "cpu") -> torch.Tensor:
-        """scale * B A of a layer, (outputs, inputs), in float32."""
-        A, B = (self.pairs[layer][part].to(device).float() for part in "AB")
-        return (B @ A) * self.scale(layer)
-
-
 def check_adapter(config: Config) -> Path:
     """The adapter's folder, when it is whole and made for this base model and tokenizer.
 
@@ -77,8 +39,7 @@ def check_adapter(config: Config) -> Path:
     _check_base(config, folder, settings.get("base_model_name_or_path"))
     log = folder / TRAINING_LOG
     trained = read_json(log, again("04")) if log.is_file() else {}
-    other = _other_recipe(config, trained) or _other_settings(config, settings)
-    for complaint in (*other, *_other_dataset(config, trained)):
+    for complaint in _other_than_now(config, settings, trained):
         warnings.warn(f"{complaint}, or {again('04')}", ArtefactWarning, stacklevel=3)
     return folder
 
@@ -99,37 +60,30 @@ def _check_base(config: Config, folder: Path, trained_on: str | None) -> None:
             )
 
 
-def _other_recipe(config: Config, trained: dict) -> list[str]:
-    found = trained.get("recipe", config.recipe)
-    if found == config.recipe:
-        return []
-    return [
-        f"RECIPE is {config.recipe!r}, the adapter was trained with {found!r}, and perhaps on a "
-        f"base that was quantized in another way: set RECIPE = {found!r}"
+def _other_than_now(config: Config, settings: dict, trained: dict) -> list[str]:
+    """What the Config says in another way than the adapter was trained; settings, or its recipe.
+
+    settings: of adapter_config.json. trained: the training log, {} for an adapter from elsewhere.
+    """
+    found = {"lora_r": settings.get("r"), "lora_alpha": settings.get("lora_alpha")}
+    found |= {"target_modules": settings.get("target_modules") or (), **trained.get("base", {})}
+    complaints = []
+    if trained.get("recipe", config.recipe) != config.recipe:
+        complaints, found = [("RECIPE", config.recipe, trained["recipe"])], {}
+    for name, value in found.items():
+        wanted = getattr(config, name)
+        if isinstance(wanted, tuple):
+            wanted, value = sorted(wanted), sorted(value)
+        if wanted != value:
+            complaints.append((name.upper(), wanted, value))
+    sentences = [
+        f"{name} is {wanted!r}, the adapter was trained with {value!r}: set {name} = {value!r}"
+        for name, wanted, value in complaints
     ]
-
-
-def _other_settings(config: Config, settings: dict) -> list[str]:
-    pairs = {
-        "LORA_R": (config.lora_r, settings.get("r")),
-        "LORA_ALPHA": (config.lora_alpha, settings.get("lora_alpha")),
-        "TARGET_MODULES": (
-            sorted(config.target_modules),
-            sorted(settings.get("target_modules") or ()),
-        ),
-    }
-    return [
-        f"{name} is {wanted}, the adapter was trained with {found}: set {name} = {found}"
-        for name, (wanted, found) in pairs.items()
-        if wanted != found
-    ]
-
-
-def _other_dataset(config: Config, trained: dict) -> list[str]:
     before, now = trained.get("dataset"), dataset_fingerprint(config)
-    if not before or not now or before == now:
-        return []
-    return [
-        "the adapter was trained on another dataset than notebook 02 has written since, so rows "
-        "held out now may be rows that it has seen: run notebook 02 with its old settings"
-    ]
+    if before and now and before != now:
+        sentences.append(
+            "the adapter was trained on another dataset than notebook 02 has written since, so "
+            "rows held out now may be rows that it has seen: run notebook 02 with its old settings"
+        )
+    return sentences

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import gguf
 import torch
-from gguf import GGMLQuantizationType as Kind
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from helpers import prompts
@@ -17,6 +16,7 @@ from helpers.merging.merged_folder import check_merged
 from helpers.model import loading, predict
 from helpers.model.steps import Run
 from helpers.runs import folders
+from helpers.runs.inventory import ArtefactError, again
 
 # Tokenizer, settings and headers, once for each of the three forms of a model: 20 MB at most.
 SMALL_FILES_BYTES = 20_000_000
@@ -55,21 +55,52 @@ def need_disk(config: Config) -> str:
     return "\n".join(f"{size / 1e9:8.2f} GB {name}" for name, size in files.items())
 
 
+def gguf_report(config: Config) -> str:
+    """Write run_dir/gguf, and say what lies there; or why this model is not written as GGUF."""
+    try:
+        files = sorted(export_gguf(config).iterdir())
+    except gguf_writer.NoGGUF as reason:
+        return f"No GGUF is written: {reason}"
+    return "\n".join(f"{path.stat().st_size / 1e6:8.1f} MB gguf/{path.name}" for path in files)
+
+
 def export_gguf(config: Config) -> Path:
     """Write run_dir/gguf, whole or not at all: the merged model in every type, and a Modelfile.
 
-    The types are those of GGUF_TYPES. Returns the folder. Raises FileNotFoundError without a merged
-    model, ArtefactError for one that is damaged or stale, NoGGUF for one that cannot be written,
-    DiskFull.
+    The types are those of GGUF_TYPES. Each file is read back and compared before the folder has its
+    name. Returns the folder. Raises FileNotFoundError without a merged model, ArtefactError for one
+    that is damaged or stale, NoGGUF for one that cannot be written, DiskFull.
     """
     source = check_merged(config)
-    paths = {name: f"model.{name}.gguf" for name in config.gguf_types}
+    names = {name: f"model.{name}.gguf" for name in config.gguf_types}
     device = config.device if torch.cuda.is_available() else "cpu"
     with folders.whole_folder(config.gguf_dir) as draft:
-        gguf_writer.write_gguf(source, {name: draft / file for name, file in paths.items()}, device)
-        text = modelfile(config, paths.get("q8_0", paths[config.gguf_types[0]]))
+        paths = {name: draft / file for name, file in names.items()}
+        gguf_writer.write_gguf(source, paths, device)
+        for path in paths.values():
+            check_written(path, source)
+        text = modelfile(config, names.get("q8_0", names[config.gguf_types[0]]))
         (draft / "Modelfile").write_text(text, encoding="utf-8")
     return config.gguf_dir
+
+
+def check_written(path: Path, source: Path) -> None:
+    """Raise ArtefactError for a GGUF file whose numbers are not those that gguf makes of the model.
+
+    Compares, bit for bit, all tensors outside the layers and those of the first, middle and last
+    layer of the safetensors in `source`.
+    """
+    shape = AutoConfig.from_pretrained(source)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    last = shape.num_hidden_layers - 1
+    chosen = tuple(f"blk.{layer}." for layer in (0, last // 2, last))
+    for name, tensor in gguf_writer.tensors_of(source, shape):
+        if name.startswith("blk.") and not name.startswith(chosen):
+            continue
+        rows = gguf_writer.in_ggml_order(name, tensor[:].float(), shape).numpy()
+        wanted = gguf.quantize(rows, found[name].tensor_type)
+        if wanted.tobytes() != found[name].data.tobytes():
+            raise ArtefactError(f"{path.name} holds another {name} than {source}: {again('05')}")
 
 
 def modelfile(config: Config, weights: str = "model.q8_0.gguf") -> str:
@@ -89,37 +120,3 @@ def modelfile(config: Config, weights: str = "model.q8_0.gguf") -> str:
         f'FROM ./{weights}\nTEMPLATE """{template}"""\nSYSTEM """{system}"""\n'
         f"PARAMETER temperature 0\nPARAMETER num_predict {config.max_new_tokens}\n"
     )
-
-
-def read_back(path: Path, source: Path) -> tuple[int, int, float]:
-    """Compare a GGUF file, unpacked by gguf's own reader, with the model that it was written from.
-
-    Reads all tensors outside the layers and those of the first, middle and last layer. Returns how
-    many that are, how many the file has, and the largest difference in steps, the distance of two
-    neighbouring values there: half a step, and for q8_0 a little more, as its scale is rounded too.
-    """
-    shape = AutoConfig.from_pretrained(source)
-    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    last = shape.num_hidden_layers - 1
-    chosen = tuple(f"blk.{layer}." for layer in (0, last // 2, last))
-    largest, checked = 0.0, 0
-    for name, tensor in gguf_writer.tensors_of(source, shape):
-        if name.startswith("blk.") and not name.startswith(chosen):
-            continue
-        wanted = gguf_writer.in_ggml_order(name, tensor[:].float(), shape)
-        stored = found[name]
-        again = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))
-        steps = (again.reshape(wanted.shape) - wanted).abs() / _step(wanted, stored.tensor_type)
-        largest, checked = max(largest, steps.max().item()), checked + 1
-    return checked, len(found), largest
-
-
-def _step(rows: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """The distance of neighbouring values of a kind, for each number of the rows."""
-    if kind == Kind.Q8_0:
-        largest = rows.reshape(-1, 32).abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
-        return (largest / 127).expand(-1, 32).reshape(rows.shape)
-    numbers = torch.finfo(torch.float32 if kind == Kind.F32 else torch.float16)
-    # Below the smallest normal number the distance stays what it is there.
-    _, exponent = torch.frexp(rows.abs().clamp(min=numbers.smallest_normal))
-    return numbers.eps * torch.exp2(exponent - 1.0)

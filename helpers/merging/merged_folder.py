@@ -21,7 +21,8 @@ def seal_merged(folder: Path, into: str, config: Config) -> None:
     the run folder the model came from elsewhere.
     """
     write_curation(curation_of(config, config.adapter_dir), folder)
-    record: dict = {"merged_into": into}
+    by = "the rule of lesson 05" if config.merge_into == "auto" else "MERGE_INTO"
+    record: dict = {"merged_into": into, "taken_by": by}
     adapter = config.adapter_dir / ADAPTER_WEIGHTS
     if adapter.is_file():
         said = read_json(config.adapter_dir / CONFIG_NAME, again("04"))

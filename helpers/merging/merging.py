@@ -1,10 +1,6 @@
-"""Three ways to fold an adapter into its base, and saving and loading what comes of it.
+"""Where a merge has room, and how its result is made ready, saved and loaded.
 
-    into "16bit":        the 16-bit base + the update
-    into "dequantized":  the 4-bit base, unpacked to 16 bits, + the update
-    into "4bit":         the same, packed to 4 bits again
-
-The adapter was trained on the 4-bit base, so only the last two start from the weights it knows.
+The merges themselves are cells of notebook 05.
 """
 
 import contextlib
@@ -16,10 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.big_modeling import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
-from accelerate.utils import align_module_device
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel
-from peft.utils.integrations import dequantize_module_weight
 
 from helpers import prompts
 from helpers.config import Config
@@ -30,7 +23,6 @@ from helpers.model import loading, measure, precision, predict
 from helpers.model.steps import Run
 from helpers.runs import folders
 
-MERGES = ("16bit", "dequantized", "4bit")
 # What merging and some hundred tokens of answers take beside the weights.
 WORK_BYTES = 500_000_000
 
@@ -46,45 +38,13 @@ def load_tuned(config: Config, base=None) -> PeftModel:
     return PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).eval()
 
 
-def load_base(config: Config, into: str):
-    """The plain model that an adapter is merged into. `into` is one of MERGES, else ValueError.
-
-    One that the GPU cannot hold in 16 bits lies on the CPU. For "dequantized" each matrix of the
-    16-bit model goes through 4 bits: bit for bit what `dequantize()` makes of a 4-bit model, which
-    holds both forms at once and so needs a third more room.
-    """
-    if into not in MERGES:
-        raise ValueError(f"cannot merge into {into!r}: choose one of {', '.join(MERGES)}")
-    base = loading.load_model(place_of(config, into), quantized=into == "4bit")
-    if into == "dequantized":
-        for matrix in packed_matrices(base):
-            matrix.data = through_4_bits(matrix.data.to(config.device), config).to(matrix.device)
-    return base
-
-
-def packed_matrices(model) -> Iterator[torch.nn.Parameter]:
-    """The weights of a 16-bit model that a 4-bit load packs: all linear layers but the head."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-            yield module.weight
-
-
-def as_saved(model, config: Config):
-    """A merged model with its weights rounded to what is saved, in eval mode and ready to answer.
-
-    One that lies on the CPU for want of room computes on the GPU all the same, which gets each
-    layer's weights when it is their turn.
-    """
-    precision.cast(model.parameters(), precision.storage_dtype(config))
-    precision.cast(model.parameters(), precision.compute_dtype(config))
-    if model.device.type != torch.device(config.device).type:
-        cpu_offload(model, torch.device(config.device))
-    return model.eval()
-
-
-def place_of(config: Config, into: str) -> Config:
-    """The Config of where a merge is made: on the CPU if 16 bits do not fit the GPU."""
-    return config if into == "4bit" else with_room(config, bytes_needed(config) + WORK_BYTES)
+def place_of(config: Config) -> dict:
+    """The `device_map` of a merge: the GPU, or the CPU if 16 bits of all weights do not fit it."""
+    shape = loading.load_shape(config.model_name)
+    run = dataclasses.replace(Run.from_config(config), quantization="16bit")
+    adapter = config.require(config.adapter_dir, "04") / ADAPTER_WEIGHTS
+    weights = predict.estimate(shape, run).weights
+    return with_room(config, weights + adapter.stat().st_size + WORK_BYTES).device_map
 
 
 def with_room(config: Config, needed: int) -> Config:
@@ -95,29 +55,32 @@ def with_room(config: Config, needed: int) -> Config:
     return dataclasses.replace(config, device_map={"": "cpu"})
 
 
-def bytes_needed(config: Config) -> int:
-    """What a merge into 16 bits holds: all weights unpacked, and the adapter.
+def as_saved(model, config: Config):
+    """A merged model with its weights rounded to what is saved, in eval mode and ready to answer.
 
-    On a CPU it may be less, for pages of a mapped file that nobody reads are not in memory.
+    On a CPU 4-bit weights are unpacked, once and not for every token: the same numbers. A model
+    that lies on the CPU for want of room computes on the GPU all the same, which gets each layer's
+    weights when it is their turn.
     """
-    shape = loading.load_shape(config.model_name)
-    run = dataclasses.replace(Run.from_config(config), quantization="16bit")
-    adapter = config.require(config.adapter_dir, "04") / ADAPTER_WEIGHTS
-    return predict.estimate(shape, run).weights + adapter.stat().st_size
+    if getattr(model, "is_loaded_in_4bit", False) and config.device == "cpu":
+        model = model.dequantize()
+    precision.cast(model.parameters(), precision.storage_dtype(config))
+    precision.cast(model.parameters(), precision.compute_dtype(config))
+    if model.device.type != torch.device(config.device).type:
+        cpu_offload(model, torch.device(config.device))
+    return model.eval()
 
 
 @contextlib.contextmanager
 def saving(model, into: str, config: Config) -> Iterator[Path]:
     """A draft of run_dir/merged to save a merged model and its tokenizer to, in a with-statement.
 
-    `into` is the one of MERGES that it is. At the end come the chat template of training and the
-    seal, and the draft takes its name, whole or not at all; GGUF files of the model that it
-    replaces go. Never over the adapter, as in the article: the adapter is what a later merge starts
-    from. Raises DiskFull and InUse.
+    `into` says which merge it is. At the end come the chat template of training and the seal, and
+    the draft takes its name, whole or not at all; GGUF files of the model that it replaces go.
+    Never over the adapter: the adapter is what a later merge starts from. Raises DiskFull, InUse.
     """
-    stored = precision.storage_dtype(config)
     remove_hook_from_submodules(model)  # of `as_saved`: the weights are back in the model
-    precision.cast(model.parameters(), stored)
+    precision.cast(model.parameters(), precision.storage_dtype(config))
     size = sum(parameter.nbytes for parameter in model.parameters())
     with folders.whole_folder(config.merged_dir, size) as draft:
         yield draft
@@ -126,7 +89,7 @@ def saving(model, into: str, config: Config) -> Iterator[Path]:
             (draft / "chat_template.jinja").write_text(template, encoding="utf-8")
         seal_merged(draft, into, config)
         shutil.rmtree(config.gguf_dir, ignore_errors=True)
-    as_saved(model, config)
+    precision.cast(model.parameters(), precision.compute_dtype(config))
 
 
 def load_merged(config: Config):
@@ -139,17 +102,3 @@ def load_merged(config: Config):
     model = loading.load_model(place, quantized=False, source=config.merged_dir)
     precision.cast(model.parameters(), computed)  # a packed model comes in the format it was saved
     return model
-
-
-def weight_of(model, layer: str) -> torch.Tensor:
-    """A layer's matrix in float32 on the CPU, unpacked if it is packed, from wherever it lies."""
-    module = model.get_submodule(layer)
-    with align_module_device(module):
-        return dequantize_module_weight(module).detach().float().cpu()
-
-
-def through_4_bits(W: torch.Tensor, config: Config) -> torch.Tensor:
-    """A weight matrix as the 4-bit base holds it: packed, and unpacked again."""
-    kind, double = config.bnb_4bit_compute_quant_type, config.use_nested_quant
-    packed, state = quantize_4bit(W, quant_type=kind, compress_statistics=double)
-    return dequantize_4bit(packed, state)

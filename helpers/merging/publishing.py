@@ -14,11 +14,13 @@ from helpers.data.curation_note import curation_of, system_message
 from helpers.data.dataset_folder import check_dataset
 from helpers.merging.merged_folder import check_merged, merge_record
 from helpers.model import precision
+from helpers.model.embedded import EMBEDDED_NAME
 from helpers.runs import folders
 from helpers.runs.inventory import read_metrics
 from helpers.runs.scores import models_asked, score_rows
 
 CARD = Path(__file__).with_name("model_card.md")
+EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the embedded model is on the Hub
 SMALL_SET_ROWS = 20_000  # the size of the article's smaller dataset
 # Part of a base model's name -> its licence as the Hub calls it, and in words.
 LICENCES = {
@@ -110,8 +112,12 @@ def push_model(config: Config) -> str:
 
 
 def model_card(config: Config) -> str:
-    """The README.md of the merged model: recipe, numbers of the run, limits and licences."""
+    """The README.md of the merged model: recipe, numbers of the run, limits and licences.
+
+    What the merged folder notes of its adapter comes from there, not from the Config.
+    """
     metrics, base = read_metrics(config), folders.public_name(config.model_name)
+    base = EMBEDDED_ID if base == EMBEDDED_NAME else base
     known = (both for part, both in LICENCES.items() if part in base.lower())
     tag, licence = next(known, UNKNOWN_LICENCE)
     asked = metrics.get("06", {})
@@ -129,7 +135,9 @@ def model_card(config: Config) -> str:
         name=config.new_model_name,
         base=base,
         system_message=system_message(config, config.merged_dir),
-        recipe=_recipe(config),
+        config=config,
+        computed=str(precision.compute_dtype(config)).removeprefix("torch."),
+        noted=merge_record(config.merged_dir),
         numbers=[
             (name, f"{value:.4g}")
             for lesson in ("04", "05")
@@ -145,35 +153,14 @@ def model_card(config: Config) -> str:
     return card.content + "\n"
 
 
-def _recipe(config: Config) -> list[tuple]:
-    """(setting, value) of how the model was made; what the merged folder notes comes from there."""
-    noted = merge_record(config.merged_dir)
-    packed = config.bnb_4bit_compute_quant_type
-    packed += ", double quantization" if config.use_nested_quant else ""
-    packed += f", but for {', '.join(config.keep_in_16bit)}" if config.keep_in_16bit else ""
-    computed = str(precision.compute_dtype(config)).removeprefix("torch.")
-    steps = "" if config.max_steps == -1 else f", at most {config.max_steps} steps"
-    rows = config.per_device_train_batch_size * config.grad_acc_steps
-    recipe = {
-        "base in 4 bits": f"{packed}, computed in {computed}",
-        "adapter": "rank {rank}, alpha {alpha}".format(**noted) if "rank" in noted else "",
-        "adapter on": ", ".join(noted.get("target_modules", ())),
-        "length of training": f"{config.num_epochs} epoch(s){steps}, {rows} rows a step",
-        "optimizer": f"{config.optim}, {config.learning_rate:g}, {config.scheduler_type}",
-        "loss on": "answers" if config.completion_only_loss else "questions and answers",
-        "merged into": noted.get("merged_into", ""),
-        "seed": config.seed,
-    }
-    return [(setting, value) for setting, value in recipe.items() if value != ""]
-
-
 def _data_licence(config: Config) -> str:
     """What the rows that were trained on say of their licence, and how it is met."""
     noted = curation_of(config, config.merged_dir).get("source")
     source = f"`{noted or folders.public_name(config.data_source)}`"
-    if not config.dataset_dir.exists():
+    there = config.dataset_dir.exists()
+    rows = datasets.load_from_disk(str(config.dataset_dir))["train"] if there else None
+    if rows is None or "licence" not in rows.column_names:
         return f"{source}, under the licence of its source."
-    rows = datasets.load_from_disk(str(config.dataset_dir))["train"]
     posts = "posts of Stack Overflow, " if rows[0]["url"] else ""
     return (
         f"{source}, {posts}{', '.join(rows.unique('licence'))}. Every row of the dataset names its "

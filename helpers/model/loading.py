@@ -13,6 +13,8 @@ from helpers.model.embedded import ModelUnavailable
 from helpers.model.hub import from_hub
 from helpers.model.model_folder import check_code, check_model
 
+# The settings that decide what the weights of a base model in 4 bits are.
+PACKED_BY = ("use_4bit", "bnb_4bit_compute_quant_type", "use_nested_quant", "keep_in_16bit")
 LLAMA_LAYER = [f"self_attn.{side}_proj" for side in "qkvo"]
 LLAMA_LAYER += [f"mlp.{side}_proj" for side in ("gate", "up", "down")]
 

@@ -30,7 +30,7 @@ PROJECT_FILES = {
     "02": ("data/problems.jsonl",),
     "03": tuple(f"benchmarks/results/{name}.json" for name in MEASURED),
     "04": ("benchmarks/results/*.json",),
-    "05": ("data/general.txt", "benchmarks/results/qlora_step_memory.json"),
+    "05": ("data/problems.jsonl", "benchmarks/results/qlora_step_memory.json"),
     "06": ("data/problems.jsonl",),
 }
 MODEL, DATA, BENCHMARKS = "MODEL_NAME/", "DATA_SOURCE/", "BENCHMARKS/"

@@ -60,6 +60,7 @@ def _write_notes(trainer, config: Config, draft: Path) -> None:
         "steps": step_log(trainer),
         "dataset": made_from.dataset_fingerprint,
         "recipe": config.recipe,
+        "base": {name: getattr(config, name) for name in loading.PACKED_BY},
     }
     text = json.dumps(log, indent=1, default=float)
     (draft / inventory.TRAINING_LOG).write_text(text, encoding="utf-8")

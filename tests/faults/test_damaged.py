@@ -138,6 +138,8 @@ def test_an_adapter_of_another_tokenizer_is_refused(config, tmp_path):
         ({"lora_r": 8}, "LORA_R is 8, the adapter was trained with 4: set LORA_R = 4, or run"),
         ({"lora_alpha": 3}, "LORA_ALPHA is 3, the adapter was trained with 16: set LORA_ALPHA"),
         ({"target_modules": ("q_proj",)}, r"TARGET_MODULES is \['q_proj'\], .* with \['down_proj'"),
+        ({"use_nested_quant": False}, "USE_NESTED_QUANT is False, .* with True: set"),
+        ({"keep_in_16bit": ("q_proj",)}, r"KEEP_IN_16BIT is \['q_proj'\], .* with \['down_proj', "),
     ],
 )
 def test_an_adapter_of_other_settings_is_used_with_a_warning(config, changes, words):

@@ -103,7 +103,7 @@ def project(tmp_path, monkeypatch):
     for name in ("helpers", "benchmarks/results"):
         shutil.copytree(PROJECT_DIR / name, folder / name)
     (folder / "data").mkdir()
-    for name in ("data/problems.jsonl", "data/general.txt", "requirements.txt"):
+    for name in ("data/problems.jsonl", "requirements.txt"):
         shutil.copy(PROJECT_DIR / name, folder / name)
     monkeypatch.setattr(provenance, "PROJECT_DIR", folder)
     return folder

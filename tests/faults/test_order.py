@@ -24,7 +24,6 @@ MEASURED = (
     "_seconds",
     "_per_second",
     "peak_memory_bytes",
-    "merge_bytes_measured",
     "batch_speedup",
     "predicted",
 )  # differ from run to run
@@ -185,6 +184,6 @@ def test_on_from_the_middle_in_a_fresh_kernel_stops_and_loses_nothing(
 
 
 def test_the_runner_runs_any_notebook_first_and_says_what_is_missing(tmp_path):
-    message = r"05_merging, cell 4 \(from helpers.*\): FileNotFoundError: .*run notebook 04 with"
+    message = r"05_merging, cell 4 \(import gc\): FileNotFoundError: .*run notebook 04 with"
     with pytest.raises(runner.RunStopped, match=message):
         runner.run("smoke", str(tmp_path / "run"), only="05")

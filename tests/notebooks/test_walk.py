@@ -64,11 +64,9 @@ def parameters(curated, tmp_path):
 
 
 def missing_names(config: Config, *numbers: str) -> dict[str, set[str]]:
-    """What these notebooks promise to record and did not, but for a GGUF that none asked for."""
+    """What these notebooks promise to record and did not."""
     metrics = inventory.read_metrics(config)
-    not_asked = () if "f16" in config.gguf_types else "gguf_f16"
-    promised = {n: {x for x in NAMES[n].split() if not x.startswith(not_asked)} for n in numbers}
-    return {number: promised[number] - set(metrics[number]) for number in numbers}
+    return {number: {*NAMES[number].split()} - set(metrics[number]) for number in numbers}
 
 
 def test_02_teaches_what_it_says(curated):

@@ -88,7 +88,7 @@ def logits(model, seed=0):
 def test_a_model_comes_back_from_f16_and_q8_0(merged):
     config, model = merged
     export.export_gguf(config)
-    reference = logits(model)
+    reference = logits(model.float())  # a CPU with AMX computes in bfloat16 else
     for name, agreement, error in (("f16", 1.0, 0.01), ("q8_0", 0.85, 0.1)):
         again = logits(read_back(config, name))
         assert (again.argmax(-1) == reference.argmax(-1)).float().mean() >= agreement
@@ -154,25 +154,40 @@ def test_blocks_are_those_of_gguf_bit_for_bit(device):
         assert ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes(), kind
 
 
-def test_a_file_is_read_back_within_its_rounding_and_a_wrong_number_is_seen(merged):
+def test_a_file_is_read_back_and_a_wrong_number_is_seen(merged):
     config, _ = merged
     folder = export.export_gguf(config)
-    for name, bound in (("f16", 0.5), ("q8_0", 0.57)):
+    for name in ("f16", "q8_0"):
         path = folder / f"model.{name}.gguf"
-        checked, count, steps = export.read_back(path, config.merged_dir)
-        assert checked == count and 0 < steps <= bound
+        export.check_written(path, config.merged_dir)
         tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path, "r+").tensors}
         rows = tensors["blk.1.ffn_up.weight"].data
         rows[3, 5] = rows[3, 5] ^ 4 if name == "q8_0" else 0
-        assert export.read_back(path, config.merged_dir)[2] > 1
+        words = f"{path.name} holds another blk.1.ffn_up.weight than .*merged: run notebook 05"
+        with pytest.raises(inventory.ArtefactError, match=words):
+            export.check_written(path, config.merged_dir)
 
 
-def test_all_of_three_layers_are_read_back(tiny_config, short_tokenizer):
-    save_llama(tiny_config.run_dir, short_tokenizer, layers=8)
-    path = tiny_config.run_dir / "model.gguf"
-    gguf_writer.write_gguf(tiny_config.run_dir, {"q8_0": path})
-    checked, count, _ = export.read_back(path, tiny_config.run_dir)
-    assert (checked, count) == (3 * 9 + 3, 8 * 9 + 3)  # embedding, last norm and head besides
+def test_a_file_that_is_written_wrong_gets_no_name(merged, monkeypatch):
+    config, _ = merged
+    right = gguf_writer.in_blocks
+    monkeypatch.setattr(gguf_writer, "in_blocks", lambda rows, kind: right(rows + 1, kind))
+    only = dataclasses.replace(config, gguf_types=("f16",))
+    with pytest.raises(inventory.ArtefactError, match="model.f16.gguf holds another"):
+        export.export_gguf(only)
+    assert not config.gguf_dir.exists()
+
+
+def test_the_report_names_the_files_or_says_why_there_is_none(merged):
+    config, _ = merged
+    lines = export.gguf_report(config).splitlines()
+    names = [line.split()[-1] for line in lines]
+    assert names == ["gguf/Modelfile", "gguf/model.f16.gguf", "gguf/model.q8_0.gguf"]
+    (config.merged_dir / inventory.SEAL).unlink()
+    described = json.loads((config.merged_dir / "config.json").read_text("utf-8"))
+    changed = json.dumps({**described, "model_type": "qwen2"})
+    (config.merged_dir / "config.json").write_text(changed, encoding="utf-8")
+    assert export.gguf_report(config).startswith("No GGUF is written: only Llama models")
 
 
 def test_the_disk_that_is_needed_is_what_is_written(merged):

@@ -8,13 +8,15 @@ from unittest.mock import MagicMock
 import datasets
 import huggingface_hub
 import pytest
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.merging import publishing
 from helpers.model import loading, precision
 from helpers.runs import inventory
-from tests.notebook_code import curate, save_merged
+from tests.notebook_code import cell_source, curate, definitions_from, save_merged
 
 SCORES = {"problems": 32, "problems_merged": 16, "stop_rate_base": 5 / 32, "stop_rate_merged": 0.25}
 
@@ -57,7 +59,7 @@ def test_the_model_goes_up_in_one_commit_under_ones_own_name(merged, api, monkey
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
     monkeypatch.setattr(huggingface_hub, "whoami", lambda: {"name": "reader"})
     name = publishing.push_model(merged)
-    assert name == "reader/Llama-2-7b-minipython-instruct"
+    assert name == "reader/SmolLM2-135M-minipython-instruct"
     assert api.upload_folder.call_count == 1
     assert api.upload_folder.call_args.kwargs["repo_id"] == name
     card = (merged.merged_dir / "README.md").read_text("utf-8")
@@ -74,6 +76,25 @@ def test_a_folder_that_has_lost_its_weights_is_not_uploaded(merged, api):
     with pytest.raises(ValueError, match="model.safetensors is gone .* run notebook 05 again"):
         publishing.push_model(merged)
     assert api.mock_calls == []
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_notebook_05_pushes_model_tokenizer_and_card_only_when_asked(
+    merged, monkeypatch, capsys, asked
+):
+    pushed = []
+    for kind in (PreTrainedModel, PreTrainedTokenizerBase, ModelCard):
+        push = lambda self, name: pushed.append((type(self).__name__, name))  # noqa: E731
+        monkeypatch.setattr(kind, "push_to_hub", push)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
+    monkeypatch.setattr(huggingface_hub, "whoami", lambda: {"name": "reader"})
+    lesson = definitions_from("05") | {"config": dataclasses.replace(merged, push_to_hub=asked)}
+    exec(cell_source("05", "push"), lesson)
+    name = "reader/SmolLM2-135M-minipython-instruct"
+    kinds = ["LlamaForCausalLM", "TokenizersBackend", "ModelCard"] if asked else []
+    assert pushed == [(kind, name) for kind in kinds]
+    said = capsys.readouterr().out
+    assert ("uploaded as reader/" in said) == asked and "| merged into | the base in 16" in said
 
 
 # -- The card.
@@ -103,7 +124,10 @@ def test_the_card_says_how_the_model_was_made_and_not_what_the_config_says_now(
         card = publishing.model_card(dataclasses.replace(tiny_config, merge_into=merge_into))
         assert "| adapter | rank 8, alpha 12 |" in card
         assert "| adapter on | down_proj, q_proj |" in card and "gate_proj" not in card
-        assert "| merged into | dequantized |" in card
+        words = (
+            "the 4-bit base, unpacked to 16 bits (`dequantized`), taken by the rule of lesson 05"
+        )
+        assert f"| merged into | {words} |" in card
     shutil.rmtree(tiny_config.adapter_dir)
     assert "| adapter | rank 8, alpha 12 |" in publishing.model_card(tiny_config)
 
@@ -126,6 +150,8 @@ def test_the_card_of_a_model_from_elsewhere_leaves_out_what_nobody_noted(merged)
 def test_the_card_names_the_licence_of_the_base(tiny_config, name, tag, words):
     card = publishing.model_card(dataclasses.replace(tiny_config, model_name=name))
     assert tag in card.splitlines() and words in card
+    assert ("they were unpacked from a file in 4 bits" in card) == (name == "smollm2-135m")
+    assert ("base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card) == (name == "smollm2-135m")
 
 
 def test_the_card_names_the_licence_of_the_data_and_its_authors_columns(tiny_config, monkeypatch):
@@ -142,7 +168,8 @@ def test_the_card_tells_the_recipe_and_the_limits_and_no_path(tiny_config):
     card = publishing.model_card(tiny_config)
     computed = str(precision.compute_dtype(tiny_config)).removeprefix("torch.")
     for words in (
-        f"| base in 4 bits | nf4, double quantization, computed in {computed} |",
+        "| base in 4 bits | nf4, double quantization, but for v_proj, down_proj, computed in "
+        f"{computed} |",
         "2 steps, 2 rows a step",
         "| seed | 42 |",
         "has to be tested",

@@ -18,12 +18,10 @@ from transformers import TrainerControl, TrainerState
 
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
-from helpers.merging import adapter_folder, comparison, merging
-from helpers.model import architecture, embedded, loading, measure, precision
-from helpers.runs import inventory
+from helpers.merging import comparison, merging
+from helpers.model import architecture, loading, measure, precision
 from helpers.training import callbacks, checkpoints, machine, planning, safety, training_rows
 from helpers.training.fast import fast_path
-from tests.conftest import fill_adapters, relative_error
 from tests.faults.train_tiny import build, write_dataset
 from tests.notebook_code import (
     cell_source,
@@ -34,6 +32,8 @@ from tests.notebook_code import (
     save_adapter,
     save_merged,
 )
+from tests.unit.test_lesson_05 import with_adapter
+from tests.walking import walk
 
 
 @pytest.fixture
@@ -176,7 +176,14 @@ NOT_NAMED_BY = {
     *("validation_share", "near_duplicate_similarity", "min_answer_characters"),
     *("max_post_characters", "benchmarks", "activation_checkpointing", "kept_layers"),
     *("activation_offloading", "log_steps", "report_to", "fit_to_memory", "merge_into"),
-    *("gguf_types", "comparison_rows", "article_prompt", "max_new_tokens", "generation_batch_size"),
+    *(
+        "gguf_types",
+        "comparison_rows",
+        "comparison_problems",
+        "article_prompt",
+        "max_new_tokens",
+        "generation_batch_size",
+    ),
     *("evaluation_problems", "sandbox", "new_dataset_name", "new_dataset_name_complete"),
     *("new_model_name", "hf_hub_model_name", "push_to_hub", "check_python"),
     *("validation_source", "template"),  # which are in the rows
@@ -308,91 +315,13 @@ def test_tensorboard_gets_the_log(config, tokenizer, monkeypatch):
 def test_merges_differ_from_the_trained_model_as_little_as_they_should(trained, config, tokenizer):
     rows = training_rows.load_dataset(config)["validation"]
     reference = comparison.answer_logits(merging.load_tuned(config), tokenizer, rows)
-    distance = {
-        into: comparison.kl_divergence(
-            reference, comparison.answer_logits(merge(config, into), tokenizer, rows)
-        )
-        for into in merging.MERGES
-    }
-    assert 0 <= distance["dequantized"] < distance["4bit"]
-    assert distance["dequantized"] < distance["16bit"]
+    lesson = definitions_from("05")
 
+    def distance(into):
+        logits = comparison.answer_logits(merge(config, into), tokenizer, rows)
+        return torch.cat(list(map(lesson["kl_divergence"], reference, logits))).mean().item()
 
-def with_adapter(config, std=0.02, **settings):
-    """A random adapter with other settings than the Config's; the base's weights by layer."""
-    settings = {"r": 8, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"], **settings}
-    base = loading.load_model(config, quantized=False)
-    weights = {name: p.detach().clone().float() for name, p in base.named_parameters()}
-    tuned = get_peft_model(base, LoraConfig(**settings))
-    fill_adapters(tuned, std)
-    tuned.save_pretrained(config.adapter_dir)
-    return weights
-
-
-@pytest.mark.filterwarnings("ignore::helpers.runs.inventory.ArtefactWarning")
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"use_rslora": True},
-        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 40}},
-        {"layers_to_transform": [1], "target_modules": ["v_proj"]},
-    ],
-)
-def test_an_update_is_what_the_adapter_says_and_not_the_config(tiny_config, settings):
-    before = with_adapter(tiny_config, **settings)
-    assert tiny_config.lora_alpha == 16 and tiny_config.lora_r == 64
-    adapter, merged = adapter_folder.Adapter(tiny_config.adapter_dir), merge(tiny_config, "16bit")
-    for name, weight in merged.named_parameters():
-        layer, change = name.removesuffix(".weight"), weight - before[name]
-        if layer in adapter.pairs:
-            # The rest is what 16 bits round: a three-hundredth of the weight, not of the update.
-            assert relative_error(change, adapter.update(layer)) < 0.3, name
-        else:
-            assert not change.any(), name
-    assert adapter.pairs.keys() == {f"model.{kind}" for kind in _adapted(tiny_config, settings)}
-
-
-def _adapted(config, settings):
-    layers = settings.get("layers_to_transform", [0, 1])
-    targets = settings.get("target_modules", ["q_proj", "down_proj"])
-    places = {"q_proj": "self_attn", "v_proj": "self_attn", "down_proj": "mlp"}
-    return {f"layers.{layer}.{places[name]}.{name}" for layer in layers for name in targets}
-
-
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [
-        ({"use_dora": True}, "lora_magnitude_vector"),
-        ({"modules_to_save": ["lm_head"]}, "lm_head"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
-    ],
-)
-def test_an_adapter_that_adds_something_else_is_refused_by_name(tiny_config, settings, name):
-    with_adapter(tiny_config, **settings)
-    with pytest.raises(inventory.ArtefactError, match=f"holds .*{name}.*, which is no A or B"):
-        adapter_folder.Adapter(tiny_config.adapter_dir)
-
-
-@pytest.mark.filterwarnings("ignore::helpers.runs.inventory.ArtefactWarning")
-@pytest.mark.parametrize("std", [0.02, 0.002])  # 0.002: as small, next to the weights, as in `demo`
-def test_merging_by_hand_is_pefts_merge_and_an_unmerged_matrix_is_not(tiny_config, std):
-    with_adapter(tiny_config, std, lora_alpha=8)
-    trained, lesson = adapter_folder.Adapter(tiny_config.adapter_dir), definitions_from("05")
-    layer = "model.layers.0.self_attn.q_proj"
-    lesson |= trained.pairs[layer] | {"scale": trained.scale(layer)}
-    lesson["numbers"] = torch.finfo(torch.bfloat16)
-    lesson["update"] = trained.update(layer)
-    in_4_bits = merging.weight_of(loading.load_model(tiny_config), layer)
-    W = merging.weight_of(loading.load_model(tiny_config, quantized=False), layer)
-    for into, start in (("16bit", W), ("dequantized", in_4_bits)):
-        merged = merging.weight_of(merge(tiny_config, into), layer)
-        as_by_hand, missing = lesson["compare"](merged, start).values()
-        assert as_by_hand == 1 and missing < 0.9
-        as_by_hand, missing = lesson["compare"](start, start).values()
-        assert as_by_hand < 0.9 and missing == pytest.approx(1)
-    packed_anew = merging.weight_of(merge(tiny_config, "4bit"), layer)
-    assert lesson["compare"](packed_anew, in_4_bits)["entries as by hand"] < 0.9
+    assert 0 <= distance("dequantized") < min(distance("4bit"), distance("16bit"))
 
 
 def test_a_merged_model_is_saved_beside_the_adapter_and_comes_back_equal(
@@ -413,25 +342,34 @@ def test_a_merged_model_is_saved_beside_the_adapter_and_comes_back_equal(
         assert torch.equal(saved, loaded)
 
 
+@pytest.mark.filterwarnings("ignore::helpers.runs.inventory.ArtefactWarning")
 @pytest.mark.parametrize("double", [True, False])
-def test_the_dequantized_base_is_the_4_bit_model_unpacked(config, double):
-    with_adapter(config)
-    config = dataclasses.replace(config, use_nested_quant=double)
-    ours, theirs = merging.load_base(config, "dequantized"), loading.load_model(config).dequantize()
-    theirs = theirs.state_dict()
-    assert ours.state_dict().keys() == theirs.keys()
-    for name, weight in ours.state_dict().items():
-        assert torch.equal(weight, theirs[name].to(weight.dtype)), name
+@pytest.mark.parametrize("kept", [(), ("v_proj", "down_proj")], ids=str)
+def test_the_dequantized_base_is_the_4_bit_model_unpacked(config, double, kept):
+    """Layers that stay in 16 bits stay as they are: in both, and in the merge too."""
+    before = with_adapter(config, target_modules=["q_proj"])
+    config = dataclasses.replace(config, use_nested_quant=double, keep_in_16bit=kept)
+    packed = loading.load_model(config).dequantize()
+    theirs = merging.load_tuned(config, packed).merge_and_unload().state_dict()
+    ours = merge(config, "dequantized").state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        if "q_proj" not in name:
+            assert torch.equal(weight, theirs[name].to(weight.dtype)), name
+        if "_proj" in name:
+            untouched = torch.equal(weight, before[name])
+            assert untouched == (name.split(".")[-2] in kept), name
 
 
 def test_a_model_that_does_not_fit_the_gpu_is_merged_on_the_cpu(trained, config, monkeypatch):
+    weights = merge(config, "16bit").get_memory_footprint(return_buffers=False)
+    adapter = (config.adapter_dir / "adapter_model.safetensors").stat().st_size
+    needed = weights + adapter + merging.WORK_BYTES
     on_gpu = dataclasses.replace(config, device_map={"": 0})
-    needed = merging.bytes_needed(on_gpu) + merging.WORK_BYTES
     monkeypatch.setattr(measure, "free_bytes", lambda device: needed - 1)
-    assert merging.load_base(on_gpu, "16bit").device.type == "cpu"
+    assert merging.place_of(on_gpu) == {"": "cpu"}
     monkeypatch.setattr(measure, "free_bytes", lambda device: needed)
-    with pytest.raises(embedded.ModelUnavailable, match="torch sees no GPU"):
-        merging.load_base(on_gpu, "16bit")
+    assert merging.place_of(on_gpu) == {"": 0}
 
 
 def test_layers_that_travel_answer_and_are_saved_as_those_that_stay(
@@ -441,56 +379,34 @@ def test_layers_that_travel_answer_and_are_saved_as_those_that_stay(
     rows = training_rows.load_dataset(config)["validation"]
     stays = merge(config, "16bit")
     expected = comparison.answer_logits(stays, tokenizer, rows)
-    layer = "model.layers.0.self_attn.q_proj"
     travels = merging.cpu_offload(merge(config, "16bit"), torch.device("cpu"))
     assert {p.device.type for p in travels.parameters()} == {"meta"}
     for ours, theirs in zip(
         comparison.answer_logits(travels, tokenizer, rows), expected, strict=True
     ):
         assert torch.equal(ours, theirs)
-    assert torch.equal(merging.weight_of(travels, layer), merging.weight_of(stays, layer))
     travelled = load_file(save_merged(travels, tokenizer, config) / "model.safetensors")
     stayed = load_file(save_merged(stays, tokenizer, config) / "model.safetensors")
     assert travelled.keys() == stayed.keys()
     assert all(torch.equal(travelled[name], stayed[name]) for name in stayed)
 
 
-def test_the_memory_of_a_merge_is_that_of_its_weights_and_the_adapter(trained, config):
-    weights = merge(config, "16bit").get_memory_footprint(return_buffers=False)
-    adapter = (config.adapter_dir / "adapter_model.safetensors").stat().st_size
-    assert merging.bytes_needed(config) == weights + adapter
-
-
-def test_the_general_text_is_prose_that_is_read_whole(config, tokenizer):
-    rows = comparison.general_rows()
-    assert len(rows) == 4 and all("def " not in row["completion"] for row in rows)
-    model = loading.load_model(config, quantized=False)
-    lengths = [len(tokenizer(row["completion"])["input_ids"]) for row in rows]
-    # BOS predicts the first token, and the last one predicts EOS.
-    assert [len(each) for each in comparison.answer_logits(model, tokenizer, rows)] == lengths
-
-
-def test_an_unknown_merge_is_named(config):
-    with pytest.raises(ValueError, match="'8bit'.*16bit, dequantized, 4bit"):
-        merging.load_base(config, "8bit")
-
-
 def test_merging_needs_the_adapter(config):
     shutil.rmtree(config.adapter_dir, ignore_errors=True)
     with pytest.raises(FileNotFoundError, match="run notebook 04"):
-        merging.load_base(config, "16bit")
+        merging.place_of(config)
 
 
-def test_kl_divergence_is_that_of_known_distributions():
-    p = torch.tensor([[0.5, 0.5]]).log()
-    q = torch.tensor([[0.25, 0.75]]).log()
-    expected = 0.5 * torch.log(torch.tensor(2.0)) + 0.5 * torch.log(torch.tensor(2 / 3))
-    assert comparison.kl_divergence([p], [q]) == pytest.approx(expected.item(), rel=1e-5)
-    assert comparison.kl_divergence([p], [p]) == 0
-    assert (
-        comparison.top_token_agreement(
-            [torch.tensor([[0.0, 1.0], [1.0, 0.0]])] * 2,
-            2 * [torch.tensor([[0.0, 1.0], [0.0, 1.0]])],
-        )
-        == 0.5
-    )
+@pytest.mark.parametrize("into", ["16bit", "4bit"])
+def test_notebook_05_saves_the_merge_that_it_is_told_to(trained, config, into):
+    given = {"PROFILE": "smoke", "RUN_DIR": str(config.run_dir), "MODEL_NAME": config.model_name}
+    given |= {"LORA_R": 4, "MERGE_INTO": into, "SANDBOX": "off", "GGUF_TYPES": ["q8_0"]}
+    found = walk("05", **given)
+    record = json.loads((config.merged_dir / "merge.json").read_text("utf-8"))
+    assert (record["merged_into"], record["taken_by"]) == (into, "MERGE_INTO")
+    assert found["metrics"]["reload_max_abs_diff"] == 0
+    assert found["metrics"]["eval_loss_merged"] == found["results"][into]["loss"]
+    described = json.loads((config.merged_dir / "config.json").read_text("utf-8"))
+    assert ("quantization_config" in described) == (into == "4bit")
+    assert config.gguf_dir.exists() == (into == "16bit")
+    assert "taken by MERGE_INTO" in found["card"].text
