@@ -117,6 +117,7 @@ def test_the_rule_takes_what_it_says(tiny_config, change, passed, more, said, ta
         "config": dataclasses.replace(tiny_config, merge_into=said),
         "table": table,
         "passes": {**passes, "16bit": [n < more for n in range(12)]},
+        "place": tiny_config.device_map,
         "merged": model,
         "merge": lambda into: made.append(into) or model,
     }
