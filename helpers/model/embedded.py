@@ -98,7 +98,7 @@ def _convert_to_safetensors(gguf: Path, folder: Path) -> None:
 def load_gguf(path: Path, dtype: torch.dtype):
     """The model of a GGUF file with its blocks unpacked to plain numbers, in eval mode."""
     # transformers 5.15 has no GgufConfig yet; there a GGUF is always unpacked.
-    options = {"gguf_file": path.name, "dtype": dtype}
+    options = {"dtype": dtype}
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(path.parent, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options).eval()

@@ -16,6 +16,24 @@ NUMBERS = ["01", "02", "03", "04", "05", "06"]
 # The calls that a reader comes for, by lesson: they stand in its cells, not in a helper.
 CALLS = {
     "01": ("AutoTokenizer.from_pretrained(", "LoraConfig(", "get_peft_model("),
+    "02": (".merge(", "apply_chat_template(", "dataset.push_to_hub("),
+    "03": (
+        *("BitsAndBytesConfig(", "AutoTokenizer.from_pretrained("),
+        "AutoModelForCausalLM.from_pretrained(",
+    ),
+    "04": (
+        *("BitsAndBytesConfig(", "AutoModelForCausalLM.from_pretrained(", "LoraConfig("),
+        *("SFTConfig(", "SFTTrainer", ".train(resume_from_checkpoint=", ".save_model("),
+        *(".backward()", "optimizer.step()", ".generate("),
+    ),
+    "05": (
+        *("PeftModel.from_pretrained(", ".merge_and_unload(", ".save_pretrained("),
+        *("AutoModelForCausalLM.from_pretrained(", ".push_to_hub("),
+    ),
+    "06": (
+        *("apply_chat_template(", "padding=True", ".generate(", ".batch_decode("),
+        *("PeftModel.from_pretrained(", "pipeline("),
+    ),
 }
 
 
@@ -179,3 +197,9 @@ def test_every_image_has_alt_text(notebook):
 
 def test_is_small_enough_to_be_shown(path):
     assert path.stat().st_size < 1_500_000
+
+
+def test_the_series_prints_no_source_code():
+    """What a lesson has to show stands in its cells."""
+    cells = [cell for path in PATHS for cell in code_cells(nbformat.read(path, as_version=4))]
+    assert not any("inspect.getsource" in cell.source for cell in cells)

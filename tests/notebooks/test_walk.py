@@ -84,7 +84,8 @@ def test_02_teaches_what_it_says(curated):
 def test_03_walks_and_teaches_what_it_says(parameters, recipe):
     found = walk("03", **parameters, RECIPE=recipe)
     assert missing_names(Config.from_notebook(parameters), "03") == {"03": set()}
-    assert found["difference"] == 0
+    # Not `difference`: on a CPU bitsandbytes unpacks rows of less than 64 weights wrongly.
+    assert torch.equal(found["packed"], found["theirs"].flatten())
     assert found["predicted"] == found["measured"]
     assert found["shares"].shape == (4, 3) and found["shares"].max().max() < 100
     assert len(found["table"]) in (7, 8) and found["plans"]["Llama 2 7B"]["8 GB"].fits
