@@ -92,7 +92,7 @@ def dataset(tmp_path):
 @pytest.mark.slow
 def test_saving_the_dataset_says_need_and_room_beforehand(tmp_path, dataset, nearly_full):
     with pytest.raises(
-        folders.DiskFull, match=r"saving the dataset needs 0.5 MB .*0.4 MB are free"
+        folders.DiskFull, match=r"saving the dataset needs 0.6 MB .*0.4 MB are free"
     ):
         curate_job(tmp_path)
     assert folder_hashes(tmp_path / "dataset") == dataset and left_over(tmp_path) == []
