@@ -29,7 +29,7 @@ PROJECT_FILES = {
     "01": ("benchmarks/results/first_look.json",),
     "02": ("data/problems.jsonl",),
     "03": tuple(f"benchmarks/results/{name}.json" for name in MEASURED),
-    "04": ("benchmarks/results/*.json",),
+    "04": tuple(f"benchmarks/results/{name}.json" for name in ("recipes", "two_gpus")),
     "05": ("data/problems.jsonl", "benchmarks/results/qlora_step_memory.json"),
     "06": ("data/problems.jsonl",),
 }
