@@ -34,7 +34,7 @@ HOSTILE = {
     "half": "half \ud83d of it",
     "one line": "x" * 1_000_000,
 }
-SCORE = Score(True, True, True, True, True, None)
+SCORE = Score(stops=True, parses=True, steps=True, passes=None)
 # What the views themselves are made of.
 OWN_TAGS = {"html", "head", "body", "table", "tbody", "tr", "th", "td", "pre", "b", "span"}
 

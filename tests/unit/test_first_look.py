@@ -18,7 +18,7 @@ METRICS = {
     "pass_rate_level2_tuned": 0.75,
 }
 ANSWERS = ("Why?\n\nSay it.", "Because:\n\n-- so", "1. So.\n\n✓ done")
-GOOD, BAD = Score(*[True] * 6), Score(*[False] * 6)
+GOOD, BAD = Score(*[True] * 4), Score(*[False] * 4)
 
 
 @pytest.fixture

@@ -355,7 +355,7 @@ def test_a_nasty_table_loses_no_row_in_silence(name, tmp_path):
         ("a.json", b"[]", "holds no row"),
         (
             "a.jsonl.gz",
-            gzip.compress(b'{"prompt": "q", "answer": "a"}\n' * 9)[:-9],
+            gzip.compress(b'{"prompt": "q", "answer": "a"}\n' * 9, mtime=0)[:-9],
             "no whole gzip",
         ),
         ("a.csv", "prompt,answer\n".encode("utf-16"), "is not UTF-8 text"),
