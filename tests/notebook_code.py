@@ -58,6 +58,7 @@ def lesson_05(config) -> dict:
         "dtype": precision.compute_dtype(config),
         "quantization": loading.quantization_config(config),
         "place": merging.place_of(config),
+        "at": {"dtype": precision.compute_dtype(config), "device_map": merging.place_of(config)},
         "measured": lambda into, merged: None,  # takes KL, loss and answers
     }
     return lesson

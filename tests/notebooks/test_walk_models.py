@@ -84,7 +84,7 @@ def lora_parameters(folder) -> int:
 def test_a_model_with_other_layers_is_refused_where_it_would_be_loaded(curated, tmp_path, notebook):
     tokenizer, parameters = curated("usual")
     save_random_model("Phi3Config", tokenizer, tmp_path)
-    first = {"03": "cell 4", "04": "cell 7"}[notebook]
+    first = {"03": "cell 4", "04": "cell 6"}[notebook]
     wanted = f"{first} .*ConfigError: MODEL_NAME is .*'phi3' model without self_attn.q_proj"
     with pytest.raises(CellFailed, match=wanted):
         walk(notebook, **parameters, MODEL_NAME=str(tmp_path))

@@ -22,13 +22,13 @@ from tests.notebook_code import (
 CALLS = (
     "PeftModel.from_pretrained(base, adapter)",
     ".merge_and_unload(safe_merge=True)",
-    "AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=place)",
+    "AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **at)",
     "BitsAndBytesConfig(",
     "quantize_4bit(",
     "dequantize_4bit(",
     "merged.save_pretrained(folder)",
     "tokenizer.save_pretrained(folder)",
-    "AutoModelForCausalLM.from_pretrained(config.merged_dir, dtype=dtype",
+    "AutoModelForCausalLM.from_pretrained(config.merged_dir, use_safetensors=True, **at)",
     ".push_to_hub(name)",
 )
 
@@ -118,6 +118,7 @@ def test_the_rule_takes_what_it_says(tiny_config, change, passed, more, said, ta
         "table": table,
         "passes": {**passes, "16bit": [n < more for n in range(12)]},
         "place": tiny_config.device_map,
+        "at": {},
         "merged": model,
         "merge": lambda into: made.append(into) or model,
     }
@@ -147,7 +148,8 @@ def test_the_cells_that_merge_run_in_a_script_without_helpers(tiny_config, tmp_p
         assert ours in source
         source = source.replace(ours, plain)
     (tmp_path / "script.py").write_text(
-        "import gc, sys, torch\nfrom pathlib import Path\nclass config:\n"
+        "import gc, sys, torch\nfrom pathlib import Path\n"
+        "at = {'dtype': torch.float32, 'device_map': 'cpu'}\nclass config:\n"
         "    keep_in_16bit, device, device_map = (), 'cpu', 'cpu'\n"
         "    bnb_4bit_compute_quant_type, use_nested_quant = 'nf4', True\n"
         f"    merged_dir = Path('merged')\nMODEL = {tiny_config.model_name!r}\n"
