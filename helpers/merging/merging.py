@@ -62,7 +62,8 @@ def as_saved(model, config: Config):
     that lies on the CPU for want of room computes on the GPU all the same, which gets each layer's
     weights when it is their turn.
     """
-    if getattr(model, "is_loaded_in_4bit", False) and config.device == "cpu":
+    # `is_loaded_in_4bit` stays True after `dequantize`, and a cell may run twice.
+    if getattr(model, "hf_quantizer", None) is not None and config.device == "cpu":
         model = model.dequantize()
     precision.cast(model.parameters(), precision.storage_dtype(config))
     precision.cast(model.parameters(), precision.compute_dtype(config))
