@@ -16,8 +16,7 @@ from helpers.data import curation_note
 from helpers.merging import merging
 from helpers.merging.adapter_folder import check_adapter
 from helpers.merging.merged_folder import check_merged
-from helpers.model import architecture, loading, measure, predict
-from helpers.model.steps import Run
+from helpers.model import architecture, loading, measure
 
 # Who can be asked: the base in 16 bits and in 4, each in the chat template that it brings; the base
 # in 4 bits in that of the training; with the adapter; merged by notebook 05; and that in 4 bits.
@@ -57,20 +56,13 @@ def load(config: Config, which: str):
     if which == "merged":
         return merging.load_merged(config)
     if which == "base_chat":
-        return loading.load_model(_roomy(config), quantized=False)
+        return loading.load_model(merging.with_room_for_base(config), quantized=False)
     if which == "base_chat_4bit":
         config = dataclasses.replace(config, keep_in_16bit=())
     model = loading.load_model(config, source=merged)
     if config.use_4bit and config.device == "cpu":
         model = model.dequantize()
     return merging.load_tuned(config, model) if which == "tuned" else model
-
-
-def _roomy(config: Config) -> Config:
-    """The Config, on the CPU if its GPU has no room for the base in 16 bits."""
-    run = dataclasses.replace(Run.from_config(config), quantization="16bit")
-    needed = predict.estimate(loading.load_shape(config.model_name), run).weights
-    return merging.with_room(config, needed + merging.WORK_BYTES)
 
 
 def system_message(config: Config, which: str) -> str:

@@ -40,11 +40,15 @@ def load_tuned(config: Config, base=None) -> PeftModel:
 
 def place_of(config: Config) -> dict:
     """The `device_map` of a merge: the GPU, or the CPU if 16 bits of all weights do not fit it."""
-    shape = loading.load_shape(config.model_name)
-    run = dataclasses.replace(Run.from_config(config), quantization="16bit")
     adapter = config.require(config.adapter_dir, "04") / ADAPTER_WEIGHTS
-    weights = predict.estimate(shape, run).weights
-    return with_room(config, weights + adapter.stat().st_size + WORK_BYTES).device_map
+    return with_room_for_base(config, adapter.stat().st_size).device_map
+
+
+def with_room_for_base(config: Config, beside: int = 0) -> Config:
+    """`with_room` for the base in 16 bits, the work on it, and so many bytes beside it."""
+    run = dataclasses.replace(Run.from_config(config), quantization="16bit")
+    weights = predict.estimate(loading.load_shape(config.model_name), run).weights
+    return with_room(config, weights + beside + WORK_BYTES)
 
 
 def with_room(config: Config, needed: int) -> Config:
