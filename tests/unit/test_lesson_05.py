@@ -15,27 +15,7 @@ from tests.notebook_code import (
     cell_source,
     definitions_from,
     lesson_05,
-    notebook_path,
-    notebook_source,
 )
-
-CALLS = (
-    "PeftModel.from_pretrained(base, adapter)",
-    ".merge_and_unload(safe_merge=True)",
-    "AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **at)",
-    "BitsAndBytesConfig(",
-    "quantize_4bit(",
-    "dequantize_4bit(",
-    "merged.save_pretrained(folder)",
-    "tokenizer.save_pretrained(folder)",
-    "AutoModelForCausalLM.from_pretrained(config.merged_dir, use_safetensors=True, **at)",
-    ".push_to_hub(name)",
-)
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_the_calls_that_a_reader_came_for_stand_in_the_cells(call):
-    assert call in notebook_source(notebook_path("05"))
 
 
 def with_adapter(config, std=0.02, **settings):

@@ -3,31 +3,12 @@
 import pytest
 
 from helpers.answers.evaluation import Score
-from tests.notebook_code import definitions_from, notebook_path, notebook_source
-
-CALLS = (
-    "AutoTokenizer.from_pretrained(",
-    "AutoModelForCausalLM.from_pretrained(",
-    "BitsAndBytesConfig(",
-    "PeftModel.from_pretrained(",
-    "tokenizer.apply_chat_template(",
-    'padding=True, padding_side="left"',
-    "base.generate(**inputs, max_new_tokens=",
-    "tuned.generate(**inputs, max_new_tokens=",
-    "tokenizer.batch_decode(",
-    'pipeline("text-generation", model=',
-    "binomtest(",
-)
+from tests.notebook_code import definitions_from
 
 
 @pytest.fixture(scope="module")
 def lesson():
     return definitions_from("06")
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_the_calls_that_a_reader_came_for_stand_in_the_cells(call):
-    assert call in notebook_source(notebook_path("06"))
 
 
 def scores(passed):
