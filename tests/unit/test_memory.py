@@ -185,7 +185,9 @@ from helpers.model import loading, measure, predict
 from helpers.model.steps import Run
 from helpers.training import export, safety
 
-config = Config.from_profile("demo", run_dir=Path(sys.argv[1]), max_steps=2)
+config = Config.from_profile(
+    "demo", run_dir=Path(sys.argv[1]), max_steps=2, max_train_length=None
+)
 baseline = measure.current_memory_bytes("cpu")
 tokenizer = loading.load_tokenizer(config.model_name)
 prompt = prompts.render_prompt("How do I reverse a list?", SYSTEM_MESSAGE)
