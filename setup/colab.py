@@ -1,10 +1,12 @@
-"""The lessons in Colab: their set-up cell, what it installs, and the badges that open them.
+"""The lessons in Colab and Kaggle: their set-up cell, what it installs, the badges that open them.
 
-The set-up cell calls `python -m setup.colab install`. `python -m setup.colab owner/name` writes
-a repository's address into the notebooks and the README. Importing this needs no other package.
+The set-up cell calls `prepare`. `python -m setup.colab owner/name` writes a repository's address
+into the notebooks and the README. Importing this needs no other package.
 """
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,21 +18,31 @@ TAG = "colab"
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 OPEN = "https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}"
 
-# Outside Colab this cell does nothing. The folder `course` and the import make it idempotent.
-SET_UP = """# @title For Colab only: fetch the course and what Colab lacks (a minute, once)
+# Elsewhere this cell does nothing. The folder `course` and the import make it idempotent.
+SET_UP = """# @title For Colab and Kaggle only: fetch the course and what it needs (a minute, once)
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-if "google.colab" in sys.modules and "helpers" not in sys.modules:
-    os.chdir("/content")
-    if not os.path.isdir("course"):
-        address = "https://github.com/{repository}"
-        subprocess.run(["git", "clone", "--depth=1", "--quiet", address, "course"], check=True)
-    sys.path.insert(0, "/content/course")
-    os.chdir("course/notebooks")
-    command = [sys.executable, "-m", "setup.colab", "install"]
-    subprocess.run(command, cwd="/content/course", check=True)"""
+address = "https://github.com/{repository}"
+keep_on_drive = False  # @param {type:"boolean"}
+# True, in Colab: RUN_DIR lies on your Drive, where a disconnect loses nothing and lessons meet.
+
+on_kaggle = "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+if (on_kaggle or "google.colab" in sys.modules) and "helpers" not in sys.modules:
+    course = Path("/kaggle/working/course" if on_kaggle else "/content/course")
+    if not course.exists() and address.endswith("OWNER/NAME"):
+        how = f"`make colab REPO=owner/name` writes it; or upload the course's folder as {course}"
+        raise RuntimeError(f"the course's address is not set: {how}")
+    clone = ["git", "clone", "--depth=1", "--quiet", address, str(course)]
+    if not course.exists() and subprocess.run(clone).returncode:
+        raise RuntimeError(f"git could not fetch {address}: is it right, and is the internet on?")
+    os.chdir(course / "notebooks")
+    sys.path.insert(0, str(course))
+    from setup import colab
+
+    colab.prepare(keep_on_drive)"""
 UNNAMED = "OWNER/NAME"
 
 # The running kernel may have imported these, and a new version would force a restart.
@@ -43,6 +55,49 @@ NOT_NEEDED = ("jupyterlab", "playwright", "pytest", "pytest-xdist", "ruff", "imp
 def set_up_source(repository: str = UNNAMED) -> str:
     """The set-up cell for a repository `owner/name`, the same in all six notebooks."""
     return SET_UP.replace("{repository}", repository)
+
+
+def prepare(keep_on_drive: bool = False) -> None:
+    """Make a machine of Colab or Kaggle ready, from the set-up cell, before torch is imported.
+
+    Errors: CalledProcessError of pip; RuntimeError where a Drive is wanted and there is none.
+    """
+    install()
+    use_one_gpu()
+    if keep_on_drive:
+        keep_runs_on_drive()
+    elif "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        print(f"Results go to {PROJECT / 'runs'}. Save Version keeps them with your notebook.")
+
+
+def use_one_gpu() -> None:
+    """Hide all GPUs but the first, and say so; Kaggle lends two T4s."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ or not shutil.which("nvidia-smi"):
+        return
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8").stdout
+    names = [line for line in listed.splitlines() if line.startswith("GPU ")]
+    if len(names) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+        print(f"This machine has {len(names)} GPUs; the course uses the first: {names[0]}")
+
+
+def keep_runs_on_drive(mounted: Path = Path("/content/drive")) -> None:
+    """Let `runs`, where each RUN_DIR lies, be a folder of your Drive, in this and later sessions.
+
+    Raises RuntimeError outside Colab, or where results lie in `runs` already.
+    """
+    if "google.colab" not in sys.modules:
+        raise RuntimeError("keep_on_drive is True, and only Colab has a Drive: set it to False")
+    from google.colab import drive  # is there in Colab alone
+
+    drive.mount(str(mounted))
+    kept, runs = mounted / "MyDrive" / "fine-tuning-course" / "runs", PROJECT / "runs"
+    if runs.exists() and not runs.is_symlink():
+        raise RuntimeError(f"{runs} holds results already: move it to {kept}, then run this again")
+    kept.mkdir(parents=True, exist_ok=True)
+    if not runs.is_symlink():
+        runs.symlink_to(kept, target_is_directory=True)
+    print(f"RUN_DIR is a folder in {kept}, in all six notebooks.")
 
 
 def missing_requirements() -> list[str]:
@@ -61,9 +116,9 @@ def _installed(name: str) -> str | None:
 
 
 def install() -> None:
-    """Install what Colab lacks without moving what its kernel may have loaded.
+    """Install what is missing without moving what the kernel may have loaded.
 
-    peft refuses to work beside the torchao that Colab carries, and nothing here uses it.
+    peft refuses to work beside the torchao that such machines carry, and nothing here uses it.
     Raises CalledProcessError when pip fails; pip's own message stands above it then.
     """
     pip = [sys.executable, "-m", "pip"]
@@ -124,6 +179,6 @@ def _write_notebook(path: Path, repository: str) -> None:
 
 if __name__ == "__main__":
     try:
-        install() if sys.argv[1:] == ["install"] else write("".join(sys.argv[1:]))
-    except (ValueError, subprocess.CalledProcessError) as error:
+        write("".join(sys.argv[1:]))
+    except ValueError as error:
         sys.exit(f"stopped: {error}")

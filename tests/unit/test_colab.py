@@ -1,4 +1,4 @@
-"""The set-up cell is the same in every lesson, inert outside Colab, and runs once inside it."""
+"""The set-up cell is the same in all lessons, inert elsewhere, and runs once in Colab or Kaggle."""
 
 import os
 import shutil
@@ -35,32 +35,124 @@ def commands(monkeypatch, tmp_path):
         ran.append(command)
         if command[0] == "git":
             (tmp_path / command[-1] / "notebooks").mkdir(parents=True)
+        listed = "GPU 0: Tesla T4 (UUID: GPU-1)\nGPU 1: Tesla T4 (UUID: GPU-2)\n"
+        return subprocess.CompletedProcess(command, 0, stdout=listed)
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(colab, "_installed", lambda name: None)
+    monkeypatch.setattr(colab.shutil, "which", lambda name: None)
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delitem(sys.modules, "google.colab", raising=False)
     monkeypatch.chdir(tmp_path)
     return ran
 
 
-def test_does_nothing_outside_colab(commands, tmp_path):
+@pytest.fixture
+def in_colab(monkeypatch):
+    """As in Colab: its module is loaded, and can mount a Drive."""
+    module = types.ModuleType("google.colab")
+    module.drive = types.SimpleNamespace(mount=lambda folder: None)
+    monkeypatch.setitem(sys.modules, "google.colab", module)
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.delitem(sys.modules, "helpers")
+
+
+@pytest.fixture
+def in_kaggle(monkeypatch):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.delitem(sys.modules, "helpers")
+
+
+def cell_for(folder, repository="ada/course", **changes) -> str:
+    """The set-up cell, with /content and /kaggle/working moved into a folder."""
+    source = colab.set_up_source(repository)
+    for place in ("/content", "/kaggle/working"):
+        source = source.replace(f'"{place}/', f'"{folder}{place}/')
+    return source.replace("keep_on_drive = False", f"keep_on_drive = {changes.get('drive', False)}")
+
+
+def test_does_nothing_outside_colab_and_kaggle(commands, tmp_path):
     path = list(sys.path)
-    exec(colab.set_up_source(), {})
+    exec(cell_for(tmp_path, colab.UNNAMED), {})
     assert commands == [] and sys.path == path and os.getcwd() == str(tmp_path)
 
 
-def test_in_colab_clones_and_installs_once(commands, monkeypatch, tmp_path):
-    source = colab.set_up_source("ada/course").replace("/content", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
-    monkeypatch.delitem(sys.modules, "helpers")
-    exec(source, {})
+@pytest.mark.parametrize("place", ["colab", "kaggle"])
+def test_clones_and_installs_once(commands, monkeypatch, request, tmp_path, place):
+    request.getfixturevalue(f"in_{place}")
+    course = tmp_path / {"colab": "content", "kaggle": "kaggle/working"}[place] / "course"
+    exec(cell_for(tmp_path), {})
     assert [command[0] for command in commands] == ["git", sys.executable]
     assert "https://github.com/ada/course" in commands[0]
-    assert sys.path[0] == str(tmp_path / "course")
-    exec(source, {})
+    assert sys.path[0] == str(course) and os.getcwd() == str(course / "notebooks")
+    exec(cell_for(tmp_path), {})
     assert [command[0] for command in commands[2:]] == [sys.executable], "no second clone"
     monkeypatch.setitem(sys.modules, "helpers", types.ModuleType("helpers"))
-    exec(source, {})
+    exec(cell_for(tmp_path), {})
     assert len(commands) == 3, "a second run in the same kernel does nothing"
+
+
+@pytest.mark.parametrize("place", ["colab", "kaggle"])
+def test_without_an_address_one_sentence_says_what_to_do(commands, request, tmp_path, place):
+    request.getfixturevalue(f"in_{place}")
+    with pytest.raises(RuntimeError, match="address is not set.*make colab REPO=.*or upload"):
+        exec(cell_for(tmp_path, colab.UNNAMED), {})
+    assert commands == []
+
+
+def test_an_uploaded_folder_needs_no_address(commands, in_colab, tmp_path):
+    (tmp_path / "content/course/notebooks").mkdir(parents=True)
+    exec(cell_for(tmp_path, colab.UNNAMED), {})
+    assert [command[0] for command in commands] == [sys.executable]
+
+
+def test_a_failed_clone_is_explained(commands, in_kaggle, monkeypatch, tmp_path):
+    failed = subprocess.CompletedProcess([], 128)
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: failed)
+    with pytest.raises(RuntimeError, match="could not fetch https.*ada/course.*internet"):
+        exec(cell_for(tmp_path), {})
+
+
+def test_of_two_gpus_one_is_used_and_named(commands, monkeypatch, capsys):
+    monkeypatch.setattr(colab.shutil, "which", lambda name: f"/usr/bin/{name}")
+    colab.use_one_gpu()
+    assert os.environ.pop("CUDA_VISIBLE_DEVICES") == "0"
+    assert "2 GPUs; the course uses the first: GPU 0: Tesla T4" in capsys.readouterr().out
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    colab.use_one_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1", "a choice of one's own stays"
+
+
+def test_runs_lie_on_the_drive(commands, in_colab, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(colab, "PROJECT", tmp_path / "course")
+    (tmp_path / "course").mkdir()
+    for _ in range(2):  # the second is that of a later session, or of the next lesson
+        colab.keep_runs_on_drive(tmp_path / "drive")
+    kept = tmp_path / "drive/MyDrive/fine-tuning-course/runs"
+    (tmp_path / "course/runs/demo").mkdir()
+    assert (kept / "demo").is_dir() and str(kept) in capsys.readouterr().out
+
+
+def test_results_of_this_machine_are_not_hidden_by_the_drive(
+    commands, in_colab, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(colab, "PROJECT", tmp_path)
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    with pytest.raises(RuntimeError, match="holds results already"):
+        colab.keep_runs_on_drive(tmp_path / "drive")
+    assert (tmp_path / "runs/demo").is_dir()
+
+
+def test_kaggle_has_no_drive(commands, in_kaggle, tmp_path):
+    with pytest.raises(RuntimeError, match="only Colab has a Drive"):
+        exec(cell_for(tmp_path, drive=True), {})
+
+
+def test_kaggle_is_told_where_results_are_kept(commands, in_kaggle, tmp_path, capsys):
+    exec(cell_for(tmp_path), {})
+    assert "Save Version" in capsys.readouterr().out
 
 
 def test_install_moves_nothing_that_the_kernel_may_have_loaded(commands, monkeypatch):
