@@ -4,6 +4,7 @@ PROFILE ?= demo
 VENV_PYTHON := .venv/bin/python
 HELPERS := $(VENV_PYTHON) -m helpers
 RUN := $(HELPERS) run --profile $(PROFILE)
+FOR_SERVING := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-serving.txt -c constraints.txt
 # Two files of tests at a time, with one thread each.
 TEST_BY_TWO := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -17,8 +18,9 @@ help:     ## list the targets
 install:  ## .venv, pinned requirements, embedded model; a second call does nothing
 	@$(PYTHON) setup/install.py
 
-for-tests: install  ## what the tests need beside: a Chromium, and on Linux bubblewrap
+for-tests: install  ## what the tests need beside: a Chromium, on Linux bubblewrap, the server's packages
 	@$(VENV_PYTHON) setup/for_tests.py
+	-@$(FOR_SERVING)
 
 run: install  ## execute the six notebooks with PROFILE and write the report
 	@$(RUN)
@@ -68,6 +70,17 @@ llama2_inference: install  ## the article's prompt to the base model
 	@$(HELPERS) ask llama2 --profile $(PROFILE)
 
 all: run new_model_inference llama2_inference  ## everything but the uploads, in order
+
+# -- The models behind OpenAI's interface, on this machine only.
+.PHONY: for-serving serve chat
+for-serving: install  ## what the server needs beside: fastapi, uvicorn, openai
+	@$(FOR_SERVING)
+
+serve: for-serving  ## answer programs as OpenAI's server does: make serve MODELS="tuned merged"
+	@$(HELPERS) serve $(MODELS) --profile $(PROFILE)
+
+chat: for-serving  ## open a page in the browser: one question, base and tuned side by side
+	@$(HELPERS) serve base tuned --page --profile $(PROFILE)
 
 # -- In a browser, and for Colab.
 .PHONY: test-browser colab picture

@@ -53,6 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("model", help="base_chat, base (or llama2), tuned (or new_model), merged")
     ask.add_argument("question", nargs="?", default=LINKED_LIST_PROMPT)
 
+    serve = _command(commands, "serve", _serve, "answer programs and a page, as OpenAI's server")
+    serve.add_argument("models", nargs="*", help="tuned (default), merged, base, or ask's names")
+    run_of = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "RUN_DIR")}
+    serve.add_argument("--also", **run_of, help="another run's adapter, over the same base")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--page", action="store_true", help="open the page that asks all of them")
+
     check = _command(commands, "check-data", _check_data, "what becomes of a file of your own")
     check.add_argument("source", help="a file, a folder, or a dataset of the Hub")
 
@@ -129,6 +136,18 @@ def _ask(options) -> None:
     for piece in pieces:
         print(visible(piece), end="", flush=True)
     print()
+
+
+def _serve(options) -> None:
+    models, also = options.models or ["tuned"], dict(options.also)
+    try:
+        run = _load("helpers.serving.server").run
+    except ModuleNotFoundError as missing:
+        raise RuntimeError(
+            f"{missing.name} is not installed: `make serve` installs it, or "
+            "`pip install -r requirements-serving.txt -c constraints.txt`"
+        ) from None
+    run(_config(options), models, also, options.port, options.page)
 
 
 def _check_data(options) -> None:

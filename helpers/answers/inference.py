@@ -73,9 +73,13 @@ def system_message(config: Config, which: str) -> str:
 
 def asked_of(config: Config, which: str, tokenizer, texts: list[str]) -> list[str]:
     """Requests as one of MODELS is asked them: in its template, with its system message."""
+    return requests(tokenizer, texts, system_message(config, which), template_of(config, which))
+
+
+def template_of(config: Config, which: str) -> str:
+    """The template in which one of MODELS is asked: "chat", its own, or "llama2"."""
     own = curation_note.in_own_template(config, config.adapter_dir) and which != "base"
-    template = "chat" if own or which.startswith("base_chat") else "llama2"
-    return requests(tokenizer, texts, system_message(config, which), template)
+    return "chat" if own or which.startswith("base_chat") else "llama2"
 
 
 def answer_alone(config: Config, which: str, texts: list[str]):

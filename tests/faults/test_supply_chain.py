@@ -45,7 +45,8 @@ def dependencies(name: str, extras: frozenset):
 @pytest.fixture(scope="module")
 def tree():
     """Names of the direct requirements and of all that they bring with them."""
-    todo, seen = [(name, frozenset()) for name in pins("requirements.txt")], set()
+    direct = [*pins("requirements.txt"), *pins("requirements-serving.txt")]
+    todo, seen = [(name, frozenset()) for name in direct], set()
     while todo:
         if (item := todo.pop()) not in seen and not item[0].startswith(OF_TORCH):
             seen.add(item)
@@ -71,7 +72,7 @@ def _is_installed(name):
 
 def test_the_lock_is_in_step_with_the_requirements_and_with_what_is_installed(tree):
     lock = pins("constraints.txt")
-    direct = pins("requirements.txt")
+    direct = pins("requirements.txt") | pins("requirements-serving.txt")
     assert {name: lock[name] for name in direct} == direct
     for name in filter(_is_installed, tree):
         assert version(name).split("+")[0] == lock[name], name
@@ -99,7 +100,7 @@ def test_the_installation_uses_the_lock_and_notices_when_it_changes(monkeypatch,
 def test_the_workflow_with_the_newest_versions_lifts_the_lock_too():
     workflow = (PROJECT_DIR / ".github" / "workflows" / "test.yml").read_text("utf-8")
     (line,) = [line for line in workflow.splitlines() if "sed -i" in line]
-    assert "requirements.txt constraints.txt" in line
+    assert "requirements.txt constraints.txt requirements-serving.txt" in line
 
 
 # -- The embedded model.

@@ -16,13 +16,14 @@ from tests.notebook_code import NOTEBOOKS, notebook_source
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==(\S+)")
 
 
-def requirement_lines():
-    lines = (PROJECT_DIR / "requirements.txt").read_text("utf-8").splitlines()
+def requirement_lines(name="requirements.txt"):
+    lines = (PROJECT_DIR / name).read_text("utf-8").splitlines()
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 def test_every_requirement_is_pinned():
-    assert all(PIN.match(line) for line in requirement_lines())
+    for name in ("requirements.txt", "requirements-serving.txt"):
+        assert all(PIN.match(line) for line in requirement_lines(name))
 
 
 def test_the_installed_versions_are_the_pinned_ones():
@@ -56,14 +57,15 @@ def imported_packages():
 
 
 def test_every_package_we_import_is_a_direct_requirement():
-    required = {PIN.match(line).group(1).replace("-", "_").lower() for line in requirement_lines()}
+    lines = requirement_lines() + requirement_lines("requirements-serving.txt")
+    required = {PIN.match(line).group(1).replace("-", "_").lower() for line in lines}
     providers = packages_distributions()
     # kagglehub is for readers with Kaggle credentials; without it the error says how to get it.
     own = {"helpers", "setup", "tests", "benchmarks"}
     own |= {"kagglehub", "unsloth"} | sys.stdlib_module_names
     for package in sorted(set(imported_packages()) - own):
-        names = {name.replace("-", "_").lower() for name in providers.get(package, [])}
-        assert names & required, f"{package} is imported, and no line of requirements.txt brings it"
+        names = {name.replace("-", "_").lower() for name in providers.get(package, [package])}
+        assert names & required, f"{package} is imported, and no requirement brings it"
 
 
 def test_an_old_python_is_told_which_one_is_needed():
