@@ -142,6 +142,19 @@ def parse(text: str, bos: str = "", eos: str = "") -> Conversation:
     return conversation
 
 
+def first_answer(tokenizer, prompt: str, completion: str) -> str:
+    """The first answer of a training row, without what ends it."""
+    start, end = learned_parts(tokenizer, prompt, completion)[0]
+    text = (prompt + completion + tokenizer.eos_token)[start:end].removesuffix(tokenizer.eos_token)
+    frame = None if prompt.startswith(OPENING) else frame_of(tokenizer)
+    return read_completion(text.removesuffix(frame.ending) if frame else text)
+
+
+def question_in(prompt: str) -> str:
+    """What a rendered prompt asks; in a model's own template, the whole prompt."""
+    return parse(prompt).turns[0][0] if prompt.startswith(OPENING) else prompt
+
+
 def learned_parts(tokenizer, prompt: str, completion: str) -> list[tuple[int, int]]:
     """Where the answers stand in prompt + completion + EOS: (start, end) in characters.
 

@@ -1,35 +1,44 @@
 """What an answer is worth: does it stop, hold code that parses, go in steps, pass its tests?
 
-Each score is a yes or no for each problem. Intervals and paired tests stand in notebook 06.
+Each score is a yes or no for each problem. Intervals and paired tests stand in notebook 06. An
+answer to a row of one's own passes if it is that row's answer.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import torch
+
 from helpers.answers import inference, sandbox
 from helpers.answers.inference import Answer
-from helpers.answers.problem_sets import Problem
-from helpers.config import Config
+from helpers.answers.problem_sets import Problem, held_out
+from helpers.config import PROJECT_DIR, Config
 from helpers.data.code_kinds import parse_python
 from helpers.data.markdown import fenced_blocks
+from helpers.merging.comparison import text_loss
+from helpers.model import loading, measure
 from helpers.prompts import FENCE
 
 NUMBERED_STEP = re.compile(r"^\s*\d+[.)]\s+(\S.*)$", re.MULTILINE)
 SEQUENCE_WORD = re.compile(  # at the beginning of a sentence
     r"(?:^|[.!?:])\s*(first|second|third|then|next|after that|finally|lastly)\b", re.MULTILINE
 )
+GENERAL_FILE = PROJECT_DIR / "data" / "general.txt"  # written for this course; no code in it
+PUNCTUATION = ".,;:!?\"'()[]\u2018\u2019\u201c\u201d\u3002\uff0c\u3001"
 # The fields of Score under the names that metrics files give them: stop_rate_<which> and so on.
 RATES = {"stop": "stops", "parse": "parses", "steps": "steps", "pass": "passes"}
 
 
 @dataclass(frozen=True)
 class Score:
-    """Yes or no for one answer. `passes` is None where generated code is not run.
+    """Yes or no for one answer. `passes` is None where generated code is not run, or not asked for.
 
     An answer that does not stop was cut at the limit of tokens: it might have ended later.
     """
@@ -38,7 +47,7 @@ class Score:
     parses: bool
     steps: bool
     passes: bool | None
-    part: str = ""  # of config.PARTS, to which the problem belongs
+    part: str = ""  # to which the problem belongs
 
 
 # -- One answer.
@@ -51,7 +60,9 @@ def score(answer: Answer, problem: Problem | None, level: str) -> Score:
     """
     code = code_of(answer.text)
     readable, passes = parses(code), None
-    if problem and level != "off":
+    if problem and problem.answer:
+        passes = same_text(answer.text, problem.answer)
+    elif problem and problem.tests and level != "off":
         solution = f"{problem.preamble}\n{code}"
         passes = readable and sandbox.run_tests(solution, problem.tests, level).passed
     return Score(
@@ -73,6 +84,20 @@ def score_all(answers: list[Answer], problems: list[Problem], level: str) -> lis
         sandbox.level(level)  # raises where it cannot be had, before any work
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda pair: score(*pair, level), zip(answers, problems, strict=True)))
+
+
+def same_text(one: str, other: str) -> bool:
+    """Whether two texts have the same letters, digits and signs, whatever case and spaces.
+
+    Punctuation at the ends of words does not count, as in SQuAD (Rajpurkar et al., 1606.05250);
+    within them it does: 1.5 is not 15. A text of nothing else is compared as it is.
+    """
+    return _words(one) == _words(other)
+
+
+def _words(text: str) -> list[str]:
+    words = unicodedata.normalize("NFKC", text).casefold().split()
+    return [bare for word in words if (bare := word.strip(PUNCTUATION))] or words
 
 
 def code_of(text: str) -> str | None:
@@ -117,8 +142,9 @@ def rates(scores: list[Score], which: str) -> dict[str, float]:
 
 
 def share(values: list[bool | None]) -> float | None:
-    """The share of yes; None where the score was not taken."""
-    return None if None in values else sum(values) / len(values)
+    """The share of yes among scores that were taken; None where none was."""
+    taken = [value for value in values if value is not None]
+    return sum(taken) / len(taken) if taken else None
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -145,7 +171,7 @@ def metrics(answers: dict, scores: dict, seconds: dict, tests: list[dict]) -> di
         found |= rates(judged, which)
         tokens = sum(answer.tokens for answer in answers[which])
         found[f"{which}_tokens_per_second"] = tokens / seconds[which]
-    if scores["tuned"][0].passes is not None:
+    if any(score.passes is not None for score in scores["tuned"]):
         against = {test["from"]: test["p"] for test in tests if test["to"] == "tuned"}
         found |= {f"pass_p_value_{which}": value for which, value in against.items()}
     return found
@@ -179,8 +205,37 @@ def ask_ladder(
 
 def ask(config: Config, which: str, problems: list[Problem]):
     """(answers, scores, seconds) of one of `inference.MODELS`, loaded for that."""
-    answers, seconds = inference.answer_alone(config, which, [p.prompt for p in problems])
+    texts, rows = [p.prompt for p in problems], [p.row for p in problems]
+    answers, seconds = inference.answer_alone(config, which, texts, rows)
     return answers, score_all(answers, problems, config.sandbox), seconds
+
+
+@torch.no_grad()
+def losses(config: Config) -> dict[str, dict[str, list[float]]]:
+    """Loss of the base and the tuned model on held-out rows, and on GENERAL_FILE's paragraphs.
+
+    By the name of the text and of the model, for each row or paragraph, in nats per token. Up to
+    EVALUATION_PROBLEMS[0] rows. The base is the tuned model with its adapter switched off.
+    """
+    tokenizer, model = loading.load_tokenizer(config.model_name), inference.load(config, "tuned")
+    rows = held_out(config)
+    rows = rows.select(range(min(len(rows), config.evaluation_problems[0])))
+    paragraphs = GENERAL_FILE.read_text("utf-8").strip().split("\n\n")
+    found: dict = {"held-out rows": {}, "general text": {}}
+    for which in ("base", "tuned"):
+        with model.disable_adapter() if which == "base" else contextlib.nullcontext():
+            found["held-out rows"][which] = [text_loss(model, tokenizer, [row]) for row in rows]
+            found["general text"][which] = [
+                _paragraph_loss(model, tokenizer, text) for text in paragraphs
+            ]
+    del model
+    measure.free_memory()
+    return found
+
+
+def _paragraph_loss(model, tokenizer, text: str) -> float:
+    ids = tokenizer(" ".join(text.split()), return_tensors="pt")["input_ids"].to(model.device)
+    return model(input_ids=ids, labels=ids).loss.item()
 
 
 def answerer(config: Config, which: str) -> Callable[[str], Iterator]:

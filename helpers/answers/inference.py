@@ -11,7 +11,7 @@ import torch
 from transformers import TextIteratorStreamer
 
 from helpers import prompts
-from helpers.config import LINKED_LIST_PROMPT, Config
+from helpers.config import LINKED_LIST_PROMPT, SYSTEM_MESSAGE, Config
 from helpers.data import curation_note
 from helpers.merging import merging
 from helpers.merging.adapter_folder import check_adapter
@@ -71,21 +71,35 @@ def system_message(config: Config, which: str) -> str:
     return curation_note.system_message(config, config.merged_dir if merged else config.adapter_dir)
 
 
-def asked_of(config: Config, which: str, tokenizer, texts: list[str]) -> list[str]:
-    """Requests as one of MODELS is asked them: in its template, with its system message."""
-    return requests(tokenizer, texts, system_message(config, which), template_of(config, which))
+def asked_of(config: Config, which: str, tokenizer, texts: list[str], rows=()) -> list[str]:
+    """Requests as one of MODELS is asked them: in its template, with its system message.
+
+    `rows` are prompts of training rows, "" for a text that has none. Such a one is asked as it is,
+    with its own system message, or in the template that the base brings; the texts beside are
+    problems in Python, and get the course's system message.
+    """
+    template = template_of(config, which)
+    system = SYSTEM_MESSAGE if any(rows) else system_message(config, which)
+    asked = requests(tokenizer, texts, system, template)
+    for place, row in enumerate(rows):
+        if row and template == "chat" and row.startswith(prompts.OPENING):
+            found = prompts.parse(row)
+            row = requests(tokenizer, [found.turns[0][0]], found.system, template)[0]
+        asked[place] = row or asked[place]
+    return asked
 
 
 def template_of(config: Config, which: str) -> str:
     """The template in which one of MODELS is asked: "chat", its own, or "llama2"."""
-    own = curation_note.in_own_template(config, config.adapter_dir) and which != "base"
+    own = curation_note.in_own_template(config, config.adapter_dir)
     return "chat" if own or which.startswith("base_chat") else "llama2"
 
 
-def answer_alone(config: Config, which: str, texts: list[str]):
+def answer_alone(config: Config, which: str, texts: list[str], rows=()):
     """`answer_all` by one of MODELS, which is in memory only while it answers."""
     tokenizer = loading.load_tokenizer(config.model_name)
-    asked, model = asked_of(config, which, tokenizer, texts), load(config, which)
+    asked = asked_of(config, which, tokenizer, texts, rows)
+    model = load(config, which)
     answers = answer_all(model, tokenizer, asked, config)
     del model
     measure.free_memory()

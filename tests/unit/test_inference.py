@@ -186,8 +186,8 @@ def test_a_model_that_was_trained_in_its_own_template_is_asked_in_it(tiny_config
         which: inference.asked_of(tiny_config, which, tokenizer, ["Why?"])[0]
         for which in ("base", "base_chat", "tuned", "merged")
     }
-    assert asked["base_chat"] == asked["tuned"] == asked["merged"]
-    assert asked["base"].startswith("[INST]") and not asked["tuned"].startswith("[INST]")
+    assert asked["base_chat"] == asked["base"] == asked["tuned"] == asked["merged"]
+    assert not asked["tuned"].startswith("[INST]")
 
 
 def test_the_base_at_its_best_is_not_quantized(tiny_config, tokenizer):
