@@ -12,7 +12,7 @@ from helpers.answers import evaluation, inference, problem_sets, sandbox
 from helpers.answers.evaluation import Score
 from helpers.answers.inference import Answer
 from helpers.answers.problem_sets import Problem, load_humaneval, load_ladder, load_problems
-from helpers.config import LINKED_LIST_PROMPT, PROBLEMS_FILE, Config, ConfigError
+from helpers.config import LINKED_LIST_PROMPT, PROBLEMS_FILE, SYSTEM_MESSAGE, Config, ConfigError
 from helpers.model import loading
 
 GOOD = """1. Add the two numbers.
@@ -250,7 +250,7 @@ def test_a_problem_that_stands_in_the_training_data_is_refused(tiny_config):
 
 
 def test_a_model_is_asked_and_scored_in_one_call(tiny_config, monkeypatch):
-    def answer_alone(config, which, texts):
+    def answer_alone(config, which, texts, rows):
         return [Answer(text, GOOD, 9, True) for text in texts], 2.0
 
     monkeypatch.setattr(inference, "answer_alone", answer_alone)
@@ -302,3 +302,69 @@ def test_a_sandbox_that_cannot_be_had_is_turned_off_in_words(monkeypatch, capsys
     monkeypatch.setattr(sandbox, "level", refuse)
     assert evaluation.usable_sandbox(config).sandbox == "off"
     assert "no answer is tested. no namespaces here" in capsys.readouterr().out
+
+
+# -- Rows of one's own
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Paris", "paris.", True),
+        ("  the  Seine ", "The Seine!", True),
+        ("北京。", "北京", True),
+        ("1.5", "15", False),
+        ("Paris", "Paris, France", False),
+        ("...", "!", False),
+        ("", "Paris", False),
+    ],
+)
+def test_an_answer_is_the_rows_whatever_case_spaces_and_punctuation(one, other, same):
+    assert evaluation.same_text(one, other) == same
+
+
+def own_dataset(config, answers):
+    """A run's dataset of rows of one's own, all of them held out as well."""
+    rows = [
+        {
+            "prompt": prompts.render_prompt(f"What is tram {number}?", "You know our trams."),
+            "completion": prompts.render_completion(answer),
+            "question_score": None,
+        }
+        for number, answer in enumerate(answers)
+    ]
+    DatasetDict(train=Dataset.from_list(rows), validation=Dataset.from_list(rows)).save_to_disk(
+        str(config.dataset_dir)
+    )
+
+
+def test_held_out_rows_of_ones_own_are_asked_beside_level_1(tiny_config, capsys):
+    own_dataset(tiny_config, ["red", "blue", "green"])
+    config = dataclasses.replace(tiny_config, evaluation_problems=(2, 1, 1, 1))
+    asked = problem_sets.unseen_problems(config)
+    assert [problem.part for problem in asked] == ["own", "own", "level1", "level1"]
+    assert (asked[0].prompt, asked[0].answer) == ("What is tram 0?", "red")
+    assert "2 of your 3 held-out rows; an answer is right if" in capsys.readouterr().out
+    texts, rows = [p.prompt for p in asked], [p.row for p in asked]
+    tokenizer = loading.load_tokenizer(config.model_name)
+    trained = inference.asked_of(config, "tuned", tokenizer, texts, rows)
+    best = inference.asked_of(config, "base_chat", tokenizer, texts, rows)
+    assert trained[0] == asked[0].row and "You know our trams." in best[0]
+    assert SYSTEM_MESSAGE in trained[2] and SYSTEM_MESSAGE in best[2]
+    right, wrong = (Answer("", text, 1, True) for text in ("Red.", "It is red"))
+    assert evaluation.score(right, asked[0], "off").passes
+    assert evaluation.score(wrong, asked[0], "off").passes is False
+
+
+def test_long_answers_of_ones_own_are_compared_by_their_loss(tiny_config, capsys):
+    own_dataset(
+        tiny_config, ["It is the tram that goes to the harbour, every six minutes. " * 2] * 2
+    )
+    asked = problem_sets.own_problems(tiny_config, 9)
+    assert [problem.answer for problem in asked] == ["", ""]
+    assert "compared by their loss" in capsys.readouterr().out
+    assert evaluation.score(Answer("", "x", 1, True), asked[0], "isolated").passes is None
+
+
+def test_a_share_leaves_out_what_was_not_judged():
+    assert evaluation.share([True, None, False]) == 0.5 and evaluation.share([None]) is None

@@ -1,5 +1,7 @@
 """Lesson 06: the statistics that the notebook defines, against known values."""
 
+import dataclasses
+
 import pytest
 
 from helpers.answers.evaluation import Score
@@ -26,7 +28,10 @@ def test_the_interval_is_wilsons(lesson, right, of, ends):
 
 def test_the_paired_test_counts_only_the_problems_that_changed(lesson):
     lesson["verdict"] = "passes"
-    lesson["scores"] = {"base": scores([0] * 8 + [1] * 4), "tuned": scores([1] * 12)}
+    lesson["parts"], lesson["judged"] = (
+        ["level1"],
+        {"base": scores([0] * 8 + [1] * 4), "tuned": scores([1] * 12)},
+    )
     row = lesson["paired"]("base", "tuned")
     assert (row["gained"], row["lost"]) == (8, 0) and row["p"] == pytest.approx(2 / 2**8)
     assert lesson["paired"]("tuned", "base")["lost"] == 8
@@ -35,6 +40,20 @@ def test_the_paired_test_counts_only_the_problems_that_changed(lesson):
 
 def test_a_model_that_answered_fewer_problems_is_compared_on_those(lesson):
     lesson["verdict"] = "passes"
-    lesson["scores"] = {"tuned": scores([1, 1, 0, 0]), "merged": scores([1, 0])}
+    lesson["parts"], lesson["judged"] = (
+        ["level1"],
+        {"tuned": scores([1, 1, 0, 0]), "merged": scores([1, 0])},
+    )
     row = lesson["paired"]("tuned", "merged")
     assert (row["gained"], row["lost"]) == (0, 1)
+
+
+def test_rows_of_ones_own_are_compared_without_the_ladder_beside_them(lesson):
+    own, ladder = Score(True, True, True, True, "own"), Score(True, True, True, True, "level1")
+    lost = dataclasses.replace(ladder, passes=False)
+    lesson["verdict"], lesson["parts"] = "passes", ["own", "level1"]
+    lesson["judged"] = {"base": [own, ladder, ladder], "tuned": [own, lost, lost]}
+    assert lesson["paired"]("base", "tuned")["lost"] == 0
+    lesson["parts"] = ["level1"]
+    lesson["judged"] = {which: found[1:] for which, found in lesson["judged"].items()}
+    assert lesson["paired"]("base", "tuned")["lost"] == 2
