@@ -251,8 +251,8 @@ def our_way(folder: Path, run_dir: Path, workers: int) -> dict:
         "rows": report.raw_questions + report.raw_answers,
         "seconds": report.seconds,
         "kept_sha256": kept.hexdigest(),
-        "removed": {rule: removed for rule, removed, _ in report.funnel() if removed},
-        "kept": report.funnel()[-1][2],
+        "removed": {rule: removed for rule, _, removed, _ in report.funnel() if removed},
+        "kept": report.funnel()[-1][3],
         "validation_leaks": report.validation_leaks,
     }
 

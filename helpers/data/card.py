@@ -6,7 +6,6 @@ from pathlib import Path
 from helpers.config import Config
 from helpers.data.posts import Posts
 from helpers.data.report import Report
-from helpers.data.rules import RULES
 from helpers.runs.folders import public_name
 
 CARD = Path(__file__).with_name("card.md")
@@ -18,8 +17,8 @@ def dataset_card(config: Config, report: Report, posts: Posts) -> str:
     """The card of a whole dataset."""
     known = posts.licence in LICENCES
     funnel = (
-        f"| {rule} | {RULES[rule]} | {removed:,} | {left:,} |"
-        for rule, removed, left in report.funnel()
+        f"| {rule} | {why} | {removed:,} | {left:,} |"
+        for rule, why, removed, left in report.funnel()
     )
     return CARD.read_text(encoding="utf-8").format(
         config=config,

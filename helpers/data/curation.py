@@ -156,7 +156,9 @@ def clean_part(
             except prompts.TemplateError:
                 removed.append((question_id, "template_marker", ""))
                 continue
-            sketches.append(sketch(question_id, score, text.words, text.features, config.seed))
+            asked = " ".join(user for user, _ in said.turns)
+            of_row = question_id, score, asked, text.words, text.features
+            sketches.append(sketch(*of_row, config.seed))
     write_rows(rows_file(posts, part), list(verified(rows, encoder)))
     return removed, np.array(sketches, SKETCH)
 
@@ -207,8 +209,9 @@ def split(
     report.train_rows, report.validation_rows = int(train.sum()), int(held.sum())
     if min(report.train_rows, report.validation_rows) == 0:
         raise report.too_few(
-            f"too few rows survive: {count} of {report.raw_questions} questions, in one group "
-            "of rows that resemble each other, and training and validation need one each",
+            f"too few rows survive: {count} of {report.raw_questions} questions, "
+            f"{report.train_rows} to train on and {report.validation_rows} to validate with (rows "
+            "that resemble each other stay on one side), which need one each",
             "give more rows that differ",
         )
     return train, held

@@ -18,18 +18,28 @@ WINDOW = 16  # neighbours compared within a bucket
 # Pairs at least this much like each other stay on one side of the split.
 GROUP_SIMILARITY = 0.5
 
-# What the comparison needs of a row: its id and score, a hash of its words, its MinHash; no text.
+# So many rows may ask the same and stay on one side; what more ask is a form ("Tell me a joke.").
+SAME_QUESTION = 10
+
+# What the comparison needs of a row: its id and score, hashes of what it asks and of its words, its
+# MinHash; no text.
 SKETCH = np.dtype(
-    [("id", "i8"), ("score", "i8"), ("digest", "u8"), ("signature", "u4", PERMUTATIONS)]
+    [
+        *(("id", "i8"), ("score", "i8"), ("asked", "u8"), ("digest", "u8")),
+        ("signature", "u4", PERMUTATIONS),
+    ]
 )
 
 
-def sketch(question_id: int, score: int, words: list[str], features: set[str], seed: int) -> tuple:
-    """A SKETCH of a row with these words and word pairs."""
+def sketch(
+    question_id: int, score: int, asked: str, words: list[str], features: set[str], seed: int
+) -> tuple:
+    """A SKETCH of a row that asks `asked`, with these words and word pairs in all."""
     minhash = rensa.RMinHash(num_perm=PERMUTATIONS, seed=seed)
     minhash.update(list(features))
-    digest = hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest()
-    return question_id, score, int.from_bytes(digest, "little"), minhash.digest()
+    texts = " ".join(asked.lower().split()), " ".join(words)
+    hashes = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return question_id, score, *(int.from_bytes(h, "little") for h in hashes), minhash.digest()
 
 
 def deduplicate(
@@ -38,7 +48,7 @@ def deduplicate(
     """Remove exact and near duplicates, the best-scored of each kind stays (then the oldest).
 
     Returns the kept question ids with their group: the smallest id among all rows that are linked
-    by a similarity of `together` or more.
+    by a similarity of `together` or more, or by what they ask.
     """
     best_first = sketches[np.lexsort((sketches["id"], -sketches["score"]))]
     _, first = np.unique(best_first["digest"], return_index=True)
@@ -55,6 +65,11 @@ def deduplicate(
             report.removed["near_duplicate"].append(int(ids[b]))
             report.near_pairs.append((int(ids[a]), int(ids[b]), float(value)))
             kept[b] = False
+    _, first, which, counts = np.unique(
+        best["asked"], return_index=True, return_inverse=True, return_counts=True
+    )
+    same = np.flatnonzero(counts[which] <= SAME_QUESTION)
+    left, right = np.append(left, first[which][same]), np.append(right, same)
     links = coo_array((np.ones(len(left)), (left, right)), shape=(len(best), len(best)))
     _, linked = connected_components(links, directed=False)
     smallest = np.full(len(best), np.iinfo(np.int64).max)

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -28,6 +29,7 @@ ENDINGS = (*TEXTS, *(f"{ending}.gz" for ending in TEXTS), ".parquet")
 # What lies beside rows and describes them.
 NO_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", QUARANTINE}
 SPLIT = re.compile(r"(?i)(?:^|[^a-z])(train|valid|val|dev|eval|test)(?=ing|ation|uation|[^a-z]|$)")
+BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 
 Records = Iterator[tuple[int, dict]]  # with their line numbers
 
@@ -75,17 +77,24 @@ def parts_of(source: Path | str) -> tuple[list[Part], list[str]]:
     if isinstance(source, str):
         return _of_splits(_of_hub(source), source), []
     if source.is_file():
-        return _of_file(source, source.name, "train"), []
+        return _of_file(source, source.name, "train")
     if is_saved(source):
         return _of_splits(_loaded(str(source), "load_from_disk", str(source)), source.name), []
-    parts, others = [], []
+    parts: list[Part] = []
+    others: list[str] = []
     for path in sorted(path for path in source.rglob("*") if path.is_file()):
         name = path.relative_to(source).as_posix()
-        if path.name.endswith(ENDINGS) and path.name not in NO_ROWS and path.name[0] != ".":
-            parts += _of_file(path, name, split_of(name))
+        if is_rows(path) and path.name not in NO_ROWS and path.name[0] != ".":
+            found, left = _of_file(path, name, split_of(name))
+            parts, others = parts + found, others + left
         else:
             others.append(name)
     return parts, others
+
+
+def is_rows(path: Path) -> bool:
+    """Whether a file's name says that it holds rows."""
+    return path.name.lower().endswith(ENDINGS)
 
 
 def is_saved(folder: Path) -> bool:
@@ -97,7 +106,7 @@ def holds_rows(folder: Path) -> bool:
     """Whether a folder holds rows of one's own, and not Kaggle's two files."""
     if any((folder / name).exists() for name in ("Questions.csv", "Answers.csv")):
         return False
-    return is_saved(folder) or any(path.name.endswith(ENDINGS) for path in folder.rglob("*"))
+    return is_saved(folder) or any(map(is_rows, folder.rglob("*")))
 
 
 def split_of(name: str) -> str:
@@ -106,36 +115,47 @@ def split_of(name: str) -> str:
     return "test" if said == {"test"} else "validation" if said else "train"
 
 
-def _of_file(path: Path, name: str, split: str) -> list[Part]:
+def _of_file(path: Path, name: str, split: str) -> tuple[list[Part], list[str]]:
     """The parts of a file: one, but for JSON with a list of rows for each split."""
     if path.stat().st_size == 0:
         raise DataError(f"{name} is empty (0 bytes): get the file again")
-    if not path.name.endswith(ENDINGS):
-        ending = path.suffix or "nothing"
+    if not is_rows(path):
         raise DataError(
-            f"{name} ends in {ending!r}: give a .jsonl, .json, .csv, .tsv or .parquet file; all "
-            "but the last may end in .gz besides"
+            f"{name} ends in {path.suffix or 'nothing'!r}: give a .jsonl, .json, .csv, .tsv or "
+            ".parquet file; all but the last may end in .gz besides"
         )
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     if kind == "parquet":
-        return [Part(name, split, lambda _: _of_parquet(path))]
+        return [Part(name, split, lambda _: _of_parquet(path))], []
     if kind in ("csv", "tsv"):
-        return [Part(name, split, lambda quarantine: _of_csv(path, name, quarantine))]
-    with _opened(path) as file:  # a list of rows may be called .jsonl
-        listed = re.match(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{", file.read(100))
-    lists = _json_lists(path, name) if kind == "json" or listed else {}
+        return [Part(name, split, lambda quarantine: _of_csv(path, name, quarantine))], []
+    try:
+        with opened(path) as file:  # a list of rows may be called .jsonl
+            listed = re.match(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{", file.read(100))
+        lists, others = _json_lists(path, name) if kind == "json" or listed else ({}, [])
+    except BROKEN_GZIP as error:
+        raise DataError(f"{name} is no whole gzip file ({error}): get it again") from error
     if not lists:
-        return [Part(name, split, lambda quarantine: json_records(path, quarantine, name))]
-    return [
-        Part(f"{name}[{key}]", split_of(key), _of_list(rows, name))
-        if key
-        else Part(name, split, _of_list(rows, name))
-        for key, rows in lists.items()
-    ]
+        return [Part(name, split, lambda quarantine: json_records(path, quarantine, name))], []
+    parts = []
+    for key, rows in lists.items():
+        said = split if split_of(key) == "train" else split_of(key)
+        parts.append(Part(f"{name}[{key}]" if key else name, said, _of_list(rows, name)))
+    return parts, [f"{name}[{key}]" for key in others]
 
 
-def _opened(path: Path) -> BinaryIO:
-    return gzip.GzipFile(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+def opened(path: Path) -> BinaryIO:
+    """The bytes of a text file: unpacked where it is gzip, in UTF-8 where it is UTF-16."""
+    with path.open("rb") as start:
+        packed = start.read(2) == b"\x1f\x8b"
+    file = gzip.GzipFile(path) if packed else path.open("rb")
+    head = file.peek(2)[:2]
+    marked = head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    if not (marked or b"\0" in head):
+        return file  # type: ignore[return-value]
+    encoding = "utf-16" if marked else "utf-16-be" if head[:1] == b"\0" else "utf-16-le"
+    with file:
+        return io.BytesIO(file.read().decode(encoding).encode())
 
 
 # -- JSON.
@@ -158,7 +178,7 @@ def json_records(path: Path, quarantine: Quarantine | None = None, name: str = "
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(number, bytes) of each line; one that is longer than LONGEST is cut off there."""
-    with _opened(path) as file:
+    with opened(path) as file:
         for number in itertools.count(1):
             if not (line := file.readline(LONGEST)):
                 return
@@ -192,38 +212,44 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-def _json_lists(path: Path, name: str) -> dict[str, list]:
-    """The rows of a JSON file by split ("" for none), {} when it holds one object in each line."""
+def _json_lists(path: Path, name: str) -> tuple[dict[str, list], list[str]]:
+    """The rows of a JSON file by split ("" for none), and the names of what is no row.
+
+    Both are empty when it holds one object in each line. Raises DataError.
+    """
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             found = json.loads(file.read().decode("utf-8-sig"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        first = next((line for _, line in _lines(path) if line.strip()), b"")
         if isinstance(error, UnicodeDecodeError):
             raise DataError(f"{name} is not UTF-8 text ({error}): save it as UTF-8") from error
+        first = next((line for _, line in _lines(path) if line.strip()), b"")
         if _parse(first)[0]:
-            return {}
+            return {}, []
         raise DataError(f"{name} is no JSON ({error}): repair it or get it again") from error
     if isinstance(found, list) or not found:
-        return {"": found or []}
+        return {"": found or []}, []
     if not isinstance(found, dict):
         raise DataError(f"{name} holds {str(found)[:40]!r}, where a list of rows must stand")
     return _of_object(found)
 
 
-def _of_object(found: dict) -> dict[str, list]:
+def _of_object(found: dict) -> tuple[dict[str, list], list[str]]:
     """The rows of an object: lists of them, rows under their names, columns, or one row."""
     first = {key: value[0] for key, value in found.items() if isinstance(value, list) and value}
     messages = any(map(is_message, first.values()))
     lists = [key for key, row in first.items() if isinstance(row, dict) and not messages]
     if lists:
-        return {key: found[key] for key in lists}
+        others = [key for key, value in found.items() if key not in lists and value != []]
+        return {key: found[key] for key in lists}, others
     inner = [value for value in found.values() if isinstance(value, dict)]
+    if len(inner) == len(found) == 1 and not any(isinstance(v, str) for v in inner[0].values()):
+        return _of_object(inner[0])  # a level more, as in {"data": {"train": [], "test": []}}
     if len(inner) == len(found) and not all(key.isdigit() for row in inner for key in row):
-        return {"": inner}
+        return {"": inner}, []
     if len(found) in (len(inner), 0 if messages else len(first)):
-        return {"": pandas.DataFrame(found).to_dict("records")}
-    return {"": [found]}
+        return {"": pandas.DataFrame(found).to_dict("records")}, []
+    return {"": [found]}, []
 
 
 def is_message(value) -> bool:
@@ -253,12 +279,13 @@ def _of_csv(path: Path, name: str, quarantine: Quarantine) -> Records:
     quotes do not close: nobody knows where its fields end.
     """
     csv.field_size_limit(LONGEST)
-    with io.TextIOWrapper(_opened(path), "utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(opened(path), "utf-8-sig", newline="") as file:
         above, head = next(((n, line) for n, line in enumerate(file) if line.strip()), (0, ""))
         separator = max(",;\t|", key=head.count)
         rows = csv.reader(itertools.chain([head], file), delimiter=separator, strict=True)
-        header = [field.strip() for field in next(rows, [])]
-        if twice := [field for field in header if field and header.count(field) > 1]:
+        fields = enumerate(next(rows, []), 1)
+        header = [field.strip() or f"column {number}" for number, field in fields]
+        if twice := [field for field in header if header.count(field) > 1]:
             raise DataError(f"{name} has two columns that are called {twice[0]!r}: rename one")
         while True:
             number = above + rows.line_num + 1
@@ -290,8 +317,7 @@ def _of_parquet(path: Path) -> Records:
 
 def _of_hub(name: str):
     """The splits of "owner/name", with ":configuration" and ":split" behind it where there are."""
-    place, _, rest = name.partition(":")
-    configuration, _, split = rest.partition(":")
+    place, configuration, split, *_ = f"{name}::".split(":")
     splits = _loaded(name, "load_dataset", place, *([configuration] if configuration else []))
     if not split:
         return splits
@@ -317,8 +343,7 @@ def _loaded(name: str, function: str, *given: str):
 
 def _of_splits(splits, name: str) -> list[Part]:
     """The parts of a Dataset, or of several by the names of their splits."""
-    if not isinstance(splits, dict):
-        splits = {"train": splits}
+    splits = splits if isinstance(splits, dict) else {"train": splits}
     return [
         Part(f"{name}[{key}]" if len(splits) > 1 else name, split_of(key), _of_list(rows, name))
         for key, rows in splits.items()

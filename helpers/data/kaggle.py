@@ -62,7 +62,8 @@ def _rows(path: Path, wanted: tuple[str, ...]) -> Iterator[list]:
     if not path.exists():
         raise DataError(
             f"{path.name} is missing in {path.parent.name}/: the folder must hold Questions.csv "
-            "and Answers.csv (Tags.csv is optional)"
+            "and Answers.csv (Tags.csv is optional), or rows of yours as .jsonl, .json, .csv, .tsv "
+            "or .parquet"
         )
     csv.field_size_limit(LONGEST)
     with path.open(encoding="latin-1", newline="") as file:

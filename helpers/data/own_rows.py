@@ -20,7 +20,8 @@ from helpers.data.report import Report
 from helpers.data.rows import Encoder
 from helpers.data.rules import ADVICE, RULES
 from helpers.data.sources import open_source
-from helpers.data.split import find_leaks
+from helpers.data.split import find_leaks, row_pairs
+from helpers.runs.folders import public_name
 
 SHOWN = 700  # characters of a row
 LISTED = 10  # numbers of rows, lines of the quarantine
@@ -35,9 +36,9 @@ def describe(config: Config, tokenizer) -> str:
     with tempfile.TemporaryDirectory() as folder:
         work, report = Path(folder), Report()
         found = (config.data_source, work, config.seed, False, config.validation_source)
-        posts = open_source(*found)
+        posts, source = open_source(*found), public_name(config.data_source)
         if posts.seen is None:
-            return f"{config.data_source}: {posts.questions:,} posts of a forum, in HTML"
+            return f"{source}: {posts.questions:,} posts of a forum, in HTML"
         lines = _source_lines(config, posts, work)
         config = replace(config, system_message=curation.message_of(config, posts))
         report.raw_questions = posts.questions
@@ -55,7 +56,7 @@ def describe(config: Config, tokenizer) -> str:
 
 def _source_lines(config: Config, posts: Posts, work: Path) -> list[str]:
     seen = posts.seen
-    lines = [f"{config.data_source}: {posts.questions:,} rows"]
+    lines = [f"{public_name(config.data_source)}: {posts.questions:,} rows"]
     lines += [f"  format: {form} ({count:,} rows)" for form, count in seen.formats.most_common()]
     unused = [f"{name} ({count:,} rows)" for name, count in seen.unused.most_common()]
     lines.append(f"  columns not used: {', '.join(unused) or 'none'}")
@@ -112,8 +113,14 @@ def _rule_lines(report: Report) -> list[str]:
 def _split_lines(config: Config, rows: pa.Table, splits, posts: Posts) -> list[str]:
     train, held = (rows.filter(pa.array(chosen)).to_pylist() for chosen in splits)
     whose = "your own" if posts.seen.held else "drawn"
-    leaks = len(find_leaks(held, train, config.near_duplicate_similarity))
-    return [
+    alike = config.near_duplicate_similarity
+    leaks = len(find_leaks(held, train, alike))
+    lines = [
         f"  {len(train):,} rows to train, {len(held):,} to validate ({whose}), {leaks} of which "
-        "have a near duplicate in training"
+        "have a near duplicate in training or ask what is asked there"
     ]
+    # n pairs of words of which all stand in a text of n + 1: nothing unequal is more alike.
+    sizes = [len(row_pairs(row)) for row in held]
+    short = sum(size < alike * (size + 1) for size in sizes)
+    told = f"  {short} of them are too short for near duplicates: only equal ones are found"
+    return lines + [told] * bool(short)

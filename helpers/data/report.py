@@ -1,6 +1,8 @@
 """What a curation did, in numbers."""
 
 import contextlib
+import itertools
+import operator
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -45,18 +47,16 @@ class Report:
             "rows_per_second": (self.raw_questions + self.raw_answers) / sum(self.seconds.values()),
         }
 
-    def funnel(self) -> list[tuple[str, int, int]]:
-        """(rule, pairs removed, pairs left) of every rule in order, from all questions on."""
-        left, steps = self.raw_questions, []
-        for rule in RULES:
-            left -= len(self.removed[rule])
-            steps.append((rule, len(self.removed[rule]), left))
-        return steps
+    def funnel(self) -> list[tuple[str, str, int, int]]:
+        """(rule, why, pairs removed, pairs left) of every rule in order, from all pairs on."""
+        removed = [len(ids) for ids in self.removed.values()]
+        left = itertools.accumulate(removed, operator.sub, initial=self.raw_questions)
+        return list(zip(RULES, RULES.values(), removed, [*left][1:], strict=True))
 
     def too_few(self, what: str, *advice: str) -> DataError:
         """`what`, with the three rules that removed most and what to do about them."""
-        removed = sorted(self.funnel(), key=lambda step: -step[1])
-        most = [(rule, count) for rule, count, _ in removed[:3] if count]
+        removed = sorted(self.funnel(), key=lambda step: -step[2])
+        most = [(rule, count) for rule, _, count, _ in removed[:3] if count]
         counts = ", ".join(f"{rule} {count}" for rule, count in most)
         told = "; ".join([*advice, *(ADVICE[rule] for rule, _ in most)])
         if self.first_problem:

@@ -13,7 +13,10 @@ NO_SPACES = (
     "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff"
 )
-WORD = re.compile(rf"[{NO_SPACES}]|[^\W{NO_SPACES}]+")
+# Vowels and accents that are written as signs of their own and belong to the word around them.
+MARKS = "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u0670\u06d6-\u06ed\u0900-\u0dff"
+SYMBOLS = "\u2190-\u2bff\U0001f000-\U0001faff"  # arrows, signs of mathematics, emoji: a word each
+WORD = re.compile(rf"[{NO_SPACES}{SYMBOLS}]|(?:[^\W{NO_SPACES}]|[{MARKS}])+")
 # For plain ASCII `translate` and `split` give what the pattern gives, four times as fast.
 NO_LETTERS = {ord(sign): " " for sign in string.punctuation if sign != "_"}
 SHARED = 16  # rare members that a candidate must have in common

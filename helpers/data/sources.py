@@ -6,7 +6,7 @@ from pathlib import Path
 
 from helpers.config import PROJECT_DIR
 from helpers.data import conversations, kaggle, posts
-from helpers.data.formats import ENDINGS, holds_rows
+from helpers.data.formats import holds_rows, is_rows
 from helpers.data.posts import DataError, Posts
 from helpers.runs.folders import public_name
 
@@ -30,13 +30,17 @@ def open_source(
     path = kaggle.download() if source == "kagglehub" else local_path(source)
     with posts.new_database(folder) as database:
         if path.is_dir() and not holds_rows(path):
+            if held:
+                raise DataError(f"VALIDATION_SOURCE is {held!r}: posts of a forum take none")
             kaggle.read(path, database, progress)
             found = _of_kaggle(path, folder)
         else:
-            given = _own(source)
+            given = _own(source, "DATA_SOURCE")
             licence = "as in " if isinstance(given, Path) else "as stated on the Hub: "
             licence += public_name(path.name if isinstance(given, Path) else source)
-            seen = conversations.read(given, database, folder, held and _own(held))
+            seen = conversations.read(
+                given, database, folder, held and _own(held, "VALIDATION_SOURCE")
+            )
             lost = seen.quarantined
             found = Posts(folder / posts.DATABASE, False, licence, quarantined=lost, seen=seen)
         questions, answers = posts.shuffle(database, seed)
@@ -51,14 +55,16 @@ def _of_kaggle(source: Path, folder: Path) -> Posts:
     return Posts(folder / posts.DATABASE, True, "CC BY-SA 3.0", url)
 
 
-def _own(source: str) -> Path | str:
+def _own(source: str, setting: str) -> Path | str:
     """A file or folder that is there, or the id of a Hub dataset. Raises DataError."""
     path = local_path(source)
+    if path.is_dir() and not holds_rows(path):
+        raise DataError(f"{setting} is {source!r}, a folder without a file of rows: give another")
     if path.exists():
         return path
-    if path.name.endswith(ENDINGS) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", source):
+    if is_rows(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", source):
         raise DataError(
-            f"DATA_SOURCE is {source!r}, and there is no such file or folder: give a folder with "
+            f"{setting} is {source!r}, and there is no such file or folder: give a folder with "
             "Questions.csv and Answers.csv, a .jsonl, .json, .csv or .parquet file or a folder of "
             "them, the id of a Hub dataset, 'kagglehub' or 'sample'"
         )

@@ -96,7 +96,8 @@ def data_source(source: str, sha256: Sha256) -> dict[str, str]:
     place = local_path(source)
     if place.is_file():
         return {place.name: sha256(place)}
-    own = ["**/*.arrow", *(f"**/*{ending}" for ending in ENDINGS)]
+    written = [written for ending in ENDINGS for written in (ending, ending.upper())]
+    own = ["**/*.arrow", *(f"**/*{ending}" for ending in written)]
     patterns = own if place.is_dir() and holds_rows(place) else ["*.csv"]
     return hashes(place, patterns, sha256) if place.is_dir() else {source: NOT_HERE}
 

@@ -184,10 +184,11 @@ def test_kaggles_files_too(tmp_path, start, end):
     assert "```python\ndef f(x):\n    return x\n```" in found.answer and "\r" not in found.answer
 
 
-def test_utf_16_is_named(tmp_path):
-    path = tmp_path / "own.jsonl"
-    path.write_bytes(lines(OWN_ROWS).decode().encode("utf-16"))
-    with pytest.raises(DataError, match="own.jsonl, line 1, is not UTF-8 text"):
+def test_half_of_a_utf_16_file_is_named(tmp_path):
+    path = tmp_path / "own.csv"
+    text = "prompt,answer\n" + "".join(f"{r['prompt']},x\n" for r in OWN_ROWS)
+    path.write_bytes(text.encode("utf-16")[:-1])
+    with pytest.raises(DataError, match="own.csv is not UTF-8 text .truncated data"):
         curated(path, tmp_path)
 
 

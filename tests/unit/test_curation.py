@@ -80,7 +80,7 @@ def test_enough_rows_survive_and_the_split_is_a_tenth(report, dataset):
 def test_the_funnel_adds_up(report):
     assert report.raw_questions == 780 and report.raw_answers == 1341
     removed = sum(len(ids) for ids in report.removed.values())
-    assert report.raw_questions - removed == report.kept_pairs == report.funnel()[-1][2]
+    assert report.raw_questions - removed == report.kept_pairs == report.funnel()[-1][3]
     everything = [i for ids in report.removed.values() for i in ids]
     assert len(set(everything)) == len(everything)
 
@@ -170,7 +170,7 @@ def test_no_row_is_longer_than_max_length(dataset, tokenizer, config, report):
 def test_the_card_holds_the_numbers_and_no_path(config, report):
     card = (config.dataset_dir / "README.md").read_text("utf-8")
     assert f"{report.train_rows} rows to train and {report.validation_rows} to validate" in card
-    for rule, removed, left in report.funnel():
+    for rule, _, removed, left in report.funnel():
         assert f"| {rule} |" in card and f"| {removed} | {left} |" in card
     assert str(config.run_dir) not in card and card.startswith("---\nlicense: cc-by-sa-4.0\n")
 
@@ -295,7 +295,7 @@ def test_minhash_finds_what_a_full_comparison_finds():
     ]
     texts += [text[:-k] + ["new"] * k for k, text in enumerate(texts[:40], 1) if k < 15]
     sets = [word_pairs(text) for text in texts]
-    rows = [sketch(0, 0, words, pairs, 1) for words, pairs in zip(texts, sets, strict=True)]
+    rows = [sketch(0, 0, "", words, pairs, 1) for words, pairs in zip(texts, sets, strict=True)]
     left, right, similarity = similar_pairs(np.array(rows, SKETCH)["signature"], 0.6)
     found = dict(zip(zip(left.tolist(), right.tolist(), strict=True), similarity, strict=True))
     exact = {(i, j): jaccard(sets[i], sets[j]) for j in range(len(sets)) for i in range(j)}

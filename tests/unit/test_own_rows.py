@@ -132,7 +132,12 @@ def test_near_duplicates_are_found_where_no_space_parts_words(tmp_path, tokenize
         ("Où est-il", ["où", "est", "il"]),
         ("Привет, мир", ["привет", "мир"]),
         ("iPhone手机", ["iphone", "手", "机"]),
-        ("😀 !?", ["😀", "!", "?"]),
+        ("😀 !?", ["😀"]),
+        ("¿ !?", ["¿", "!", "?"]),
+        ("gut 👍🏽", ["gut", "👍", "🏽"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("كَتَبَ، كُتُب", ["كَتَبَ", "كُتُب"]),
+        ("cafe\u0301 x \u2264 y", ["cafe\u0301", "x", "\u2264", "y"]),
     ],
 )
 def test_words_of_any_script(text, words):
@@ -142,12 +147,23 @@ def test_words_of_any_script(text, words):
 # -- One row.
 
 
+def said(*roles):
+    return {"messages": [{"role": role, "content": role} for role in roles]}
+
+
+SYSTEM, ASKED = said("system")["messages"], said("user", "assistant")["messages"]
+
+
 @pytest.mark.parametrize(
     "record, turns, system, unused",
     [
         ({"Question": "q", "ANSWER ": "a", "id": 7}, [("q", "a")], None, ["id"]),
         ({"instruction": "i", "context": "c", "response": "r"}, [("i\n\nc", "r")], None, []),
-        ({"instruction": "i", "input": "", "output": "r"}, [("i", "r")], None, []),
+        ({"instruction": "i", "input": " \n", "output": "r"}, [("i", "r")], None, []),
+        ({"System Prompt": " s ", "USER": "q", "Assistant": "a"}, [("q", "a")], "s", []),
+        ({"": "0", "prompt": "p", "answer": "a"}, [("p", "a")], None, [""]),
+        ({"text": "[INST] <<SYS>> s <</SYS>> q [/INST] a"}, [("q", "a")], "s", []),
+        ({"prompt": "<s>[INST] q [/INST] a </s>"}, [("q", "a")], None, []),
         ({"instruction": "i", "question": "q", "answer": "a"}, [("i\n\nq", "a")], None, []),
         ({"prompt": "p", "answer": "a", "output": "o"}, [("p", "a")], None, ["output"]),
         (
@@ -159,6 +175,41 @@ def test_words_of_any_script(text, words):
         (
             {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
             [("q", "a")],
+            None,
+            [],
+        ),
+        (
+            {"messages": [*SYSTEM, *SYSTEM, *ASKED]},
+            [("user", "assistant")],
+            "system\n\nsystem",
+            [],
+        ),
+        (
+            {"messages": [*SYSTEM, {"role": "assistant", "content": "Hi"}, *ASKED]},
+            [("user", "assistant")],
+            "system",
+            ["an answer before the first request in messages"],
+        ),
+        (
+            {"messages": [*ASKED, {"role": "user", "content": "Thanks"}]},
+            [("user", "assistant")],
+            None,
+            ["a last request without an answer in messages (OpenAI's form)"],
+        ),
+        (
+            {"text": "<s>[INST] q [/INST] a </s><s>[INST] r [/INST]"},
+            [("q", "a")],
+            None,
+            ["a last request without an answer in text (Llama 2's template)"],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": ["q", {"type": "input_text", "text": "r"}]},
+                    {"role": "Assistant", "content": [{"type": "output_text", "text": "a"}]},
+                ]
+            },
+            [("qr", "a")],
             None,
             [],
         ),
@@ -201,17 +252,14 @@ def test_a_row_is_read(record, turns, system, unused):
     assert (row.turns, row.system, row.unused) == (turns, system, unused)
 
 
-def said(*roles):
-    return {"messages": [{"role": role, "content": role} for role in roles]}
-
-
 @pytest.mark.parametrize(
     "record, error, words",
     [
         (said("user"), NoRow, "not user, assistant in turn: user"),
         (said("assistant", "user"), NoRow, "in turn: assistant, user"),
         (said("user", "user", "assistant"), NoRow, "in turn: user, user, assistant"),
-        (said("user", "assistant", "user"), NoRow, "in turn"),
+        (said("user", "assistant", "user", "user"), NoRow, "in turn"),
+        (said("user", "assistant", "system", "user", "assistant"), NoRow, "in turn: user, "),
         (said("system"), NoRow, "in turn"),
         ({"messages": []}, NoRow, "no messages with a role in messages"),
         ({"messages": "[{"}, NoRow, "no list in messages"),
@@ -225,6 +273,12 @@ def said(*roles):
             "part of type image_url",
         ),
         ({"prompt": "p", "completion": "c", "label": True}, DataError, "KTOTrainer"),
+        ({"prompt": "p", "completion": "c", "label": "False"}, DataError, "KTOTrainer"),
+        ({"prompt": "p", "label": "True"}, NoRow, "none for the answer"),
+        ({"image_path": "a.png", "prompt": "p", "answer": "a"}, DataError, "holds image_path"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, NoRow, "in turn: user"),
+        ({"prompt": "p", "answer": 7}, NoRow, "where text must stand: write it as text"),
+        ({"text": "### Instruction: q"}, NoRow, "split it into the columns prompt and answer"),
         ({"prompt": "p", "answer": float("nan")}, NoRow, "'float'"),
         ({"prompt": "p", "answer": "NaN"}, NoRow, r"\['str', 'NaN'\]"),
         ({"prompt": "p", "answer": ["a"]}, NoRow, r"\['str', 'list'\]"),
@@ -250,20 +304,31 @@ def test_each_kind_of_file_gives_the_same_rows(tmp_path):
     (tmp_path / "data.json").write_text(json.dumps({"version": 1, "data": ROWS}), encoding="utf-8")
     named = json.dumps({f"r{n}": row for n, row in enumerate(ROWS)})
     (tmp_path / "named.json").write_text(named, encoding="utf-8")
+    level = {"data": {"train": ROWS[:9], "training": ROWS[9:]}}
+    (tmp_path / "deeper.json").write_text(json.dumps(level), encoding="utf-8")
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        (tmp_path / f"{encoding}.json").write_text(text, encoding=encoding)
+        (tmp_path / f"{encoding}.jsonl").write_bytes(
+            (tmp_path / "a.jsonl").read_text("utf-8").encode(encoding)
+        )
+        frame.to_csv(tmp_path / f"{encoding}.csv", sep="\t", index=False, encoding=encoding)
+    (tmp_path / "UPPER.JSONL").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "packed.jsonl").write_bytes((tmp_path / "a.jsonl.gz").read_bytes())
+    (tmp_path / "unpacked.json.gz").write_bytes(text.encode())
     frame.to_json(tmp_path / "columns.json")
     frame.to_json(tmp_path / "index.json", orient="index")
     (tmp_path / "lists.json").write_text(json.dumps(frame.to_dict("list")), encoding="utf-8")
     for number, separator in enumerate(",;\t|"):
         frame.to_csv(tmp_path / f"{number}.csv", sep=separator, index=False)
     frame.to_csv(tmp_path / "a.tsv", sep="\t", index=False, quoting=csv.QUOTE_ALL)
-    frame.to_csv(tmp_path / "a.csv.gz", index=False)
+    frame.to_csv(tmp_path / "a.csv.gz")  # with a column that has no name
     frame.to_parquet(tmp_path / "a.parquet")
     paths = sorted(path for path in tmp_path.iterdir())
     for path in paths:
         _, rows = opened(path, tmp_path / "work")
         found = [turn for row in rows for turn in row["turns"]]
         assert found == [list(row.values()) for row in ROWS], path.name
-    assert len(paths) == 17
+    assert len(paths) == 30
 
 
 def test_a_folder_with_its_own_validation_file(tmp_path, tokenizer):
@@ -311,6 +376,65 @@ def test_saved_datasets_and_hub_datasets_with_their_splits(tmp_path, monkeypatch
         opened("a/b::dev", tmp_path / "work")
 
 
+def test_what_there_is_to_validate_with(tmp_path):
+    train, folder = write(tmp_path / "a.jsonl", ROWS[:9]), tmp_path / "both"
+    folder.mkdir()
+    write(folder / "train.jsonl", ROWS)
+    write(folder / "dev.json", ROWS[9:])
+    posts, _ = opened(train, tmp_path / "work", held=str(folder))
+    assert posts.questions == 12 and posts.seen.held == 3
+    assert posts.seen.not_read == ["train.jsonl"]
+    (folder / "train.jsonl").rename(folder / "test.jsonl")
+    with pytest.raises(DataError, match=r"\(dev.json, test.jsonl\) and none to train on"):
+        opened(folder, tmp_path / "work")
+    (folder / "dev.json").write_text(json.dumps({"data": ROWS[:2], "version": 1}), encoding="utf-8")
+    posts, _ = opened(train, tmp_path / "work", held=str(folder))
+    assert posts.seen.held == 2 and "dev.json[version]" in posts.seen.not_read
+    for held, words in {
+        "none.jsonl": "VALIDATION_SOURCE is 'none.jsonl', and there is no such",
+        "sample": "VALIDATION_SOURCE is 'sample', a folder without a file of rows",
+    }.items():
+        with pytest.raises(DataError, match=words):
+            opened(train, tmp_path / "work", held=held)
+    with pytest.raises(DataError, match="posts of a forum take none"):
+        opened("sample", tmp_path / "work", held=str(train))
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(DataError, match="or rows of yours as .jsonl"):
+        opened(tmp_path / "nothing", tmp_path / "work")
+
+
+def test_rows_that_ask_the_same_stay_on_one_side_or_are_told(tmp_path, tokenizer):
+    other = [{"prompt": row["prompt"], "answer": row["answer"][::-1]} for row in ROWS]
+    config = config_of(write(tmp_path / "a.jsonl", [*ROWS, *other]), tmp_path)
+    report = curate(config)
+    assert report.kept_pairs == 24 and report.validation_leaks == 0
+    sides = [{row["prompt"] for row in rows} for rows in saved(config).values()]
+    assert not sides[0] & sides[1]
+    held = write(tmp_path / "b.jsonl", other[:3])
+    told = own_rows.describe(
+        config_of(write(tmp_path / "a.jsonl", ROWS), tmp_path, validation_source=str(held)),
+        tokenizer,
+    )
+    assert "3 to validate (your own), 3 of which have a near duplicate in training or ask" in told
+    form = [{"prompt": "A colour?", "answer": row["answer"]} for row in ROWS]  # asks nothing
+    config = config_of(write(tmp_path / "a.jsonl", form), tmp_path)
+    report = curate(config)
+    assert report.kept_pairs == 12 and (report.validation_rows, report.validation_leaks) == (1, 0)
+
+
+def test_no_leak_is_denied_where_none_could_be_found(tmp_path, tokenizer):
+    rows = [{"prompt": row["prompt"].split()[-1], "answer": row["answer"][-5:]} for row in ROWS]
+    told = own_rows.describe(config_of(write(tmp_path / "a.jsonl", rows), tmp_path), tokenizer)
+    assert "1 of them are too short for near duplicates: only equal ones are found" in told
+
+
+def test_rows_that_differ_in_a_sign_that_is_no_letter_are_no_copies(tmp_path):
+    pairs = [("Good food", "👍"), ("Good food", "👎"), ("कि", "a"), ("की", "a"), ("x ≤ y", "?")]
+    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in pairs]
+    report = curate(config_of(write(tmp_path / "a.jsonl", rows), tmp_path))
+    assert report.kept_pairs == len(rows)
+
+
 def test_names_of_splits():
     names = "train validation data/val-00000-of-1 dev eval_set test_sft evaluation testing latest"
     found = [split_of(name) for name in names.split()]
@@ -349,7 +473,7 @@ def test_a_nasty_table_loses_no_row_in_silence(name, tmp_path):
             b"prompt,answer,answer\na,b,c\n",
             "a.csv has two columns that are called 'answer'",
         ),
-        ("a.csv", b"What is 1?,One.\nWhat is 2?,Two.\n", "its columns are what is 1\\?, one"),
+        ("a.csv", b"What is 1?,One.\nWhat is 2?,Two.\n", "its columns are What is 1\\?, One"),
         ("a.json", b"3", "a.json holds '3', where a list of rows must stand"),
         ("a.json", b"[", "a.json is no JSON"),
         ("a.json", b"[]", "holds no row"),
@@ -358,7 +482,7 @@ def test_a_nasty_table_loses_no_row_in_silence(name, tmp_path):
             gzip.compress(b'{"prompt": "q", "answer": "a"}\n' * 9, mtime=0)[:-9],
             "no whole gzip",
         ),
-        ("a.csv", "prompt,answer\n".encode("utf-16"), "is not UTF-8 text"),
+        ("a.json.gz", gzip.compress(b"[{}]", mtime=0)[:-9], "a.json.gz is no whole gzip"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_sentence(name, data, words, tmp_path):
@@ -423,7 +547,7 @@ def test_what_check_data_tells(tmp_path, tokenizer):
         "of 15 rows 13 stay",
         "length takes 1: a text is empty",
         "exact_duplicate takes 1: the same words as a better pair (rows 14): ",
-        "(drawn), 0 of which have a near duplicate in training",
+        "(drawn), 0 of which have a near duplicate in training or ask what is asked there",
     ):
         assert words in told, (words, told)
     assert told.count("-- row ") == 3 and not (tmp_path / "run").exists()
