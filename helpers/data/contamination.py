@@ -1,8 +1,7 @@
-"""Which training rows restate a benchmark problem.
+"""Which training rows restate a benchmark problem: what is told in other words is not found.
 
-A model that has seen the exam scores well and knows nothing. A row is compared by the words of a
-problem's statement and solution, by its function's name, and by its title; what is told in other
-words throughout is not found.
+A row is compared by the words of a problem's statement and solution, by its function's name, and by
+its title.
 """
 
 import functools
@@ -69,29 +68,23 @@ class ProblemIndex:
         self.titles = [content_words(title) for title in titles]
         asked = zip(titles, problems, strict=True)
         self.statements = [_features(f"{title} {problem['prompt']}") for title, problem in asked]
-        solutions = [
-            _features(_code(problem.get("solution", problem.get("canonical_solution", ""))))
-            for problem in problems
-        ]
-        self.solutions = [s if len(s) >= MIN_SOLUTION_PAIRS else set() for s in solutions]
-        self.texts = self.statements + self.solutions
+        given = (p.get("solution", p.get("canonical_solution", "")) for p in problems)
+        solutions = [_features(_code(text)) for text in given]
+        long = [s if len(s) >= MIN_SOLUTION_PAIRS else set() for s in solutions]
+        self.texts = self.statements + long
         self.by_text = RarestIndex(self.texts, CONTAMINATED_TEXT)
         self.by_title = RarestIndex([t if len(t) > 2 else set() for t in self.titles], SAME_TITLE)
         self.by_name: dict[str, list[int]] = {}
         for number, problem in enumerate(problems):
             if name := problem.get("entry_point", "").lower():
                 self.by_name.setdefault(name, []).append(number)
-        self.entry_points = set(self.by_name)
 
     def match(self, title: str, words: list[str], pairs: set[str]) -> str:
-        """The name of the problem that a row restates, or "".
-
-        `words` and `pairs` are those of the row, in lower case.
-        """
+        """The name of the problem that a row of these words, in lower case, restates, or ""."""
         for number in self.by_text.candidates(pairs):
             if contained(self.texts[number], pairs) >= CONTAMINATED_TEXT:
                 return self.names[number % len(self.names)]
-        for name in sorted(self.entry_points.intersection(words)):
+        for name in sorted(self.by_name.keys() & words):
             for number in self.by_name[name]:
                 if contained(self.statements[number], pairs) >= CONTAMINATED_WITH_NAME:
                     return self.names[number]

@@ -111,7 +111,7 @@ def _of_columns(values: dict) -> tuple[Row, list[str]] | None:
         return next((name for name in there if values[name] is not None), (there or [""])[0])
 
     system, prompt, answer, chat = map(first, (SYSTEMS, PROMPTS, ANSWERS, CHATS))
-    if chat and str(values[chat]).lstrip()[:1] == "[":  # a cell of a table
+    if chat and isinstance(values[chat], str) and values[chat].lstrip()[:1] == "[":  # of a table
         values[chat] = _parsed(values[chat], chat)
     used = [system] if system else []
     message = values[system] if system else None
@@ -150,10 +150,8 @@ def _of_pair(values: dict, system: str, prompt: str, answer: str) -> tuple[Row, 
     return Row(" + ".join(used), turns, values[system] if system else None), used
 
 
-def _parsed(value, name: str):
-    """A list that JSON or Python wrote as text; a list as it is."""
-    if isinstance(value, list):
-        return value
+def _parsed(value: str, name: str):
+    """A list that JSON or Python wrote as text."""
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError):
             return read(value)
@@ -173,17 +171,16 @@ def _of_messages(messages: list, system: str | None, name: str) -> Row:
     given = maybe_convert_to_chatml({"messages": [dict(message) for message in messages]})
     said, unused = [], set()
     for message in given["messages"]:
-        role = str(message.get("role")).lower()
         _refuse(message)
-        if role in CALLERS:
+        if (role := str(message.get("role")).lower()) in CALLERS:
             raise DataError(f"holds a message of role {role}, and {NO_TOOLS}")
         kept = [key for key, value in message.items() if value not in EMPTY]
         unused |= {f"{name}.{key}" for key in kept if key not in ("role", "content")}
         said.append((ROLES.get(role, role), _content(message.get("content"))))
     roles = [role for role, _ in said]
     head = next((place for place, role in enumerate(roles) if role != "system"), len(said))
-    texts = [text for _, text in said[:head]]
-    if texts:
+    if texts := [text for _, text in said[:head]]:
+        unused |= {f"a system message beside that of {name}"} if system else set()
         system = "\n\n".join(texts) if all(isinstance(text, str) for text in texts) else texts[0]
     if roles[head : head + 2] == ["assistant", "user"]:
         head, unused = head + 1, unused | {f"an answer before the first request in {name}"}
@@ -228,12 +225,12 @@ def _of_text(text: str, name: str) -> Row:
 
 @dataclass
 class Seen:
-    """What a source of one's own holds."""
+    """What a source of one's own holds; the counters count rows."""
 
-    formats: Counter = field(default_factory=Counter)  # rows of each
-    unused: Counter = field(default_factory=Counter)  # rows that have a column which is not used
-    not_read: list[str] = field(default_factory=list)  # files and splits
-    systems: Counter = field(default_factory=Counter)  # rows of each system message they bring
+    not_read: list[str]  # files and splits
+    formats: Counter = field(default_factory=Counter)
+    unused: Counter = field(default_factory=Counter)  # columns that are not used
+    systems: Counter = field(default_factory=Counter)  # system messages that rows bring
     held: int = 0  # rows of an own validation split
     quarantined: int = 0
 
@@ -248,7 +245,7 @@ def read(
     tag HELD. What is no row is put into quarantine, in `folder`. Raises DataError.
     """
     (parts, others), (given, more) = parts_of(source), parts_of(held) if held else ([], [])
-    seen, quarantine, number = Seen(not_read=[*others, *more]), Quarantine(folder), 0
+    seen, quarantine, number = Seen([*others, *more]), Quarantine(folder), 0
     for part in _chosen(parts, given, seen):
         for row in _rows(part, quarantine):
             number += 1

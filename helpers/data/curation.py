@@ -28,15 +28,8 @@ from helpers.data.duplicates import SKETCH, deduplicate, sketch
 from helpers.data.formats import QUARANTINE
 from helpers.data.posts import HELD, Posts
 from helpers.data.report import Report
-from helpers.data.rows import (
-    SCHEMA,
-    Encoder,
-    read_rows,
-    rows_file,
-    training_row,
-    verified,
-    write_rows,
-)
+from helpers.data.rows import SCHEMA, Encoder, read_rows, rows_file, training_row, verified
+from helpers.data.rows import write_rows as write
 from helpers.data.rules import judge
 from helpers.data.sources import open_source
 from helpers.data.split import SLICES, choose_validation, leaks_of_slice, validation_size
@@ -58,7 +51,9 @@ def curate(config: Config, tokenizer, workers: int | None = None, progress: bool
         work.mkdir()
         posts = read(config, work, report, progress)
         config = replace(config, system_message=message_of(config, posts))
-        with spread_over(workers or default_workers(posts)) as spread:
+        # Fewer than all cores where starting processes would take longer than the work.
+        fitting = max(1, min(os.cpu_count() or 1, len(posts.parts()) // 2))
+        with spread_over(workers or fitting) as spread:
             encoder = Encoder.of(tokenizer, work)
             sketches = clean(config, posts, encoder, spread, report, progress)
             rows, stay = compare(config, posts, sketches, report)
@@ -75,11 +70,6 @@ def curate(config: Config, tokenizer, workers: int | None = None, progress: bool
     return report
 
 
-def default_workers(posts: Posts) -> int:
-    """All cores, or fewer where starting processes would take longer than the work."""
-    return max(1, min(os.cpu_count() or 1, len(posts.parts()) // 2))
-
-
 def note(config: Config, tokenizer) -> dict:
     """What notebooks 04 to 06 must know of the rows to train on them and to ask as they do."""
     return {
@@ -92,11 +82,11 @@ def note(config: Config, tokenizer) -> dict:
 
 
 def read(config: Config, work: Path, report: Report, progress: bool) -> Posts:
-    """The posts of the source; warns of lines that are no rows."""
+    """The posts of the source; warns of lines that are no rows, and of what is not used."""
     problem_index(config.benchmarks)  # one that cannot be read should fail here, not in a worker
+    given = (config.data_source, work, config.seed, progress, config.validation_source)
     with report.timed("read"):
-        held = config.validation_source
-        posts = open_source(config.data_source, work, config.seed, progress, held)
+        posts = open_source(*given)
     report.raw_questions, report.raw_answers = posts.questions, posts.answers
     report.quarantined = posts.quarantined
     if posts.quarantined:
@@ -109,10 +99,7 @@ def read(config: Config, work: Path, report: Report, progress: bool) -> Posts:
 
 
 def message_of(config: Config, posts: Posts) -> str:
-    """The system message of the rows: SYSTEM_MESSAGE, the course's, or the one that all bring.
-
-    Rows that bring others keep theirs.
-    """
+    """The system message of the rows: SYSTEM_MESSAGE, the course's, or the one that all bring."""
     brought = posts.seen.systems if posts.seen else Counter()
     if len(brought) == 1 and brought.total() == posts.questions:
         return next(iter(brought))
@@ -148,18 +135,18 @@ def clean_part(
         text = judge(pair, config, posts.is_html)
         if text.rule:
             removed.append((question_id, text.rule, text.problem))
-        else:
-            system = text.system or str(config.system_message)  # curate has given it one
-            said = prompts.Conversation(system, text.turns or ((text.user, text.answer),))
-            try:
-                rows.append(training_row(pair, said, posts, encoder, config.template == "model"))
-            except prompts.TemplateError:
-                removed.append((question_id, "template_marker", ""))
-                continue
-            asked = " ".join(user for user, _ in said.turns)
-            of_row = question_id, score, asked, text.words, text.features
-            sketches.append(sketch(*of_row, config.seed))
-    write_rows(rows_file(posts, part), list(verified(rows, encoder)))
+            continue
+        # `curate` has given the Config a system message.
+        said = prompts.Conversation(text.system or str(config.system_message), text.turns)
+        try:
+            rows.append(training_row(pair, said, posts, encoder, config.template == "model"))
+        except prompts.TemplateError:
+            removed.append((question_id, "template_marker", ""))
+            continue
+        asked = " ".join(user for user, _ in text.turns)
+        of_row = question_id, score, asked, text.words, text.features
+        sketches.append(sketch(*of_row, config.seed))
+    write(rows_file(posts, part), list(verified(rows, encoder)))
     return removed, np.array(sketches, SKETCH)
 
 

@@ -23,12 +23,8 @@ SAME_QUESTION = 10
 
 # What the comparison needs of a row: its id and score, hashes of what it asks and of its words, its
 # MinHash; no text.
-SKETCH = np.dtype(
-    [
-        *(("id", "i8"), ("score", "i8"), ("asked", "u8"), ("digest", "u8")),
-        ("signature", "u4", PERMUTATIONS),
-    ]
-)
+HASHES = [("id", "i8"), ("score", "i8"), ("asked", "u8"), ("digest", "u8")]
+SKETCH = np.dtype([*HASHES, ("signature", "u4", PERMUTATIONS)])
 
 
 def sketch(

@@ -6,6 +6,7 @@ gives it no number, and reads the answer "007" as 7.
 
 import codecs
 import csv
+import functools
 import gzip
 import io
 import itertools
@@ -38,8 +39,7 @@ class Quarantine:
     """Lines of a source that are no rows: written to a file with number and reason, and counted."""
 
     def __init__(self, folder: Path):
-        self.path, self.count, self.first = folder / QUARANTINE, 0, ""
-        self.places: list[str] = []
+        self.path, self.count, self.first, self.places = folder / QUARANTINE, 0, "", ""
 
     def add(self, source: str, number: int, reason: str, content: bytes | dict | list) -> None:
         text = content.decode("utf-8", "replace") if isinstance(content, bytes) else str(content)
@@ -47,7 +47,7 @@ class Quarantine:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         self.first = self.first or f"{source}, line {number}, {reason}"
-        self.places += [str(number)] if self.count < 50 else []
+        self.places += f", {number}" if self.count < 50 else ""
         self.count += 1
 
     def check(self, good: int) -> None:
@@ -55,14 +55,14 @@ class Quarantine:
         if self.count > good:
             raise DataError(
                 f"{self.first}; {self.count} of {self.count + good} lines cannot be used "
-                f"({', '.join(self.places)}{' ...' * (self.count > 50)}): repair or remove them"
+                f"({self.places[2:]}{' ...' * (self.count > 50)}): repair or remove them"
             )
         if good == 0:
             raise DataError("the data source holds no row: check DATA_SOURCE")
 
 
 class Part(NamedTuple):
-    """A file or a split of a source: its name, which split it is, and how its rows are read."""
+    """A file or a split of a source."""
 
     name: str
     split: str  # "train", "validation", "test"
@@ -93,7 +93,6 @@ def parts_of(source: Path | str) -> tuple[list[Part], list[str]]:
 
 
 def is_rows(path: Path) -> bool:
-    """Whether a file's name says that it holds rows."""
     return path.name.lower().endswith(ENDINGS)
 
 
@@ -104,9 +103,8 @@ def is_saved(folder: Path) -> bool:
 
 def holds_rows(folder: Path) -> bool:
     """Whether a folder holds rows of one's own, and not Kaggle's two files."""
-    if any((folder / name).exists() for name in ("Questions.csv", "Answers.csv")):
-        return False
-    return is_saved(folder) or any(map(is_rows, folder.rglob("*")))
+    kaggles = any((folder / name).exists() for name in ("Questions.csv", "Answers.csv"))
+    return not kaggles and (is_saved(folder) or any(map(is_rows, folder.rglob("*"))))
 
 
 def split_of(name: str) -> str:
@@ -125,10 +123,8 @@ def _of_file(path: Path, name: str, split: str) -> tuple[list[Part], list[str]]:
             ".parquet file; all but the last may end in .gz besides"
         )
     kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    if kind == "parquet":
-        return [Part(name, split, lambda _: _of_parquet(path))], []
-    if kind in ("csv", "tsv"):
-        return [Part(name, split, lambda quarantine: _of_csv(path, name, quarantine))], []
+    if read := {"parquet": _of_parquet, "csv": _of_csv, "tsv": _of_csv}.get(kind):
+        return [Part(name, split, functools.partial(read, path, name))], []
     try:
         with opened(path) as file:  # a list of rows may be called .jsonl
             listed = re.match(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{", file.read(100))
@@ -136,7 +132,7 @@ def _of_file(path: Path, name: str, split: str) -> tuple[list[Part], list[str]]:
     except BROKEN_GZIP as error:
         raise DataError(f"{name} is no whole gzip file ({error}): get it again") from error
     if not lists:
-        return [Part(name, split, lambda quarantine: json_records(path, quarantine, name))], []
+        return [Part(name, split, lambda lost: json_records(path, lost, name))], []
     parts = []
     for key, rows in lists.items():
         said = split if split_of(key) == "train" else split_of(key)
@@ -304,11 +300,11 @@ def _of_csv(path: Path, name: str, quarantine: Quarantine) -> Records:
                 quarantine.add(name, number, f"{reason}{separator!r} stands in quotes", row)
 
 
-def _of_parquet(path: Path) -> Records:
+def _of_parquet(path: Path, name: str, quarantine: Quarantine) -> Records:
     try:
         batches = parquet.ParquetFile(path).iter_batches(1000)
     except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path.name} is no Parquet file ({error}): get it again") from error
+        raise DataError(f"{name} is no Parquet file ({error}): get it again") from error
     yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 

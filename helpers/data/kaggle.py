@@ -4,6 +4,7 @@ The files are ISO-8859-1. A post whose bytes are valid UTF-8 was converted wrong
 put right. A damaged line ends the reading with a sentence that names it.
 """
 
+import contextlib
 import csv
 import re
 import sqlite3
@@ -58,7 +59,6 @@ def read(folder: Path, database: sqlite3.Connection, progress: bool) -> None:
 
 
 def _rows(path: Path, wanted: tuple[str, ...]) -> Iterator[list]:
-    """The wanted columns of each row, numbers as int or None, texts repaired."""
     if not path.exists():
         raise DataError(
             f"{path.name} is missing in {path.parent.name}/: the folder must hold Questions.csv "
@@ -68,7 +68,8 @@ def _rows(path: Path, wanted: tuple[str, ...]) -> Iterator[list]:
     csv.field_size_limit(LONGEST)
     with path.open(encoding="latin-1", newline="") as file:
         reader = csv.reader(file, strict=True)
-        header = next(reader, [])
+        if not (header := next(reader, [])):
+            raise DataError(f"{path.name} is empty (0 bytes): get the file again")
         _check_header(path, header, wanted)
         places = [(name, header.index(name)) for name in wanted]
         end = reader.line_num
@@ -81,9 +82,7 @@ def _rows(path: Path, wanted: tuple[str, ...]) -> Iterator[list]:
 
 
 def _check_header(path: Path, header: list[str], wanted: tuple[str, ...]) -> None:
-    """DataError when a file is empty, in UTF-16, split by other signs or lacks a column."""
-    if not header:
-        raise DataError(f"{path.name} is empty (0 bytes): get the file again")
+    """DataError when a file is in UTF-16, split by other signs or lacks a column."""
     if header[0].startswith(("\xff\xfe", "\xfe\xff")):
         raise DataError(f"{path.name} begins as UTF-16 does, it is UTF-16: save it as ISO-8859-1")
     header[0] = header[0].removeprefix("\xef\xbb\xbf")  # a UTF-8 byte-order mark
@@ -98,7 +97,7 @@ def _check_header(path: Path, header: list[str], wanted: tuple[str, ...]) -> Non
 
 
 def _values(row: list[str], places: list[tuple[str, int]], columns: int) -> list:
-    """Raises ValueError, which says what is wrong with the row."""
+    """The wanted values, numbers as int or None. Raises ValueError, which says what is wrong."""
     if len(row) != columns:
         raise ValueError(f"has {len(row)} fields and not {columns}")
     return [_number(row[at], name) if name in NUMBERS else repair(row[at]) for name, at in places]
@@ -120,15 +119,12 @@ def repair(text: str) -> str:
     if "\0" in text:
         raise ValueError("holds a NUL byte and is damaged or not ISO-8859-1 text (UTF-16?)")
     if not text.isascii():
-        try:
+        with contextlib.suppress(UnicodeDecodeError):  # then it is what it was read as
             text = text.encode("latin-1").decode("utf-8")
-        except UnicodeDecodeError:
-            pass  # it is what it was read as
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _reason(error: Exception) -> str:
-    """What csv or `_values` says, as a sentence with the way out."""
     said = str(error)
     if "unexpected end of data" in said:
         return "holds a quoted text that is never closed: the file is cut off, get it again"

@@ -1,9 +1,8 @@
 """HTML posts to Markdown with their code kept.
 
-The parser is selectolax (lexbor, an HTML5 parser), so broken markup is repaired as a browser
-repairs it. Text is not escaped, links lose their address, pictures disappear: the result is read by
-a language model and not rendered again. What would read as something else without its tag keeps a
-sign of it: numbers of lists, bars between the cells of a table, 10^3, ~~struck out~~.
+The parser is selectolax (lexbor, an HTML5 parser), which repairs markup as a browser does. A
+language model reads the result: text is not escaped, links lose their address, pictures disappear.
+What would read as something else without its tag keeps a sign of it: 10^3, ~~struck out~~.
 """
 
 import html
@@ -135,13 +134,12 @@ class _Writer:
         self.code, self.in_pre = [], True
 
     def close_pre(self, tag: str) -> None:
-        code, self.code, self.in_pre = "".join(self.code or ()), None, False
-        code = code.replace("\r\n", "\n").strip("\n").rstrip()
+        code = "".join(self.code or ()).replace("\r\n", "\n").strip("\n").rstrip()
+        self.code, self.in_pre, language = None, False, ""
         if not code.strip():
             return
         if self.marker:
             self.add("")
-        language = ""
         if self.kinds is not None:
             self.kinds.append(code_kind(code))
             language = FENCE_LANGUAGE.get(self.kinds[-1], "")
@@ -213,10 +211,9 @@ class _Writer:
         self.close_paragraph()
         if not self.lists:
             return
-        self.marker = "- "
         if self.lists[-1] is not None:
             self.lists[-1] += 1
-            self.marker = f"{self.lists[-1]}. "
+        self.marker = "- " if self.lists[-1] is None else f"{self.lists[-1]}. "
         self.indents[-1] = " " * len(self.marker)
 
     def open_cell(self, tag: str) -> None:

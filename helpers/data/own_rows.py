@@ -30,8 +30,7 @@ LISTED = 10  # numbers of rows, lines of the quarantine
 def describe(config: Config, tokenizer) -> str:
     """What notebook 02 would make of the rows of DATA_SOURCE, in words.
 
-    Raises DataError for a source that cannot be read or of which too little is left; the message
-    holds all that was seen until then.
+    Raises DataError; where too little is left, with all that was seen until then.
     """
     with tempfile.TemporaryDirectory() as folder:
         work, report = Path(folder), Report()
@@ -120,7 +119,6 @@ def _split_lines(config: Config, rows: pa.Table, splits, posts: Posts) -> list[s
         "have a near duplicate in training or ask what is asked there"
     ]
     # n pairs of words of which all stand in a text of n + 1: nothing unequal is more alike.
-    sizes = [len(row_pairs(row)) for row in held]
-    short = sum(size < alike * (size + 1) for size in sizes)
+    short = sum(size < alike * (size + 1) for size in map(len, map(row_pairs, held)))
     told = f"  {short} of them are too short for near duplicates: only equal ones are found"
     return lines + [told] * bool(short)

@@ -23,9 +23,7 @@ PART = 2_000  # questions that are worked on at a time
 TABLES = """
 PRAGMA journal_mode = OFF;  -- nothing is kept of a reading that fails
 CREATE TABLE questions (id INTEGER, author INTEGER, score INTEGER, title TEXT, body TEXT);
-CREATE TABLE answers (
-    id INTEGER, author INTEGER, score INTEGER, question_id INTEGER, body TEXT
-);
+CREATE TABLE answers (id INTEGER, author INTEGER, score INTEGER, question_id INTEGER, body TEXT);
 CREATE TABLE tags (question_id INTEGER, tag TEXT);
 CREATE TABLE shuffled (place INTEGER PRIMARY KEY, question INTEGER);
 """
@@ -84,7 +82,7 @@ class Posts:
 
 @contextlib.contextmanager
 def new_database(folder: Path) -> Iterator[sqlite3.Connection]:
-    """An empty database in a folder, to be filled by INSERT in a with-statement."""
+    """An empty database in a folder, to be filled by INSERT."""
     (folder / DATABASE).unlink(missing_ok=True)
     try:
         with contextlib.closing(sqlite3.connect(folder / DATABASE)) as database:
@@ -109,10 +107,7 @@ def shuffle(database: sqlite3.Connection, seed: int) -> tuple[int, int]:
 
 
 def question_hash(ids: np.ndarray, seed: int) -> np.ndarray:
-    """A seeded 64-bit hash of ids: a random order that does not depend on that of the file.
-
-    The finalizer of splitmix64 (Steele, Lea and Flood 2014).
-    """
+    """A seeded 64-bit hash of ids, for a random order: splitmix64's (Steele, Lea, Flood 2014)."""
     with np.errstate(over="ignore"):
         z = ids.astype(np.uint64) + np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

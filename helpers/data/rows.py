@@ -11,18 +11,12 @@ import pyarrow as pa
 from helpers import prompts
 from helpers.data.posts import Posts
 
+NUMBERS = "question_id answer_id question_author answer_author question_score answer_score".split()
 SCHEMA = pa.schema(
     {
-        "prompt": pa.large_string(),
-        "completion": pa.large_string(),
-        "question_id": pa.int64(),
-        "answer_id": pa.int64(),
-        "question_author": pa.int64(),
-        "answer_author": pa.int64(),
-        "question_score": pa.int64(),
-        "answer_score": pa.int64(),
-        "url": pa.string(),
-        "licence": pa.string(),
+        **dict.fromkeys(("prompt", "completion"), pa.large_string()),
+        **dict.fromkeys(NUMBERS, pa.int64()),
+        **dict.fromkeys(("url", "licence"), pa.string()),
         "tags": pa.list_(pa.string()),
         "group": pa.int64(),  # is known when all rows have been compared
     }
@@ -33,10 +27,7 @@ DRAFT = pa.schema([*list(SCHEMA)[:-1], ("tokens", pa.int64()), ("problem", pa.st
 
 @dataclass(frozen=True)
 class Encoder:
-    """The part of a tokenizer that workers need; it reaches them without transformers.
-
-    The vocabulary travels as a file, which each worker reads once and not with every part.
-    """
+    """The part of a tokenizer that workers need, without transformers: they read `file` once."""
 
     file: Path
     bos_token_id: int

@@ -61,14 +61,12 @@ PYTHON_FENCES = ("", "python", "py", "python3", "pycon")
 
 
 class Judged(NamedTuple):
-    """A pair as two texts in Markdown and the words of both; all empty where a rule removes it."""
+    """A pair in Markdown, and its words; all empty where a rule removes it."""
 
     rule: str = ""
     problem: str = ""  # the benchmark problem that the pair restates
-    user: str = ""
-    answer: str = ""
-    turns: tuple[tuple[str, str], ...] = ()  # of rows of one's own, in place of the two
-    system: str | None = None  # that they bring
+    turns: tuple[tuple[str, str], ...] = ()  # (user, answer)
+    system: str | None = None  # that a row of one's own brings
     words: list[str] = []
     features: set[str] = set()
 
@@ -89,22 +87,27 @@ def judge(pair: dict, config: Config, is_html: bool) -> Judged:
         return Judged("template_marker")
     if not user.strip() or not answer.strip():
         return Judged("length")
-    words = words_of(f"{user} {answer}")
+    return compared(title, ((user, answer),), None, config)
+
+
+def compared(title: str, turns, system: str | None, config: Config) -> Judged:
+    """The last rule: no text restates a benchmark problem."""
+    words = words_of(" ".join(text for turn in turns for text in turn))
     features = word_pairs(words)
     if problem := problem_index(config.benchmarks).match(title, words, features):
         return Judged("contaminated", problem)
-    return Judged("", "", user, answer, words=words, features=features)
+    return Judged("", "", turns, system, words, features)
 
 
 def judge_own(pair: dict, config: Config) -> Judged:
     """`judge` for a conversation of one's own: rules for posts of a forum hold if asked for."""
     row = json.loads(pair["question"])
-    turns = [[prompts.without_blank_lines(text) for text in turn] for turn in row["turns"]]
+    turns = tuple(tuple(map(prompts.without_blank_lines, turn)) for turn in row["turns"])
     texts = [text for turn in turns for text in turn]
-    shortest, longest = config.min_answer_characters or 1, config.max_post_characters or math.inf
-    if not all(map(str.strip, texts)) or max(map(len, texts)) > longest:
+    shortest = min(len(answer) for _, answer in turns)
+    if not all(map(str.strip, texts)) or shortest < (config.min_answer_characters or 1):
         return Judged("length")
-    if min(len(answer) for _, answer in turns) < shortest:
+    if max(map(len, texts)) > (config.max_post_characters or math.inf):
         return Judged("length")
     if any(MOJIBAKE.search(text) for text in texts if not text.isascii()):
         return Judged("bad_encoding")
@@ -116,12 +119,7 @@ def judge_own(pair: dict, config: Config) -> Judged:
     marked = [*texts, row["system"] or ""] if config.template != "model" else []
     if any(marker in text for text in marked for marker in prompts.MARKERS):
         return Judged("template_marker")
-    words = words_of(" ".join(texts))
-    features = word_pairs(words)
-    if problem := problem_index(config.benchmarks).match("", words, features):
-        return Judged("contaminated", problem)
-    (user, answer), *_ = said = tuple((user, answer) for user, answer in turns)
-    return Judged("", "", user, answer, said, row["system"], words, features)
+    return compared("", turns, row["system"], config)
 
 
 def unread(pair: dict, config: Config) -> str:
@@ -129,18 +127,15 @@ def unread(pair: dict, config: Config) -> str:
     title, question, answer = pair["title"], pair["question"], pair["answer"]
     if answer is None:
         return "no_answer"
-    for post, minimum in (
-        ("question_score", config.min_question_score),
-        ("answer_score", config.min_answer_score),
-    ):
-        if pair[post] is not None and pair[post] < minimum:
+    for post in ("question_score", "answer_score"):
+        if pair[post] is not None and pair[post] < getattr(config, f"min_{post}"):
             return "low_score"
-    if is_other_language(pair["tags"]):
+    named = NOT_PYTHON_TAGS.intersection(pair["tags"])
+    if named and not any(tag.startswith("python") for tag in pair["tags"]):
         return "other_language"
     if "<img" in question:
         return "picture"
-    longest = max(len(question), len(answer))
-    if longest > (config.max_post_characters or 8000):
+    if max(len(question), len(answer)) > (config.max_post_characters or 8000):
         return "length"
     if len(answer) < (config.min_answer_characters or 60):
         return "length"
@@ -150,19 +145,11 @@ def unread(pair: dict, config: Config) -> str:
     return "bad_encoding" if any(map(MOJIBAKE.search, posts)) else ""
 
 
-def is_other_language(tags: list[str]) -> bool:
-    """Whether tags name another language and no kind of Python. Untagged questions pass."""
-    return bool(NOT_PYTHON_TAGS.intersection(tags)) and not any(
-        tag.startswith("python") for tag in tags
-    )
-
-
 def judge_code(kinds: list[str]) -> str:
     """The rule that an answer's code blocks break, or ""."""
-    if "python2" in kinds:
-        return "python2"
-    if "broken" in kinds:
-        return "does_not_parse"
-    if "python" in kinds or "session" in kinds:
+    for kind, rule in {"python2": "python2", "broken": "does_not_parse"}.items():
+        if kind in kinds:
+            return rule
+    if {"python", "session"}.intersection(kinds):
         return ""
     return "other_language" if kinds else "no_code"

@@ -38,9 +38,8 @@ def open_source(
             given = _own(source, "DATA_SOURCE")
             licence = "as in " if isinstance(given, Path) else "as stated on the Hub: "
             licence += public_name(path.name if isinstance(given, Path) else source)
-            seen = conversations.read(
-                given, database, folder, held and _own(held, "VALIDATION_SOURCE")
-            )
+            beside = held and _own(held, "VALIDATION_SOURCE")
+            seen = conversations.read(given, database, folder, beside)
             lost = seen.quarantined
             found = Posts(folder / posts.DATABASE, False, licence, quarantined=lost, seen=seen)
         questions, answers = posts.shuffle(database, seed)

@@ -44,8 +44,8 @@ def choose_validation(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
 def find_leaks(held: list[dict], train: Iterable[dict], similarity: float) -> set[int]:
     """Places in `held` of the rows that leak into the training rows.
 
-    A row leaks into one of the same question or group, or one that is as similar in words. This is
-    the exact Jaccard similarity, independent of the MinHash that removed duplicates.
+    A row leaks into one of the same question or group, or one that is as similar in words, by the
+    exact Jaccard similarity and not the MinHash that removed duplicates.
     """
     features = [row_pairs(row) for row in held]
     index = RarestIndex(features, similarity)

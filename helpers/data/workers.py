@@ -12,17 +12,13 @@ from helpers.data.posts import DataError
 
 @contextlib.contextmanager
 def spread_over(count: int) -> Iterator[Callable]:
-    """`map` with the calls spread over `count` processes, in a with-statement.
-
-    Raises DataError when one of them dies.
-    """
+    """`map` with the calls spread over `count` processes. DataError when one of them dies."""
     if count == 1:
         yield map
         return
     # Not "fork": the copy of a process with running threads (Arrow's, torch's) can hang. Garbage is
     # not looked for: a syntax tree is many objects and no cycle.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, context, gc.disable)
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), gc.disable)
     try:
         yield pool.map
     except BrokenProcessPool as error:

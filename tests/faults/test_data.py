@@ -181,7 +181,10 @@ def test_kaggles_files_too(tmp_path, start, end):
     (pair,) = posts.pairs(range(1))
     found = judge(pair, Config.from_profile("demo"), is_html=True)
     assert found.rule == "" and pair["question_id"] == 1
-    assert "```python\ndef f(x):\n    return x\n```" in found.answer and "\r" not in found.answer
+    assert (
+        "```python\ndef f(x):\n    return x\n```" in found.turns[0][1]
+        and "\r" not in found.turns[0][1]
+    )
 
 
 def test_half_of_a_utf_16_file_is_named(tmp_path):

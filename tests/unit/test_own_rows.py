@@ -179,6 +179,12 @@ SYSTEM, ASKED = said("system")["messages"], said("user", "assistant")["messages"
             [],
         ),
         (
+            {"messages": [*SYSTEM, *ASKED], "system": "another"},
+            [("user", "assistant")],
+            "system",
+            ["a system message beside that of messages"],
+        ),
+        (
             {"messages": [*SYSTEM, *SYSTEM, *ASKED]},
             [("user", "assistant")],
             "system\n\nsystem",
