@@ -340,6 +340,10 @@ def _loaded(name: str, function: str, *given: str):
 def _of_splits(splits, name: str) -> list[Part]:
     """The parts of a Dataset, or of several by the names of their splits."""
     splits = splits if isinstance(splits, dict) else {"train": splits}
+    for column, kind in (item for rows in splits.values() for item in rows.features.items()):
+        if hasattr(kind, "decode"):  # of pictures, sound: reading them needs further packages
+            what = type(kind).__name__.lower()
+            raise DataError(f"{name} holds {what}s in {column}, and this course trains on text")
     return [
         Part(f"{name}[{key}]" if len(splits) > 1 else name, split_of(key), _of_list(rows, name))
         for key, rows in splits.items()

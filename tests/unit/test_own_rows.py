@@ -371,6 +371,10 @@ def test_saved_datasets_and_hub_datasets_with_their_splits(tmp_path, monkeypatch
     splits.save_to_disk(str(tmp_path / "two"))
     posts, _ = opened(tmp_path / "two", tmp_path / "work")
     assert posts.questions == 13 and posts.seen.held == 1
+    heard = datasets.Features({"answer": datasets.Value("string"), "voice": datasets.Audio()})
+    datasets.Dataset.from_list([], features=heard).save_to_disk(str(tmp_path / "sound"))
+    with pytest.raises(DataError, match="sound holds audios in voice, and this course trains on"):
+        opened(tmp_path / "sound", tmp_path / "work")
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *given: asked.append(given) or splits)
     names = {"a/b": 13, "a/b:main": 13, "a/b:main:test_sft": 1, "a/b::train_sft": 12}
