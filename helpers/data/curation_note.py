@@ -1,7 +1,6 @@
 """How notebook 02 made the rows: a note that goes on with the adapter and the merged model.
 
-Who trains on the rows, or asks a model as they ask, needs it: the system message, the template, the
-length, and which tokenizer counted.
+It holds the system message, the template, the length, and which tokenizer counted.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Exact and near duplicates among all rows, found by MinHash without comparing every pair.
+"""Exact and near duplicates among all rows, found without comparing every pair.
 
 MinHash (Broder 1997) estimates the Jaccard similarity of two texts from signatures of fixed size.
 """
@@ -76,9 +76,8 @@ def deduplicate(
 def similar_pairs(signatures: np.ndarray, threshold: float) -> tuple[np.ndarray, ...]:
     """(left, right, similarity) of rows whose MinHash similarity reaches the threshold.
 
-    left < right, sorted by right, then left. Locality-sensitive hashing: rows that agree on all
-    values of one band land in one bucket and are compared. In a bucket of more than WINDOW + 1 rows
-    each row meets its WINDOW neighbours only, so that the cost stays linear.
+    left < right, sorted by right, then left. Rows that agree on all values of one band land in one
+    bucket and are compared; in a large one with WINDOW neighbours, so that the cost stays linear.
     """
     pairs = _candidates(signatures)
     left, right = np.divmod(pairs, max(len(signatures), 1))

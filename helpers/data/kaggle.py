@@ -1,7 +1,6 @@
 """The Kaggle set: Questions.csv, Answers.csv and Tags.csv, read strictly and repaired.
 
-The files are ISO-8859-1. A post whose bytes are valid UTF-8 was converted wrongly on its way and is
-put right. A damaged line ends the reading with a sentence that names it.
+The files are ISO-8859-1. A post whose bytes are valid UTF-8 was converted wrongly on its way.
 """
 
 import contextlib

@@ -1,8 +1,7 @@
 """The posts of a source in one SQLite file, to be read in parts of a few thousand questions.
 
-A database joins, sorts and counts on the disk, so memory does not grow with the source. Questions
-come in the order of a seeded hash of their ids: shuffled, reproducibly, whatever the order of the
-file they came from.
+It joins, sorts and counts on the disk, so memory does not grow with the source. Questions come in
+the order of a seeded hash of their ids, whatever the order of the file they came from.
 """
 
 import contextlib

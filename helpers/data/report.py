@@ -33,7 +33,6 @@ class Report:
 
     @contextlib.contextmanager
     def timed(self, step: str) -> Iterator[None]:
-        """Note the seconds of a step, in a with-statement."""
         started = time.perf_counter()
         yield
         self.seconds[step] = time.perf_counter() - started

@@ -50,8 +50,7 @@ class RarestIndex:
 
     A set of n members that is contained to the share s lacks at most (1-s)n of them. So of its
     (1-s)n + SHARED rarest members at least SHARED are in the other set, and only those are indexed
-    (the prefix filter of similarity joins, Chaudhuri et al. 2006). `candidates` misses no set; the
-    caller measures the overlap.
+    (the prefix filter of similarity joins, Chaudhuri et al. 2006). No set is missed.
     """
 
     def __init__(self, sets: list[set[str]], share: float):
