@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from helpers.data.formats import BROKEN_GZIP, Part, Quarantine, is_message, parts_of
+from helpers.data.formats import UNREADABLE, Part, Quarantine, is_message, parts_of, unreadable
 from helpers.data.posts import HELD, INSERT, DataError
 from helpers.prompts import CLOSE_USER, OPEN_USER, OPENING, read_completion
 
@@ -274,11 +274,8 @@ def _rows(part: Part, quarantine: Quarantine) -> Iterator[Row]:
                 quarantine.add(part.name, line, str(error), record)
             except DataError as error:
                 raise DataError(f"{part.name}, line {line}, {error}") from error
-    except UnicodeDecodeError as error:
-        said = f"{error.reason} at position {error.start}"
-        raise DataError(f"{part.name} is not UTF-8 text ({said}): save it as UTF-8") from error
-    except BROKEN_GZIP as error:
-        raise DataError(f"{part.name} is no whole gzip file ({error}): get it again") from error
+    except UNREADABLE as error:
+        raise unreadable(part.name, error) from error
 
 
 def _chosen(parts: list[Part], given: list[Part], seen: Seen) -> list[Part]:

@@ -1,7 +1,7 @@
 """Rows as they are stored: in files, a folder of them, a dataset saved to disk, on the Hub.
 
-Lines and CSV are read here and not by `datasets`, which stops at the first line that is no row,
-gives it no number, and reads the answer "007" as 7.
+Lines and CSV are not read by `datasets`, which stops at the first line that is no row, gives it no
+number, and reads the answer "007" as 7.
 """
 
 import codecs
@@ -27,10 +27,9 @@ LONGEST = 1 << 20  # bytes of a line
 QUARANTINE = "quarantine.jsonl"
 TEXTS = (".jsonl", ".json", ".csv", ".tsv")
 ENDINGS = (*TEXTS, *(f"{ending}.gz" for ending in TEXTS), ".parquet")
-# What lies beside rows and describes them.
 NO_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", QUARANTINE}
 SPLIT = re.compile(r"(?i)(?:^|[^a-z])(train|valid|val|dev|eval|test)(?=ing|ation|uation|[^a-z]|$)")
-BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
+UNREADABLE = (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError)
 
 Records = Iterator[tuple[int, dict]]  # with their line numbers
 
@@ -70,18 +69,14 @@ class Part(NamedTuple):
 
 
 def parts_of(source: Path | str) -> tuple[list[Part], list[str]]:
-    """The parts of a file, a folder (a Path) or a Hub dataset (a name), and what is not read.
-
-    Raises DataError.
-    """
+    """The parts of a file, a folder (a Path) or a Hub dataset (a name), and what is not read."""
     if isinstance(source, str):
         return _of_splits(_of_hub(source), source), []
     if source.is_file():
         return _of_file(source, source.name, "train")
-    if is_saved(source):
+    if is_saved(source):  # by `save_to_disk`
         return _of_splits(_loaded(str(source), "load_from_disk", str(source)), source.name), []
-    parts: list[Part] = []
-    others: list[str] = []
+    parts, others = list[Part](), list[str]()
     for path in sorted(path for path in source.rglob("*") if path.is_file()):
         name = path.relative_to(source).as_posix()
         if is_rows(path) and path.name not in NO_ROWS and path.name[0] != ".":
@@ -97,7 +92,6 @@ def is_rows(path: Path) -> bool:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote a folder."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
@@ -129,8 +123,8 @@ def _of_file(path: Path, name: str, split: str) -> tuple[list[Part], list[str]]:
         with opened(path) as file:  # a list of rows may be called .jsonl
             listed = re.match(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{", file.read(100))
         lists, others = _json_lists(path, name) if kind == "json" or listed else ({}, [])
-    except BROKEN_GZIP as error:
-        raise DataError(f"{name} is no whole gzip file ({error}): get it again") from error
+    except UNREADABLE as error:
+        raise unreadable(name, error) from error
     if not lists:
         return [Part(name, split, lambda lost: json_records(path, lost, name))], []
     parts = []
@@ -152,6 +146,13 @@ def opened(path: Path) -> BinaryIO:
     encoding = "utf-16" if marked else "utf-16-be" if head[:1] == b"\0" else "utf-16-le"
     with file:
         return io.BytesIO(file.read().decode(encoding).encode())
+
+
+def unreadable(name: str, error: Exception) -> DataError:
+    if isinstance(error, UnicodeDecodeError):
+        said = f"{error.reason} at position {error.start}"
+        return DataError(f"{name} is not UTF-8 text ({said}): save it as UTF-8")
+    return DataError(f"{name} is no whole gzip file ({error}): get it again")
 
 
 # -- JSON.
@@ -201,8 +202,7 @@ def _parse(line: bytes) -> tuple[dict | None, str]:
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
     """A JSON object; ValueError when it names one thing twice: json would keep the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    if len(found := dict(pairs)) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
     return found
@@ -211,14 +211,14 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 def _json_lists(path: Path, name: str) -> tuple[dict[str, list], list[str]]:
     """The rows of a JSON file by split ("" for none), and the names of what is no row.
 
-    Both are empty when it holds one object in each line. Raises DataError.
+    Both are empty when it holds one object in each line.
     """
     try:
         with opened(path) as file:
             found = json.loads(file.read().decode("utf-8-sig"), object_pairs_hook=_object)
+    except UnicodeDecodeError:
+        raise
     except (ValueError, RecursionError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise DataError(f"{name} is not UTF-8 text ({error}): save it as UTF-8") from error
         first = next((line for _, line in _lines(path) if line.strip()), b"")
         if _parse(first)[0]:
             return {}, []
@@ -271,8 +271,7 @@ def _of_list(rows, name: str) -> Callable[[Quarantine], Records]:
 def _of_csv(path: Path, name: str, quarantine: Quarantine) -> Records:
     """The rows of a CSV file, by whichever separator gives its header the most columns.
 
-    A row with more or fewer fields than the header goes to quarantine, and so does one whose
-    quotes do not close: nobody knows where its fields end.
+    A row with more or fewer fields goes to quarantine, and so does one whose quotes do not close.
     """
     csv.field_size_limit(LONGEST)
     with io.TextIOWrapper(opened(path), "utf-8-sig", newline="") as file:

@@ -492,6 +492,12 @@ def test_a_nasty_table_loses_no_row_in_silence(name, tmp_path):
             gzip.compress(b'{"prompt": "q", "answer": "a"}\n' * 9, mtime=0)[:-9],
             "no whole gzip",
         ),
+        (
+            "a.jsonl",
+            '{"prompt": "q"}'.encode("utf-16")[:-1],
+            "a.jsonl is not UTF-8 text .truncated",
+        ),
+        ("a.json", b'["caf\xe9"]', "a.json is not UTF-8 text .invalid continuation byte at"),
         ("a.json.gz", gzip.compress(b"[{}]", mtime=0)[:-9], "a.json.gz is no whole gzip"),
     ],
 )
