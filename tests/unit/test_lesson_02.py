@@ -111,3 +111,13 @@ def test_a_dataset_is_uploaded_only_when_asked(asked, names):
     config = Config.from_profile("demo", push_to_hub=asked, new_dataset_name="someone/set")
     run({"config": config, "dataset": dataset, "pd": pd}, "42-credit")
     assert pushed == names
+
+
+def test_ten_rows_of_ones_own_are_shown_as_they_are_trained_on(tokenizer, capsys):
+    config = Config.from_profile("demo")
+    run({"Config": Config, "config": config, "tokenizer": tokenizer}, "own-code")
+    told = capsys.readouterr().out
+    assert "trams.jsonl: 10 rows" in told and "of 10 rows 10 stay" in told
+    two_turns = told.split("-- row 10, what is learned between « and »:")[1]
+    assert two_turns.count(f" {tokenizer.eos_token}»") == 2 and "« Line 3 too. " in two_turns
+    assert "Python" not in told
