@@ -69,6 +69,8 @@ def _add_commands(commands) -> None:
     serve("--page", action="store_true", help="open the page that asks all of them")
     check_data = add("check-data", "what becomes of a file of your own")
     check_data("source", help="a file, a folder, or a dataset of the Hub")
+    check_model = add("check-model", "does a model go through all six lessons?")
+    check_model("name", help="a model on the Hub, or a folder; its weights are not read")
     add("export-training", "notebook 04 for several GPUs")
     add("record", "put a run's outputs into the committed notebooks")
     add("first-look", "write what lesson 01 opens with, from a run")
@@ -126,6 +128,8 @@ def _execute(options) -> None:
             config = _config(options, DATA_SOURCE=options.source)
             tokenizer = _load("model.loading").load_tokenizer(config.model_name)
             print(visible(_load("data.own_rows").describe(config, tokenizer)))
+        case "check-model":
+            _check_model(options)
         case "export-training":
             path = _load("training.export").export_training(parameters_of(options))
             print(f"accelerate launch --config_file accelerate/ddp.yaml {path}")
@@ -150,6 +154,15 @@ def _run(options) -> None:
     for lesson, label, value in _load("runs.report").headline_rows(config):
         print(f"{lesson}  {label:<44} {value:>10}")
     print(f"report: {config.run_dir / 'report.html'}")
+
+
+def _check_model(options) -> None:
+    check_model = _load("model.check_model")
+    text = check_model.report(_config(options, MODEL_NAME=options.name))
+    print(visible(text))
+    if f" {check_model.STOP} " in text:
+        raise RuntimeError(f"{options.name} does not go through, see {check_model.STOP} above")
+    print(f"{options.name} goes through all six lessons")
 
 
 def _serve(options) -> None:

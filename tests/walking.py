@@ -7,11 +7,13 @@ import contextlib
 import io
 import json
 import sys
+from pathlib import Path
 
 import nbformat
 import pandas as pd
 import torch
 import transformers
+import trl
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.pylabtools import select_figure_formats
 from traitlets.config import Config as Traits
@@ -143,3 +145,65 @@ def bare_tokenizer(folder, special: int = 17, **names):
     settings |= names
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+# What tokenizers of known families do: BOS, whether it is written before a text, EOS, the token in
+# which a turn ends, `pad`, `unk`, the other control tokens, and the chat template, as trl has it.
+HABITS = {
+    "llama2": ("<s>", True, "</s>", None, "<unk>", "<unk>", "", None),
+    "mistral": ("<s>", True, "</s>", None, None, "<unk>", "", None),
+    "llama3": (
+        *("<|begin_of_text|>", True, "<|eot_id|>", None, "<|eot_id|>", None),
+        *("<|start_header_id|> <|end_header_id|> <|finetune_right_pad_id|>", "llama3"),
+    ),
+    "qwen": (
+        *(None, False, "<|im_end|>", None, "<|endoftext|>", None),
+        *("<|im_start|>", "qwen2_5"),
+    ),
+    "gemma": (
+        *("<bos>", True, "<eos>", "<end_of_turn>", "<pad>", "<unk>"),
+        *("<start_of_turn>", "gemma3"),
+    ),
+    "phi3": (
+        *("<s>", False, "<|endoftext|>", "<|end|>", "<|endoftext|>", "<unk>"),
+        *("<|user|> <|assistant|> <|system|>", "phi3"),
+    ),
+}
+
+
+def tokenizer_like(family: str, tokenizer, folder, count: int = 2000):
+    """The first tokens of a tokenizer, with the control tokens and habits of a family in HABITS."""
+    bos, writes_bos, eos, ending, pad, unk, marks, template = HABITS[family]
+    named = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": unk}
+    wanted = dict.fromkeys(filter(None, (bos, eos, ending, pad, unk, *marks.split())))
+    first_tokens(tokenizer, count, folder)
+    file = folder / "tokenizer.json"
+    described = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = described["model"]["vocab"]
+    tokens = sorted(described["added_tokens"], key=lambda token: token["content"] in wanted)
+    for token, new in zip(tokens, [new for new in wanted if new not in vocabulary], strict=False):
+        vocabulary[new] = vocabulary.pop(token["content"])
+        token["content"] = new
+    described["post_processor"] = _bos_first(bos, vocabulary[bos]) if writes_bos else None
+    file.write_text(json.dumps(described), encoding="utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= {name: token for name, token in named.items() if token}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    if template:
+        source = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
+        (folder / "chat_template.jinja").write_bytes(source.read_bytes())
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def _bos_first(bos: str, number: int) -> dict:
+    """A tokenizer's post-processor that writes BOS in front of each text."""
+    special = {"SpecialToken": {"id": bos, "type_id": 0}}
+    single = [special, {"Sequence": {"id": "A", "type_id": 0}}]
+    tokens = {bos: {"id": bos, "ids": [number], "tokens": [bos]}}
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": tokens,
+    }

@@ -8,7 +8,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from helpers.config import Config
 from helpers.data.curation_note import lasting_rules, tokenizer_rules
 from helpers.data.dataset_folder import dataset_fingerprint
-from helpers.model.loading import load_tokenizer
+from helpers.model.loading import for_model, load_tokenizer
 from helpers.model.model_folder import check_weights
 from helpers.runs.inventory import (
     TRAINING_LOG,
@@ -67,7 +67,7 @@ def _other_than_now(config: Config, settings: dict, trained: dict) -> list[str]:
     """
     found = {"lora_r": settings.get("r"), "lora_alpha": settings.get("lora_alpha")}
     found |= {"target_modules": settings.get("target_modules") or (), **trained.get("base", {})}
-    complaints = []
+    config, complaints = for_model(config), []
     if trained.get("recipe", config.recipe) != config.recipe:
         complaints, found = [("RECIPE", config.recipe, trained["recipe"])], {}
     for name, value in found.items():

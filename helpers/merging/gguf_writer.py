@@ -16,16 +16,14 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import TokenType
 from transformers import AutoConfig, AutoTokenizer
 
-from helpers.model import hub
+from helpers.model import check_model, hub
+from helpers.model.check_model import CONVERTER
 
 # File name -> how matrices are stored, and the number by which a file says so.
 TYPES = {
     "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
     "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-# How a tokenizer cuts text before it merges, as llama.cpp calls it.
-PRE_TOKENIZERS = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}
-CONVERTER = "use llama.cpp's own converter, `python convert_hf_to_gguf.py` and the merged folder"
 
 
 class NoGGUF(ValueError):
@@ -66,14 +64,10 @@ def _begin(source: Path, path: Path, type_name: str, shape) -> gguf.GGUFWriter:
     return writer
 
 
-def why_not(shape) -> str:
-    """Why a model of this shape cannot be written, and what can write it; "" if it can."""
-    rope_type = (shape.rope_parameters or {}).get("rope_type", "default")
-    if shape.model_type != "llama" or rope_type != "default":
-        return (
-            f"only Llama models with plain rotary positions are written as GGUF here; this one is "
-            f"{shape.model_type!r} with positions {rope_type!r}: {CONVERTER}"
-        )
+def why_not(shape, tokenizer=None) -> str:
+    """Why a model of this shape, and tokenizer, cannot be written, and what can; "" if it can."""
+    if reason := check_model.why_not_gguf(shape, tokenizer):
+        return reason
     if getattr(shape, "quantization_config", None):
         return (
             "the merged model is stored in the 4 bits of bitsandbytes, which GGUF does not know: "
@@ -213,10 +207,7 @@ def scores(tokens: list[str], merges: list) -> list[float]:
 
 def pre_tokenizer(described: dict) -> str:
     """llama.cpp's name for the first cut that tokenizer.json describes; NoGGUF if unknown."""
-    parts = tuple(part["type"] for part in described.get("pretokenizers", [described]))
-    if parts not in PRE_TOKENIZERS:
-        raise NoGGUF(
-            f"the tokenizer cuts text by {' and '.join(parts)}, whose name in llama.cpp is not "
-            f"known here: {CONVERTER}"
-        )
-    return PRE_TOKENIZERS[parts]
+    name, reason = check_model.first_cut(described)
+    if reason:
+        raise NoGGUF(reason)
+    return name

@@ -13,9 +13,11 @@ from math import ceil, prod
 from transformers import LlamaConfig
 
 from helpers.config import ATTENTION_TARGETS
+from helpers.profiles import FUSED
 
 FLOAT32 = 4  # bytes
 BLOCK, NESTED_BLOCK = 64, 256  # weights under one constant, constants under one second constant
+FUSED_MODELS = ("phi3",)  # Phi-3 and Phi-4
 # hidden, inner, layers, heads, key heads: Touvron et al. 2023, arXiv 2307.09288
 LLAMA_2 = {
     "7B": (4096, 11008, 32, 32, 32),
@@ -36,6 +38,7 @@ class Shape:
     head: int
     words: int
     tied: bool = False
+    fused: bool = False  # q, k and v are one matrix, and gate and up another
 
     @classmethod
     def of(cls, model_config) -> "Shape":
@@ -50,12 +53,18 @@ class Shape:
             head=getattr(model_config, "head_dim", None) or hidden // heads,
             words=model_config.vocab_size,
             tied=model_config.tie_word_embeddings,
+            fused=model_config.model_type in FUSED_MODELS,
         )
 
     @cached_property
     def linear(self) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of one layer's linear parts by name."""
         queries, keys = self.heads * self.head, self.key_heads * self.head
+        if self.fused:
+            attention = {"qkv_proj": (queries + 2 * keys, self.hidden)}
+            attention |= {"o_proj": (self.hidden, queries)}
+            mlp = {"gate_up_proj": (2 * self.inner, self.hidden)}
+            return attention | mlp | {"down_proj": (self.hidden, self.inner)}
         attention = {"q_proj": (queries, self.hidden), "k_proj": (keys, self.hidden)}
         attention |= {"v_proj": (keys, self.hidden), "o_proj": (self.hidden, queries)}
         mlp = {"gate_proj": (self.inner, self.hidden), "up_proj": (self.inner, self.hidden)}
@@ -81,6 +90,12 @@ class Shape:
         """Elements of each LoRA matrix: rank x inputs and outputs x rank, target by target."""
         sides = [side for name, shape in self.linear.items() if name in targets for side in shape]
         return [rank * side for side in sides] * self.layers
+
+
+def own_names(model_config, names: Iterable[str]) -> tuple[str, ...]:
+    """Kinds of linear layers under the names that a model has for those that they are in."""
+    fused = FUSED if model_config.model_type in FUSED_MODELS else {}
+    return tuple(dict.fromkeys(fused.get(name, name) for name in names))
 
 
 def llama2_config(size: str = "7B") -> LlamaConfig:
@@ -113,7 +128,8 @@ def lora_parameters(
     model_config, rank: int = 64, targets: Iterable[str] = ATTENTION_TARGETS
 ) -> int:
     """Trainable parameters: rank x (inputs + outputs) over the targets (LoRA, section 4.1)."""
-    return sum(Shape.of(model_config).adapter_tensors(rank, targets))
+    names = own_names(model_config, targets)
+    return sum(Shape.of(model_config).adapter_tensors(rank, names))
 
 
 def cache_bytes(model_config, tokens: int, width: int = 2) -> int:

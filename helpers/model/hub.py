@@ -1,8 +1,7 @@
 """Where a model's files come from: the embedded one, a local folder, or the Hub.
 
 Where the Hub fails, the copy that an earlier load left is taken, or one sentence says why not.
-Downloading is huggingface_hub's: it takes a connection up again where it was cut, several times
-within one call. A later call keeps the files that came whole and begins the cut one again.
+huggingface_hub takes a cut connection up again within one call; a later call keeps whole files.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,10 +15,8 @@ from safetensors import safe_open
 
 from helpers.model import embedded
 from helpers.model.embedded import EMBEDDED_NAME, ModelUnavailable
-from helpers.model.model_folder import check_code
 from helpers.runs import folders, inventory
 
-WEIGHTS = "model*.safetensors"  # what transformers loads
 NOT_HERE = "not on this disk"
 HUB_REASONS = {
     GatedRepoError: "access to {name} is gated: accept its licence on its Hub page, then run "
@@ -53,21 +50,6 @@ def identity(name: str, sha256: Callable[[Path], str] = inventory.sha256) -> dic
     return {name: Path(cached).parent.name if isinstance(cached, str) else NOT_HERE}
 
 
-def local_folder(model_name: str) -> Path:
-    """The folder with a model's files, fetched from the Hub; ModelUnavailable and DiskFull."""
-    return from_hub(model_name, _fetch, check_code)
-
-
-def _fetch(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    # First the small files: with them comes the list by which half a copy is known as such.
-    huggingface_hub.snapshot_download(name, allow_patterns=["*.json"])
-    need_room(name)
-    patterns = ["*.safetensors", "*.json"]
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-
-
 def need_room(name: str) -> None:
     """Raise DiskFull, before the first byte, for weights of the Hub that the disk cannot hold.
 
@@ -75,8 +57,9 @@ def need_room(name: str) -> None:
     """
     if Path(name).is_dir():
         return
+    weights = ["model*.safetensors"]  # what transformers loads
     try:
-        files = huggingface_hub.snapshot_download(name, allow_patterns=[WEIGHTS], dry_run=True)
+        files = huggingface_hub.snapshot_download(name, allow_patterns=weights, dry_run=True)
     except (OSError, ValueError, httpx2.HTTPError):
         return
     needed = sum(file.file_size or 0 for file in files if file.will_download)
@@ -91,18 +74,17 @@ def stored_tensors(folder: Path) -> Iterator[tuple]:
                 yield name, opened.get_slice(name)
 
 
-def from_hub(name: str, load, check, **options):
-    """load(check(path), **options); where the Hub fails, from the copy that an earlier load left.
+def from_hub(name: str, load, check):
+    """load(check(path)); where the Hub fails, from the copy that an earlier load left.
 
     Raises ModelUnavailable, one sentence with the reason and the way out, and DiskFull.
     """
     path = resolve(name)
     try:
-        return load(check(path), **options)
+        return load(check(path))
     except (OSError, httpx2.HTTPError) as error:
         try:
-            copy = huggingface_hub.snapshot_download(path, local_files_only=True)
-            return load(check(copy), **options)
+            return load(check(huggingface_hub.snapshot_download(path, local_files_only=True)))
         except (OSError, ValueError):  # no copy, or half of one; ValueError: no name on the Hub
             if isinstance(error, folders.DiskFull):
                 raise error from None
@@ -113,22 +95,19 @@ def from_hub(name: str, load, check, **options):
 
 def _reason(name: str, error: BaseException) -> str:
     """What kept a model from being loaded, from the error and its causes."""
-    causes = list(_causes(error))
-    kinds = [kind for kind in HUB_REASONS if any(isinstance(cause, kind) for cause in causes)]
-    statuses = [cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)]
-    if kinds:
-        return HUB_REASONS[kinds[0]].format(name=name, error=error)
-    if statuses:
-        advice = STATUS_ADVICE.get(statuses[0], "try again later")
-        return f"the Hub answered {statuses[0]} when asked for {name}: {advice}"
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    for kind, sentence in HUB_REASONS.items():
+        if any(isinstance(cause, kind) for cause in causes):
+            return sentence.format(name=name)
+    for cause in causes:
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            advice = STATUS_ADVICE.get(status, "try again later")
+            return f"the Hub answered {status} when asked for {name}: {advice}"
     first = (str(causes[-1]).strip() or type(error).__name__).splitlines()[0]
     return (
         f"{name} could not be loaded ({first}): check the network and try again, files that "
         "came whole are kept; or name a local folder in MODEL_NAME"
     )
-
-
-def _causes(error: BaseException | None):
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

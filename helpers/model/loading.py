@@ -1,7 +1,9 @@
 """How a model is loaded: its shape, its tokenizer, the weights in 16 bits or in 4."""
 
 import contextlib
+import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,25 +11,37 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from helpers.config import Config, ConfigError
 from helpers.model import hub, precision
+from helpers.model.architecture import own_names
 from helpers.model.embedded import ModelUnavailable
 from helpers.model.hub import from_hub
-from helpers.model.model_folder import check_code, check_model
+from helpers.model.model_folder import check_code, check_model, check_shape
 
 # The settings that decide what the weights of a base model in 4 bits are.
 PACKED_BY = ("use_4bit", "bnb_4bit_compute_quant_type", "use_nested_quant", "keep_in_16bit")
-LLAMA_LAYER = [f"self_attn.{side}_proj" for side in "qkvo"]
-LLAMA_LAYER += [f"mlp.{side}_proj" for side in ("gate", "up", "down")]
 
 
 def load_shape(model_name: str):
-    """transformers' config of a model: its shape without its weights. Raises ModelUnavailable."""
-    return from_hub(model_name, AutoConfig.from_pretrained, check_code)
+    """transformers' config of a model: its shape without its weights.
+
+    Raises ModelUnavailable, and ConfigError for a kind that transformers does not know.
+    """
+    return from_hub(model_name, _shape, check_code)
+
+
+def _shape(path: str):
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except ValueError as error:
+        raise ConfigError(
+            f"MODEL_NAME is {path!r}, a kind of model that transformers does not know by itself, "
+            "and code of a model is never run here: choose one that it knows"
+        ) from error
 
 
 def load_tokenizer(model_name: str):
     """The tokenizer of a model, see `choose_padding`. Raises ModelUnavailable too."""
-    tokenizer = from_hub(model_name, AutoTokenizer.from_pretrained, check_code)
-    return choose_padding(tokenizer, model_name)
+    load = partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
+    return choose_padding(from_hub(model_name, load, check_code), model_name)
 
 
 def choose_padding(tokenizer, model_name: str):
@@ -37,6 +51,12 @@ def choose_padding(tokenizer, model_name: str):
     never learn to stop.
     """
     tokenizer.padding_side = "right"
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"MODEL_NAME is {model_name!r}, whose tokenizer is not a fast one, and only such a one "
+            "tells where in a text each token stands: get its tokenizer.json, or choose another "
+            "model"
+        )
     if tokenizer.eos_token is None:
         raise ConfigError(
             f"MODEL_NAME is {model_name!r}, whose tokenizer names no token that ends an answer: "
@@ -96,20 +116,25 @@ def use_device(config: Config, name: str) -> None:
     torch.cuda.set_device(config.device)
 
 
-def find_model(config: Config, source: str | Path | None = None) -> str:
+def for_model(config: Config) -> Config:
+    """The Config with TARGET_MODULES as its model calls them: Phi-3's q, k and v are `qkv_proj`."""
+    shape = load_shape(config.model_name)
+    return dataclasses.replace(config, target_modules=own_names(shape, config.target_modules))
+
+
+def find_model(config: Config) -> str:
     """The folder or Hub id to give to `from_pretrained`: what will fail there is said here first.
 
-    Makes the Config's GPU the current one. Raises ModelUnavailable, DiskFull, and ArtefactError for
-    a damaged model or one that brings code of its own.
+    Makes the Config's GPU the current one. Raises ModelUnavailable, DiskFull, ConfigError for a
+    model that cannot be trained here, and ArtefactError for a damaged one or one with code.
     """
-    name = str(source or config.model_name)
-    use_device(config, name)
-    return from_hub(name, _checked_path, check_model)
+    use_device(config, config.model_name)
+    return from_hub(config.model_name, partial(_checked_path, config), check_model)
 
 
-def _checked_path(path: str) -> str:
+def _checked_path(config: Config, path: str, base: bool = True) -> str:
     # A model that cannot be built, or not be used, is not downloaded first.
-    need_llama_layers(path, AutoConfig.from_pretrained(path))
+    check_shape(path, _shape(path), config.keep_in_16bit, base)
     hub.need_room(path)
     return path
 
@@ -127,27 +152,17 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
         settings = options["quantization_config"] = quantization_config(config)
         if is_sharded():  # FSDP moves numbers of one type, so the packed bytes must pass for such
             settings.bnb_4bit_quant_storage = dtype
+
+    def load(path: str):
+        found = _checked_path(config, path, base=source is None)
+        at = {"dtype": dtype, "device_map": device_map}
+        return AutoModelForCausalLM.from_pretrained(found, use_safetensors=True, **at, **options)
+
     with contextlib.ExitStack() as stack:
         if is_sharded():  # and it takes each share from the host: no GPU holds all of the model
             device_map = {"": "cpu"}
             stack.enter_context(packing_on(config.device))
-        model = from_hub(
-            name, _load_weights, check_model, dtype=dtype, device_map=device_map, **options
-        )
-    return guard_cpu_weights(model).eval()
-
-
-def need_llama_layers(name: str, shape) -> None:
-    """Raise ConfigError for a model whose layers lack one of Llama's seven linear parts by name."""
-    with torch.device("meta"):
-        modules = dict(AutoModelForCausalLM.from_config(shape).named_modules())
-    first = "model.layers.0."
-    if missing := [part for part in LLAMA_LAYER if first + part not in modules]:
-        raise ConfigError(
-            f"MODEL_NAME is {name!r}, a {shape.model_type!r} model without {', '.join(missing)} in "
-            "its layers, and this course trains layers that are built as Llama's are: choose a "
-            "Llama, Mistral, Qwen 2, Qwen 3 or Gemma 3 (text) model"
-        )
+        return guard_cpu_weights(from_hub(name, load, check_model)).eval()
 
 
 @contextlib.contextmanager
@@ -167,11 +182,6 @@ def packing_on(device: str):
         yield
     finally:
         bnb.functional.quantize_4bit = pack
-
-
-def _load_weights(path: str, **options):
-    path = _checked_path(path)
-    return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
 
 
 def guard_cpu_weights(model):

@@ -6,13 +6,13 @@ one formula; what differs between the ways to compute stands as numbers in `Way`
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, prod
 from typing import NamedTuple
 
 from helpers.config import PROJECT_DIR
-from helpers.model.architecture import FLOAT32, Shape, quantized_bytes
+from helpers.model.architecture import FLOAT32, Shape, own_names, quantized_bytes
 from helpers.model.steps import OPTIMIZERS, Run, offload_lead
 
 RESULTS = PROJECT_DIR / "benchmarks" / "results"
@@ -84,7 +84,9 @@ class Step:
 
     @classmethod
     def of(cls, model_config, run: Run) -> "Step":
-        return cls(Shape.of(model_config), run)
+        shape = Shape.of(model_config)
+        targets, kept = (own_names(model_config, n) for n in (run.targets, run.keep_in_16bit))
+        return cls(shape, replace(run, targets=targets, keep_in_16bit=kept))
 
     @cached_property
     def way(self) -> Way:

@@ -12,7 +12,8 @@ import psutil
 from datasets import DatasetDict
 
 from helpers.config import Config, ConfigError
-from helpers.model import loading, measure, plan, precision, predict
+from helpers.model import loading, measure, plan, predict
+from helpers.model.check_model import why_not_fast
 from helpers.model.steps import Run
 from helpers.training import checkpoints, machine, several_processes
 from helpers.training.training_rows import row_lengths
@@ -38,13 +39,14 @@ def prepare(
 def planned(config: Config, folder: Path | None = None) -> Config:
     """The Config with the fastest way to take its step that its GPU has room for, which is printed.
 
-    A Config that is off the fast path or names KEPT_LAYERS stays as it is. A run that has
-    checkpoints in `folder` goes on as it began, or, in less memory, with the same rows at a time
-    and the same optimizer. Where the fast path cannot go, FAST_PATH is False in what is returned.
+    Its TARGET_MODULES have the model's own names. A Config that is off the fast path or names
+    KEPT_LAYERS stays as it is otherwise. A run that has checkpoints in `folder` goes on as it
+    began, or, in less memory, with the same rows at a time and the same optimizer. Where the fast
+    path cannot go, FAST_PATH is False in what is returned.
     Raises ConfigError when nothing fits: only the model's shape was loaded by then.
     """
     several_processes.join(config)
-    config = several_processes.for_this_process(config)
+    config = loading.for_model(several_processes.for_this_process(config))
     begun = checkpoints.recorded_plan(folder) if folder else {}
     config = dataclasses.replace(config, **_same_steps(begun))
     if loading.is_sharded() and config.device != "cpu":
@@ -57,16 +59,6 @@ def planned(config: Config, folder: Path | None = None) -> Config:
     if config.kept_layers is not None:
         return config
     return _fastest(config, loading.load_shape(config.model_name), begun, folder)
-
-
-def why_not_fast(config: Config) -> str | None:
-    """Why this machine or model cannot take the fast path, as the end of a sentence."""
-    if config.device == "cpu" or not precision.has_bfloat16(config.device):
-        return "which needs a GPU from Ampere on"
-    if config.keep_in_16bit:
-        return "whose kernels know layers in 4 bits alone (KEEP_IN_16BIT names others)"
-    kind = loading.load_shape(config.model_name).model_type
-    return None if kind == "llama" else f"which knows no {kind!r} model"
 
 
 def _same_steps(begun: dict) -> dict:

@@ -16,7 +16,7 @@ import huggingface_hub.constants
 from helpers.config import Config
 from helpers.data import sources
 from helpers.merging import publishing
-from helpers.model import hub, loading
+from helpers.model import loading
 
 time.sleep = lambda seconds: None  # the client waits longer and longer between its attempts
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 100_000
@@ -46,10 +46,8 @@ def main() -> None:
     say("good", load_model, "any/good")
     say("good tokenizer", loading.load_tokenizer, "any/good")
     say("cut", load_model, "any/cut")
-    say("cut folder", hub.local_folder, "any/cut")
     switch("healed")
     say("second try", load_model, "any/cut")
-    say("folder", hub.local_folder, "any/cut")
     switch("down")
     say("cached", load_model, "any/good")
     say("cached tokenizer", loading.load_tokenizer, "any/good")

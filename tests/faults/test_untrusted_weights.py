@@ -107,10 +107,8 @@ def test_a_pickle_under_the_name_of_safetensors_is_refused(config, canary):
         loading.load_model(config)
 
 
-@pytest.mark.parametrize("kind", ["llama", "unknown-to-transformers"])
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_code_that_a_model_brings_is_not_run(config, canary, name, kind):
-    folder = Path(config.model_name)
+def bring_code(folder, canary, name: str, kind: str) -> None:
+    """Code in a model's folder that leaves a trace when it is run, named by one of its files."""
     (folder / "code.py").write_text(
         f"import os\nos.mkdir({str(canary)!r})\nclass Own: pass\n", encoding="utf-8"
     )
@@ -120,9 +118,23 @@ def test_code_that_a_model_brings_is_not_run(config, canary, name, kind):
     if name == "config.json":
         settings["model_type"] = kind
     (folder / name).write_text(json.dumps(settings), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("config.json", "unknown-to-transformers"), ("tokenizer_config.json", "")]
+)
+def test_code_that_a_model_brings_is_not_run(config, canary, name, kind):
+    folder = Path(config.model_name)
+    bring_code(folder, canary, name, kind)
     for load in (lambda: loading.load_model(config), lambda: loading.load_tokenizer(str(folder))):
         with pytest.raises(ArtefactError, match=f"{name} names code to be run .* never run here"):
             load()
+
+
+def test_code_of_a_model_that_transformers_knows_is_left_alone(config, canary):
+    """Phi-3's config names code, from the time when transformers had none for it."""
+    bring_code(Path(config.model_name), canary, "config.json", "llama")
+    assert loading.load_model(config) and loading.load_tokenizer(config.model_name)
 
 
 # -- An adapter and a checkpoint.
