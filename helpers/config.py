@@ -47,7 +47,6 @@ OPTIMIZERS = (
     *("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit"),
     *("paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw"),
 )
-LINEAR_NAMES = (*ALL_LINEAR_TARGETS, *dict.fromkeys(FUSED.values()))
 LITERALS = (bool, int, float, str, list, tuple, dict)  # what a parameter can be
 
 
@@ -76,7 +75,7 @@ class Config:
     bnb_4bit_compute_quant_type: str = one_of("nf4", "nf4", "fp4")  # which 16 numbers 4 bits name
     use_nested_quant: bool = False  # the constants of blocks of weights are quantized too
     # Kinds of linear layers that stay in 16 bits, such as ("down_proj",): some mind four bits most.
-    keep_in_16bit: tuple[str, ...] = none_or_some_of(*LINEAR_NAMES)
+    keep_in_16bit: tuple[str, ...] = none_or_some_of(*ALL_LINEAR_TARGETS, *FUSED)
 
     # -- The data.
     # "sample", "kagglehub", a folder with Kaggle's CSV files, a file or folder of your own, or the
@@ -104,8 +103,7 @@ class Config:
     lora_r: int = count(64, 4096)  # the rank; 4096 is the width of Llama-2-7B
     lora_alpha: int = count(16, 10**4)  # the update is multiplied by alpha / r
     lora_dropout: float = between(0.1, 0.0, 0.9)  # share of the adapter's inputs that is zeroed
-    # In a model that has some of them in one matrix, that one.
-    target_modules: tuple[str, ...] = some_of(ATTENTION_TARGETS, *LINEAR_NAMES)
+    target_modules: tuple[str, ...] = some_of(ATTENTION_TARGETS, *ALL_LINEAR_TARGETS, *FUSED)
 
     # -- Training.
     num_epochs: int = count(1, 1000)

@@ -4,9 +4,8 @@ from typing import Any
 
 ATTENTION_TARGETS = ("q_proj", "v_proj")
 ALL_LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# What Phi-3 and Phi-4 have in their place: one matrix for three of them, one for two.
-FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
-FUSED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+# What Phi-3 and Phi-4 have in place of three of them, and of two: one matrix.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 # Three ways to train, on any profile's model, data and device. What a recipe does not name stays as
 # in the profile: `recommended` leaves it the learning rate, which falls with the width of a model

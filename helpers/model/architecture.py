@@ -95,7 +95,8 @@ class Shape:
 def own_names(model_config, names: Iterable[str]) -> tuple[str, ...]:
     """Kinds of linear layers under the names that a model has for those that they are in."""
     fused = FUSED if model_config.model_type in FUSED_MODELS else {}
-    return tuple(dict.fromkeys(fused.get(name, name) for name in names))
+    own = {part: whole for whole, parts in fused.items() for part in parts}
+    return tuple(dict.fromkeys(own.get(name, name) for name in names))
 
 
 def llama2_config(size: str = "7B") -> LlamaConfig:

@@ -22,8 +22,7 @@ Finding = tuple[str, str, str, str]  # lesson, question, answer ("yes", "no" or 
 STOP, LLAMA_2 = "STOP", ': set TEMPLATE to "llama2"'
 CARDS = (8, 12, 16, 24, 48, 80)  # GB
 CONVERTER = "use llama.cpp's own converter, `python convert_hf_to_gguf.py` and the merged folder"
-# How a tokenizer cuts text before it merges, as llama.cpp calls it.
-PRE_TOKENIZERS = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}
+PRE_TOKENIZERS = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}  # in llama.cpp
 TURNS = ("Is one odd?", "Yes."), ("Is two?", "No.")
 ONE_TURN, TALK = (prompts.Conversation("Be brief.", TURNS[:count]) for count in (1, 2))
 
@@ -91,12 +90,12 @@ def of_shape(config: Config, shape, tokenizer) -> Iterator[Finding]:
     yield "03", "layers", "yes", f"{says} {targets} {trained:,.1f} million are trained"
     yield "03", "embedding", *_of_embedding(shape, tokenizer)
     yield "03", "memory", *_of_memory(config, shape)
-    if reason := why_not_fast(config):
-        reason = f"it trains without the fast path, {reason}, and you need do nothing"
-    yield "04", "fast path", "no" if reason else "yes", reason or "FAST_PATH = True takes it"
+    why = why_not_fast(config)
+    says = f"it trains without the fast path, {why}, and you need do nothing"
+    yield "04", "fast path", *(("no", says) if why else ("yes", "FAST_PATH = True takes it"))
     yield "05", "merge", "yes", f"takes {2 * weights:,.1f} GB in memory, and as much on the disk"
-    reason = why_not_gguf(shape, tokenizer)
-    yield "05", "GGUF", "no" if reason else "yes", reason or "llama.cpp and Ollama can run it"
+    why = why_not_gguf(shape, tokenizer)
+    yield "05", "GGUF", "no" if why else "yes", why or "llama.cpp and Ollama can run it"
     yield "06", "answers", "yes", "base and tuned model answer side by side"
 
 
