@@ -32,7 +32,7 @@ def disk_needed(config: Config) -> dict[str, int]:
     else:
         merged = 2 * sum(map(prod, sizes))
     files = {"merged/": merged}
-    if config.merge_into != "4bit" and not no_gguf(config):
+    if config.merge_into != "4bit" and not gguf_writer.why_not(shape):
         for name in config.gguf_types:
             kind, _ = gguf_writer.TYPES[name]
             stored = (gguf_writer.stored_bytes(size, kind) for size in sizes)
@@ -40,20 +40,11 @@ def disk_needed(config: Config) -> dict[str, int]:
     return {name: size + SMALL_FILES_BYTES for name, size in files.items()}
 
 
-def no_gguf(config: Config) -> str:
-    """Why MODEL_NAME is not written as GGUF, known before anything is merged; "" where it is."""
-    shape = loading.load_shape(config.model_name)
-    return gguf_writer.why_not(shape) or gguf_writer.why_not(
-        shape, loading.load_tokenizer(config.model_name)
-    )
-
-
 def need_disk(config: Config) -> str:
     """`disk_needed`, a line for each file, and what is free. DiskFull where that is too little.
 
-    A last line says it where no GGUF will be written, and why.
-
-    An earlier merge makes room when it is replaced, and its GGUF files with it.
+    An earlier merge makes room when it is replaced, and its GGUF files with it. A last line says
+    why no GGUF will be written, where that is so.
     """
     files = disk_needed(config)
     folders_replaced = (config.merged_dir, config.gguf_dir)
@@ -63,8 +54,10 @@ def need_disk(config: Config) -> str:
     free = shutil.disk_usage(config.run_dir).free
     files |= {"in all": sum(files.values()), "free on the disk": free}
     lines = [f"{size / 1e9:8.2f} GB {name}" for name, size in files.items()]
-    reason = no_gguf(config)
-    return "\n".join(lines + [f"No GGUF will be written: {reason}"] * bool(reason))
+    shape, tokenizer = (f(config.model_name) for f in (loading.load_shape, loading.load_tokenizer))
+    if reason := gguf_writer.why_not(shape, tokenizer):
+        lines.append(f"no GGUF will be written: {reason}")
+    return "\n".join(lines)
 
 
 def gguf_report(config: Config) -> str:

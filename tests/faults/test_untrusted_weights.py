@@ -201,7 +201,8 @@ def unsafe(text):
         if isinstance(node, ast.Call):
             if ast.unparse(node.func) in UNSAFE_CALLS:
                 yield ast.unparse(node.func)
-            yield from (k.arg for k in node.keywords if k.arg in UNSAFE_KEYWORDS)
+            given = (k.arg for k in node.keywords if ast.unparse(k) != "trust_remote_code=False")
+            yield from (name for name in given if name in UNSAFE_KEYWORDS)
         if isinstance(node, ast.Dict):  # keywords that are handed over by **
             keys = (key.value for key in node.keys if isinstance(key, ast.Constant))
             yield from (key for key in keys if key in UNSAFE_KEYWORDS)
@@ -217,6 +218,7 @@ def test_the_search_above_finds_what_it_is_for():
         "torch.load(p, weights_only=False)\nf(trust_remote_code=True)\ng(**{'allow_pickle': 1})"
     )
     assert set(unsafe(program)) == {"torch.load", *UNSAFE_KEYWORDS}
+    assert not list(unsafe("f(trust_remote_code=False)"))
 
 
 def test_every_model_is_loaded_from_safetensors_or_a_pinned_gguf():

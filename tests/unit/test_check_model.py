@@ -17,6 +17,7 @@ def save_shape(tmp_path, tokenizer):
     """A function: kind of config and its changes -> the Config of a model without any weights."""
 
     def save(kind="Llama", profile="demo", **changes):
+        changes = {"vocab_size": len(tokenizer), **changes}
         getattr(transformers, f"{kind}Config")(**changes).save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
         return Config.from_profile(profile, model_name=str(tmp_path))
