@@ -18,7 +18,11 @@ from helpers.profiles import FUSED
 FLOAT32 = 4  # bytes
 BLOCK, NESTED_BLOCK = 64, 256  # weights under one constant, constants under one second constant
 FUSED_MODELS = ("phi3",)  # Phi-3 and Phi-4
-# hidden, inner, layers, heads, key heads: Touvron et al. 2023, arXiv 2307.09288
+# Touvron et al. 2023, arXiv 2307.09288
+LLAMA_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads"),
+)
 LLAMA_2 = {
     "7B": (4096, 11008, 32, 32, 32),
     "13B": (5120, 13824, 40, 40, 40),
@@ -101,17 +105,8 @@ def own_names(model_config, names: Iterable[str]) -> tuple[str, ...]:
 
 def llama2_config(size: str = "7B") -> LlamaConfig:
     """The public shape of a Llama 2 model, "7B", "13B" or "70B", without its weights."""
-    hidden, inner, layers, heads, key_heads = LLAMA_2[size]
-    return LlamaConfig(
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-    )
+    sizes = dict(zip(LLAMA_SIZES, LLAMA_2[size], strict=True))
+    return LlamaConfig(vocab_size=32000, **sizes, max_position_embeddings=4096, rms_norm_eps=1e-5)
 
 
 def quantized_bytes(parameters: int, double: bool) -> int:

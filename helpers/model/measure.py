@@ -43,9 +43,15 @@ def peak_memory_bytes(device: str | torch.device) -> int:
     if PROCESS_STATUS.exists():
         # "VmHWM:   123456 kB": the high-water mark of resident memory, proc(5)
         lines = PROCESS_STATUS.read_text("utf-8").splitlines()
-        (peak,) = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
-        return int(peak) * 1024
-    return _peak_of_process()
+        (kilobytes,) = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+        return int(kilobytes) * 1024
+    # Where there is no /proc: Windows through psutil, else getrusage.
+    if peak := getattr(psutil.Process().memory_info(), "peak_wset", None):
+        return peak
+    import resource  # a Unix module
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def reset_peak_memory(device: str | torch.device) -> bool:
@@ -71,17 +77,6 @@ def free_memory() -> None:
 
 def _is_gpu(device: str | torch.device) -> bool:
     return torch.device(device).type == "cuda"
-
-
-def _peak_of_process() -> int:
-    """Peak resident bytes where there is no /proc: Windows through psutil, else getrusage."""
-    windows_peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
-    if windows_peak is not None:
-        return windows_peak
-    import resource  # a Unix module
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def footprint_bytes(model_config, quantization: BitsAndBytesConfig, dtype: torch.dtype) -> int:

@@ -48,18 +48,16 @@ def for_card(
     allocator's gaps: a margin, not a prediction. With `same_step` the batch and the optimizer stay.
     """
     room, layers = card_bytes - reserve_bytes, model_config.num_hidden_layers
-    tried = [
-        Step.of(model_config, candidate)
-        for candidate in candidates(run, layers)
-        if not same_step or (candidate.batch, candidate.optimizer) == (run.batch, run.optimizer)
-    ]
-    tried = [step for step in tried if step.host <= host_room]
+    runs = candidates(run, layers)
+    if same_step:
+        runs = [r for r in runs if (r.batch, r.optimizer) == (run.batch, run.optimizer)]
+    steps = (Step.of(model_config, each) for each in runs)
+    tried = [step for step in steps if step.host <= host_room]
     for step in sorted(tried, key=lambda step: relative_cost(step.run, layers=layers)):
         if _fits(step, room):
-            predicted = step.estimate()
-            return Plan(True, step.run, predicted, _summary(step.run, predicted, room))
-    smallest = min(tried, key=lambda step: step.estimate().total)
-    return Plan(False, smallest.run, smallest.estimate(), _advice(smallest, room))
+            return Plan(True, step.run, step.estimate(), _summary(step, room))
+    step = min(tried, key=lambda step: step.estimate().total)
+    return Plan(False, step.run, step.estimate(), _advice(step, room))
 
 
 def fits(model_config, run: Run, room: int, host_room: int) -> bool:
@@ -92,6 +90,7 @@ def relative_cost(run: Run, ridge: int = 500, layers: int = 32) -> tuple[float, 
 
 
 def candidates(run: Run, layers: int) -> list[Run]:
+    """Every way to take a run's step that is tried."""
     # checkpointing, kept layers, offload
     ways = [(False, 0, False), (True, 0, False)]
     if run.fast:  # where most layers keep theirs there is little to gain by moving the rest
@@ -119,13 +118,14 @@ def whole_batches(rows: int, most: int) -> list[int]:
     return [batch for batch in range(1, most + 1) if rows % batch == 0]
 
 
-def _summary(run: Run, predicted: Estimate, room: int) -> str:
+def _summary(step: Step, room: int) -> str:
+    run, total = step.run, step.estimate().total
     checkpoints = "with checkpointing" if run.checkpointing else "without checkpointing"
     kept = f" but for {run.kept_layers} layers" if run.kept_layers else ""
     moved = ", every second of the others offloaded to the host" if run.offload else ""
     return (
         f"batch {run.batch} x {run.accumulation} accumulated, {checkpoints}{kept}{moved}, "
-        f"{run.optimizer}: {predicted.total / GIB:.1f} GiB of {room / GIB:.1f}"
+        f"{run.optimizer}: {total / GIB:.1f} GiB of {room / GIB:.1f}"
     )
 
 
@@ -141,15 +141,11 @@ def _advice(smallest: Step, room: int) -> str:
     if run.keep_in_16bit and would_fit(keep_in_16bit=()):
         return "set KEEP_IN_16BIT = (), which puts these layers in 4 bits too"
     if smallest.weights >= room:
-        return (
-            f"the 4-bit weights alone take {weights} of {room / GIB:.1f}: "
-            "choose a smaller model or a larger card"
-        )
-    length = run.length // 2
-    while length >= 64:
-        if would_fit(length=length):
+        weights = f"the 4-bit weights alone take {weights} of {room / GIB:.1f}"
+        return f"{weights}: choose a smaller model or a larger card"
+    for length in (run.length // 2**halvings for halvings in range(1, 32)):
+        if length >= 64 and would_fit(length=length):
             return f"set MAX_LENGTH = {length}, which leaves out rows that are longer"
-        length //= 2
     if would_fit(rank=8, targets=ATTENTION_TARGETS, length=64):
         return "train fewer parameters: rank 8 on q_proj and v_proj, with short rows"
     return "the weights leave no room for a step: choose a smaller model or a larger card"

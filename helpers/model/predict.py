@@ -1,8 +1,8 @@
 """Will it fit? The memory of a QLoRA training step, predicted from shapes alone, in bytes.
 
-Every part is counted from the code that allocates it (transformers' Llama layers, peft's LoRA
-layer, bitsandbytes, the loss); gaps between tensors alone are fitted to measurements. Each part has
-one formula; what differs between the ways to compute stands as numbers in `Way` and `Loss`.
+Each part has one formula, counted from the code that allocates it (transformers' Llama layers,
+peft's LoRA layer, bitsandbytes, the loss); gaps between tensors alone are fitted to measurements.
+What differs between the ways to compute stands as numbers in `Way` and `Loss`.
 """
 
 import json
@@ -25,9 +25,9 @@ LOSS_CHUNK = 1024  # tokens whose logits exist at one time on the fast path
 # Its two streams (of the recording and of all else) each give cuBLAS and cuBLASLt 32 MiB to work
 # in, the size that torch chooses on an H100; older cards get 8.
 GRAPH_WORKSPACES = 2 * 2 * 32 * 2**20
-# A recorded step cannot give memory back, so gaps too small for the next tensor stay reserved.
-# Measured, in sizes of the widest weight when it is unpacked: 1 to 9, which is 3.5 % less to 2.7 %
-# more than is predicted (benchmarks/caps.py).
+# A recorded step cannot give memory back, so gaps too small for the next tensor stay reserved. In
+# sizes of the widest weight, unpacked: 1 to 9 were measured (benchmarks/caps.py), which is 3.5 %
+# less to 2.7 % more than is predicted.
 GAPS = 4
 SMALLEST_PAGED, SMALLEST_8BIT = 100_000, 4_096  # elements; bitsandbytes/optim/optimizer.py
 # Parts of a layer that read the same tensor as another one.
@@ -39,8 +39,7 @@ class Way(NamedTuple):
 
     norm_bytes: int  # width of the input that an RMSNorm keeps
     last_norm_bytes: int  # the same of the norm after the last layer, with what it gives
-    gates: int  # tensors as wide as the MLP's middle that are kept of a layer
-    wide_gradients: int  # and that walking back through it takes
+    wide: int  # tensors as wide as the MLP's middle: kept of a layer, and as gradients
     masks: int  # additive attention masks, one for each row
     inputs_made_again: bool  # those of adapters, where a layer keeps its activations
 
@@ -90,18 +89,14 @@ class Step:
 
     @cached_property
     def way(self) -> Way:
-        """The fast path fuses the gate and reads the rows' bounds in place of a mask.
-
-        transformers' norms keep float32, its gate is there before and after SiLU, and of its wide
-        gradients the fast path has two. Without checkpoints its first norm keeps nothing.
+        """transformers' norms keep float32, and its gate is there before and after SiLU. The fast
+        path fuses the gate and reads the rows' bounds in place of a mask.
         """
-        stream = self.run.stream_bytes
-        if self.run.fast:
-            # Kernels that make inputs again know packed layers only.
-            again = not self.run.keep_in_16bit
-            return Way(stream, 2 * stream, 2, 2, masks=0, inputs_made_again=again)
-        last = FLOAT32 if self.run.checkpointing else 0
-        return Way(FLOAT32, last, 3, 3, masks=1, inputs_made_again=False)
+        run, stream = self.run, self.run.stream_bytes
+        if run.fast:  # kernels that make inputs again know packed layers only
+            return Way(stream, 2 * stream, 2, masks=0, inputs_made_again=not run.keep_in_16bit)
+        # Without checkpoints the model's first norm keeps nothing, which makes up for the last.
+        return Way(FLOAT32, FLOAT32 * run.checkpointing, 3, masks=1, inputs_made_again=False)
 
     @cached_property
     def loss(self) -> Loss:
@@ -126,18 +121,16 @@ class Step:
 
     @property
     def layer_bytes(self) -> float:
-        """Linear weights of one layer, quantization constants left out.
-
-        What is not packed has the width of the hidden states: an upcast takes both to float32.
+        """Linear weights of one layer without quantization constants. What is not packed has the
+        width of the hidden states: an upcast takes both to float32.
         """
         packed = sum(self.packed_weights)
         return packed / 2 + (sum(self.shape.layer_weights) - packed) * self.run.stream_bytes
 
     @property
     def weights(self) -> int:
-        """All weights of the base model as they lie on the device, constants included.
-
-        Of a model in shards a device has its share, but all of the constants: no parameters.
+        """The base model as it lies on the device; of a model in shards the device's share, but all
+        of the quantization constants, which are no parameters.
         """
         run, shape, double = self.run, self.shape, self.run.quantization == "nf4-double"
         constants = sum(quantized_bytes(n, double) - n // 2 for n in self.packed_weights)
@@ -179,35 +172,29 @@ class Step:
         run, shape, way = self.run, self.shape, self.way
         norms = 2 * (shape.hidden * way.norm_bytes + FLOAT32)
         attention = 4 * shape.heads * shape.head * run.stream_bytes + shape.heads * FLOAT32
-        gate = way.gates * shape.inner * run.stream_bytes
+        gate = way.wide * shape.inner * run.stream_bytes
         low_rank = len(run.targets) * run.rank * run.adapter_input_bytes
         mask = way.masks * run.batch * run.length**2 * run.stream_bytes
         return run.tokens * (norms + attention + gate + low_rank) + self.adapter_inputs + mask
 
     @cached_property
     def adapter_inputs(self) -> int:
-        """Inputs of the A matrices.
-
-        Parts that read the same tensor (q, k, v; gate, up) share one copy, unless dropout, which
-        keeps a mask too, or a cast gives each its own; the input of o_proj is kept anyway.
+        """Inputs of the A matrices. Parts that read the same tensor share one copy, unless dropout,
+        which keeps a mask too, or a cast gives each its own; the input of o_proj is kept anyway.
         """
-        run, read = self.run, {"o_proj"}
-        dropped = run.dropout > 0
-        own = dropped or run.adapter_input_bytes != run.stream_bytes
-        numbers = 0
-        for name, (_, inputs) in self.shape.linear.items():
-            source = READS_WITH.get(name, name)
-            if name in run.targets and (own or source not in read):
-                numbers += inputs
-                read.add(source)
-        return run.tokens * numbers * (run.adapter_input_bytes + dropped)
+        run, dropped = self.run, self.run.dropout > 0
+        inputs = {n: sides[1] for n, sides in self.shape.linear.items() if n in run.targets}
+        if not dropped and run.adapter_input_bytes == run.stream_bytes:
+            inputs = {READS_WITH.get(name, name): inputs[name] for name in inputs}
+            inputs.pop("o_proj", None)
+        return run.tokens * sum(inputs.values()) * (run.adapter_input_bytes + dropped)
 
     @property
     def kept_layer(self) -> int:
-        """The same as `layer` of a layer that keeps its activations between checkpoints: the fast
-        path makes inputs of adapters again, from what norms and gates keep anyway.
+        """`layer` where activations are kept between checkpoints: the fast path makes inputs of
+        adapters again, from what norms and gates keep anyway.
         """
-        return self.layer - (self.adapter_inputs if self.way.inputs_made_again else 0)
+        return self.layer - self.adapter_inputs * self.way.inputs_made_again
 
     @property
     def checkpoint(self) -> int:
@@ -226,15 +213,15 @@ class Step:
         return last + kept * self.kept_layer + checkpoints * self.checkpoint
 
     @property
-    def travelling(self) -> int:
-        """What is on the GPU of layers whose activations are on their way, at most."""
-        count = 1 + offload_lead(self.run.kept_layers) // 2
-        return count * self.kept_layer if self.run.offload else 0
-
-    @property
     def host(self) -> int:
         """What offloaded activations take of the host's memory."""
         return self.run.offloaded(self.shape.layers) * self.kept_layer
+
+    @property
+    def travelling(self) -> int:
+        """What is on the GPU of layers whose activations are on their way, at most."""
+        count = 1 + offload_lead(self.run.kept_layers) // 2
+        return count * self.kept_layer * self.run.offload
 
     @property
     def logits(self) -> int:
@@ -253,31 +240,20 @@ class Step:
         """What walking back through one layer needs besides its activations: the residual's
         gradient twice, wide gradients, and the widest weight if it is unpacked.
         """
-        wide = 2 * self.shape.hidden + self.way.wide_gradients * self.shape.inner
+        numbers = self.run.tokens * (2 * self.shape.hidden + self.way.wide * self.shape.inner)
         unpacked = max(self.packed_weights, default=0) * self.run.compute_bytes
-        return self.run.tokens * wide * self.run.stream_bytes + unpacked
+        return numbers * self.run.stream_bytes + unpacked
 
     @property
-    def evaluation(self) -> int:
-        """What an evaluation takes beside what a recorded step keeps: of a layer the residual, the
-        norm and three wide tensors, or the last state and a chunk of logits with its gradient.
+    def recording(self) -> int:
+        """What a recorded step keeps: workspaces, gaps, and room for an evaluation beside it, of a
+        layer (residual, norm, three wide tensors) or the last state and logits with their gradient.
         """
-        tokens, hidden = self.run.tokens, self.shape.hidden
-        layer = tokens * (3 * hidden + 3 * self.shape.inner)
-        head = tokens * hidden + 2 * min(tokens, LOSS_CHUNK) * self.shape.words
-        return max(layer, head) * self.run.compute_bytes
-
-    @property
-    def beside(self) -> int:
-        """What is neither weights nor of a batch: a recording, files, what FSDP puts together."""
-        found = 0
-        if self.run.fast:
-            found += self.evaluation + GRAPH_WORKSPACES + GAPS * self.widest_weight
-        if self.run.device == "cpu":
-            # Pages of the 16-bit file that were read to quantize it; they are clean, and the
-            # system takes them back when it needs room.
-            found += 2 * self.shape.layers * sum(self.packed_weights)
-        return found + (self.gathered if self.run.shards > 1 else 0)
+        tokens, shape = self.run.tokens, self.shape
+        layer = tokens * 3 * (shape.hidden + shape.inner)
+        head = tokens * shape.hidden + 2 * min(tokens, LOSS_CHUNK) * shape.words
+        evaluation = max(layer, head) * self.run.compute_bytes
+        return evaluation + GRAPH_WORKSPACES + GAPS * self.widest_weight
 
     @property
     def gathered(self) -> int:
@@ -288,41 +264,48 @@ class Step:
         layer = self.layer_bytes + 2 * sum(self.adapter_tensors) / shape.layers * run.adapter_bytes
         return round(3 * layer) + shape.words * shape.hidden * run.stream_bytes
 
-    def moments(self) -> dict[str, tuple[int, int, int, int]]:
-        """What each moment adds to what is there all the time: gradients, activations, logits,
-        overhead.
+    @property
+    def beside(self) -> int:
+        """What is there all the time besides. On a CPU: pages of the 16-bit file that were read to
+        quantize it; they are clean, and the system takes them back when it needs room.
         """
-        run = self.run
+        found = self.recording if self.run.fast else 0
+        found += self.gathered if self.run.shards > 1 else 0
+        pages = 2 * self.shape.layers * sum(self.packed_weights)
+        return found + (pages if self.run.device == "cpu" else 0)
+
+    def moments(self, baseline: int) -> list[Estimate]:
+        """Walking back comes twice: at the layer next to the loss, and at the first one."""
+        run, adapters, states = self.run, self.adapters, self.optimizer
+        there, beside = (self.weights, adapters), self.beside + baseline
         # Before the first optimizer step of several accumulated batches the gradients are kept.
         # A recorded step always has them in one place.
-        kept = self.adapters if run.accumulation > 1 or run.fast else 0
-        first = max(kept, self.adapters // self.shape.layers)
+        kept = adapters if run.accumulation > 1 or run.fast else 0
+        first = max(kept, adapters // self.shape.layers)
         # Layers that keep theirs come first, so these are gone when a checkpoint runs again.
         gone = run.kept_layers * self.kept_layer
-        again = max(0, self.layer + self.travelling - gone) if run.checkpointing else 0
-        last = self.layer + (self.checkpoint if run.checkpointing else 0)
-        return {
-            "loss": (kept, self.held, self.logits, 0),
-            "backward-top": (first, self.held + again, 0, self.walking_back),
-            "backward-bottom": (self.adapters, last, 0, self.walking_back),
-            "step": (self.adapters, 0, 0, 0),
-        }
+        top = self.held + max(0, self.layer + self.travelling - gone) * run.checkpointing
+        bottom = self.layer + self.checkpoint * run.checkpointing
+        back = beside + self.walking_back
+        return [
+            Estimate(*there, kept, states, self.held, self.logits, beside, "loss"),
+            Estimate(*there, first, states, top, 0, back, "backward"),
+            Estimate(*there, adapters, states, bottom, 0, back, "backward"),
+            Estimate(*there, adapters, states, 0, 0, beside, "step"),
+        ]
 
     def estimate(self, baseline: int = 0) -> Estimate:
-        """The fullest of its moments, with what is there all the time."""
-        moment, fullest = max(self.moments().items(), key=lambda item: sum(item[1]))
-        gradients, activations, logits, overhead = fullest
-        there = (self.weights, self.adapters, gradients, self.optimizer, activations, logits)
-        return Estimate(*there, overhead + self.beside + baseline, moment.split("-")[0])
+        """The fullest of its moments."""
+        return max(self.moments(baseline), key=lambda moment: moment.total)
 
 
 def estimate(model_config, run: Run, baseline: int = 0) -> Estimate:
     """Predicted peak of a training step, part by part.
 
-    `baseline` is what the process holds before the model is loaded (`current_memory_bytes()`
-    after the imports) and matters on a CPU. On a GPU the result stands for
-    `torch.cuda.max_memory_allocated()`, on the fast path for `max_memory_reserved()`, because a
-    recorded step keeps its memory: the CUDA context, a few hundred MB, is in neither.
+    `baseline` is what the process holds before the model is loaded (`current_memory_bytes()`), and
+    matters on a CPU. On a GPU the result stands for `torch.cuda.max_memory_allocated()`, on the
+    fast path for `max_memory_reserved()`, because a recorded step keeps its memory: the CUDA
+    context, a few hundred MB, is in neither.
     """
     return Step.of(model_config, run).estimate(baseline)
 

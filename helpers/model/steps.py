@@ -109,18 +109,14 @@ class Run:
 
 
 def offloaded_layers(layers: int, kept_layers: int) -> range:
-    """Which layers the fast path offloads: every second one of those that do not keep theirs.
-
-    A card that is fast for its bus computes two layers while one travels. After each come
-    `offload_lead` others.
+    """Which layers the fast path offloads: every second one of those that do not keep theirs, since
+    a fast card computes two layers while one travels. After each come `offload_lead` others.
     """
     return range(0, layers - max(kept_layers + 1, offload_lead(kept_layers)), 2)
 
 
 def offload_lead(kept_layers: int) -> int:
-    """For how many layers activations may travel: three to seven, where that costs nothing.
-
-    With as many layers that keep theirs, and one more, it does not: what those will take is free
-    yet on the way to the host, and free again on the way back.
+    """For how many layers activations may travel: three to seven. Room that layers which keep
+    theirs will take is free yet on the way to the host, and free again on the way back.
     """
     return min(max(3, kept_layers - 1), 7)

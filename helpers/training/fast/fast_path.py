@@ -138,7 +138,7 @@ class FastTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of an evaluation: mean nats over the batch's graded tokens.
 
-        In the chunks of the training step, as `predict.Step.evaluation` counts it: this memory
+        In the chunks of the training step, as `predict.Step.recording` counts it: this memory
         comes on top of what the recording keeps.
         """
         inputs = dict(inputs)
