@@ -133,11 +133,12 @@ def test_a_trainer_is_on_the_gpu_of_its_model(gpus, tmp_path, place):
 def test_a_model_is_loaded_with_its_gpu_current(gpus, monkeypatch, tiny_model_dir):
     seen = []
 
-    def load(*arguments, **options):
-        seen.append((gpus.current, options["device_map"]))
+    def load(path, device_map, **options):
+        seen.append((gpus.current, device_map))
         return torch.nn.Linear(1, 1)
 
-    monkeypatch.setattr(loading, "from_hub", load)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(loading, "from_hub", lambda name, load, check: load(str(tiny_model_dir)))
     loading.load_model(config_on(1))
     loading.load_model(config_on("cuda"))
     assert seen == [(1, {"": "cuda:1"}), (0, {"": "cuda:0"})]
