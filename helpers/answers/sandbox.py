@@ -1,9 +1,9 @@
 """Run generated code without trusting it: in a process of its own, isolated and limited.
 
 Level "isolated": no network, no file but Python's own (read-only) and one empty folder, no process
-but its own, none of your environment variables. It needs Linux namespaces or bubblewrap. Level
-"limits-only" has the same limits and an empty environment; it guards against accidents and not
-against malice, since such code reads your files and reaches the network. "off" runs nothing. No
+but its own, none of your environment variables and keys. It needs Linux namespaces or bubblewrap.
+Level "limits-only" has the same limits and an empty environment; it guards against accidents and
+not against malice, since such code reads your files and reaches the network. "off" runs nothing. No
 level falls back to a weaker one. Limited are time, memory, processes, open files, file size and
 printed text. The other side stands in sandbox_supervisor.py and sandbox_program.py.
 """
@@ -28,8 +28,7 @@ SUPERVISOR = Path(__file__).with_name("sandbox_supervisor.py")
 PROGRAM = Path(__file__).with_name("sandbox_program.py")
 GRACE_SECONDS = 3  # for the start, and for ending what a program started
 MIB = 2**20
-# Of one run, unless other values are named. Memory is the address space of each process and the
-# resident memory of all together.
+# Of one run. Memory is each process's address space, and the resident memory of all together.
 LIMITS = {"timeout_seconds": 10, "memory_bytes": 512 * MIB, "output_bytes": 64 * 1024}
 
 
@@ -77,10 +76,8 @@ def run_tests(solution: str, tests: str, wanted: str = "isolated", **limits) -> 
     `os._exit(0)` is no pass: a random token has to come back, which is sent after the tests and
     kept where the solution's code does not get to. Tests see no builtin that a solution replaced.
     Both share a process all the same: this stops code that cheats, not an attack on Python itself,
-    and an object that claims to equal everything does pass `==`.
-
-    Raises what `run` does, ValueError for tests that assert nothing, SyntaxError when they do not
-    parse.
+    and an object that claims to equal everything does pass `==`. Raises what `run` does, ValueError
+    for tests that assert nothing, SyntaxError when they do not parse.
     """
     if not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(tests))):
         raise ValueError(f"the tests hold no assert statement, so nothing can fail: {tests[:80]!r}")
@@ -100,12 +97,9 @@ def _method(wanted: str) -> str:
         raise SandboxUnavailable(
             'SANDBOX is "off", so no generated code is run: set SANDBOX to "isolated"'
         )
-    refusals = {}
-    for method in METHODS[wanted]:
-        refusals[method] = probe(method)
-        if not refusals[method]:
-            return method
-    why = "; ".join(f"{method}: {refusal}" for method, refusal in refusals.items())
+    if method := next((method for method in METHODS[wanted] if not probe(method)), None):
+        return method
+    why = "; ".join(f"{method}: {probe(method)}" for method in METHODS[wanted])
     weaker = '"limits-only" to accept limits without isolation, or ' * (wanted == "isolated")
     raise SandboxUnavailable(
         f"SANDBOX is {wanted!r}, which this machine does not offer ({why}): "
@@ -120,14 +114,13 @@ def probe(method: str) -> str:
         return f"it needs Linux, and this is {sys.platform}"
     if method == "bubblewrap" and (os.getuid() == 0 or not shutil.which("bwrap")):
         return "root does without it" if os.getuid() == 0 else "bwrap is not installed"
-    checks = "import os, socket\n"
-    if method != "none":
-        checks += (
-            f"assert not os.path.exists({str(SUPERVISOR)!r}), 'the project is visible'\n"
-            "assert [n for _, n in socket.if_nameindex()] in ([], ['lo']), 'there is a network'\n"
-        )
-    outcome = _execute(checks, None, "probe", method, LIMITS)
-    last_line = (outcome.output.strip().splitlines() or ["no output"])[-1]
+    checks = (
+        "import os, socket\n"
+        f"assert not os.path.exists({str(SUPERVISOR)!r}), 'the project is visible'\n"
+        "assert [n for _, n in socket.if_nameindex()] in ([], ['lo']), 'there is a network'\n"
+    )
+    outcome = _execute("" if method == "none" else checks, None, "probe", method, LIMITS)
+    last_line = outcome.output.strip().rpartition("\n")[2] or "no output"
     return "" if outcome.passed else f"{outcome.reason}, {last_line}"
 
 
@@ -137,15 +130,19 @@ def _execute(program: str, tests: str | None, name: str, method: str, limits: di
     token = secrets.token_hex(32)
     with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder:
         job = _job(method, folder) | limits | {"program": program, "tests": tests, "token": token}
-        reason, exit_code, sent, text = _report(_converse(job))
+        said = _converse(job)
+    try:  # why it was ended, or None; exit code; token; output
+        reason, exit_code, sent, text = json.loads(said)
+    except (ValueError, TypeError):
+        text = said.decode("utf-8", "replace") or "the supervisor did not answer"
+        reason, exit_code, sent = "killed", None, ""
     if reason is None and exit_code == 0 and tests is not None and sent != token:
         reason, text = "failed", text + "\nThe tests did not run to their end."
-    last_line = (text.strip().splitlines() or [""])[-1]
-    if reason is None and exit_code == 0:
-        reason = "passed"
-    elif reason is None and last_line.startswith("MemoryError"):
-        reason = "memory"
-    reason = reason or ("killed" if exit_code < 0 else "failed")
+    if reason is None and exit_code != 0:
+        reason = "killed" if exit_code < 0 else "failed"
+        if text.strip().rpartition("\n")[2].startswith("MemoryError"):
+            reason = "memory"
+    reason = reason or "passed"
     return Outcome(reason == "passed", exit_code, reason, text, time.monotonic() - started, name)
 
 
@@ -205,15 +202,3 @@ def _converse(job: dict) -> bytes:
             os.killpg(process.pid, 9)  # with process 1 of a namespace, all in it ends
             process.wait()
         process.stdout.close()
-
-
-def _report(said: bytes) -> list:
-    """[why it was ended, exit code, token, output] as the supervisor says, or that it did not."""
-    try:
-        report = json.loads(said)
-    except ValueError:
-        report = None
-    if isinstance(report, list) and len(report) == 4:
-        return report
-    text = said.decode("utf-8", "replace") or "the supervisor did not answer"
-    return ["killed", None, "", text]

@@ -8,6 +8,7 @@ which leads to the notebook's side, is not the program's.
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -25,6 +26,7 @@ NOSUID, NODEV, NOEXEC, READ_ONLY, REMOUNT, BIND, RECURSIVE = 2, 4, 8, 1, 32, 409
 PRIVATE, DETACH = 1 << 18, 2
 NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_USERS = 0x20000, 0x4000000, 0x8000000, 0x10000000
 NEW_PIDS, NEW_NETWORK = 0x20000000, 0x40000000
+NEW_KEYRING = 1
 DEATH_SIGNAL, DUMPABLE, SECURE_BITS, SUBREAPER, NO_NEW_PRIVILEGES = 1, 4, 28, 36, 38
 
 
@@ -33,16 +35,18 @@ def supervise():
     # Process 1 gets only signals that it has a handler for, and Python has one for this.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     job = json.loads(sys.stdin.buffer.readline())
+    leave_keyring()
     if job["method"] == "namespaces":
         processes = enter_namespaces(job)
     else:
         processes = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
         os.chdir(job["folder"])
-    others = 0
-    if job["method"] == "none":
-        if os.getuid() == 0:
-            give_up_root()
-        others = running_tasks(processes, os.getuid())
+    if job["method"] == "none" and os.getuid() == 0:
+        # Count root's processes as `nobody`'s, for root has no limit. Its files stay, and Python's;
+        # a program that root starts gains nothing.
+        libc("prctl", SECURE_BITS, 0b11, 0, 0, 0)
+        os.setresuid(NOBODY, 0, 0)
+    others = running_tasks(processes, os.getuid()) if job["method"] == "none" else 0
     lower_limits(job, TASKS + others)
     drop_privileges()
     child, finished, output = start(job)
@@ -55,9 +59,19 @@ def supervise():
 
 def libc(function: str, *arguments) -> None:
     """Call a function of the C library. OSError names it when it fails."""
-    if getattr(ctypes.CDLL(None, use_errno=True), function)(*arguments) != 0:
+    if getattr(ctypes.CDLL(None, use_errno=True), function)(*arguments) < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{function}{arguments}: {os.strerror(number)}")
+
+
+def leave_keyring():
+    """Let go of the session's keyring: it may hold keys of yours, and no namespace hides it."""
+    keyctl = 250 if os.uname().machine == "x86_64" else 219
+    try:
+        libc("syscall", keyctl, NEW_KEYRING, None)
+    except OSError as error:  # as in Docker: then nobody in here has keys
+        if error.errno not in (errno.EPERM, errno.ENOSYS):
+            raise
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None):
@@ -133,12 +147,6 @@ def show(path: str, target: str):
         mount("none", target, None, REMOUNT | BIND | READ_ONLY | NOSUID | NODEV | kept)
 
 
-def give_up_root():
-    """Count root's processes as `nobody`'s, for root has no limit; its files stay, and Python's."""
-    libc("prctl", SECURE_BITS, 0b11, 0, 0, 0)  # a program that root starts gains nothing
-    os.setresuid(NOBODY, 0, 0)
-
-
 def lower_limits(job: dict, tasks: int):
     """Lower the limits of this process and its children, never raise one."""
     wanted = {
@@ -158,9 +166,8 @@ def lower_limits(job: dict, tasks: int):
 def drop_privileges():
     """Give up every capability, and the ways to win one back."""
     libc("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
-    libc("prctl", NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-    libc("prctl", SUBREAPER, 1, 0, 0, 0)
-    libc("prctl", DUMPABLE, 0, 0, 0, 0)
+    for option, value in ((NO_NEW_PRIVILEGES, 1), (SUBREAPER, 1), (DUMPABLE, 0)):
+        libc("prctl", option, value, 0, 0, 0)
 
 
 def start(job: dict) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ the reason, and then the tests of the refusal below still run.
 """
 
 import contextlib
+import ctypes
 import os
 import resource
 import secrets
@@ -167,6 +168,26 @@ for path in ("/proc/1/root", "/proc/self/root/../..", "/proc/1/cwd", "/proc/1/fd
     outcome = run(program, isolated)
     assert outcome.passed or "PermissionError" in outcome.output
     assert CANARY not in outcome.output and "seen False" in outcome.output
+
+
+def test_no_key_of_the_session_or_the_user(isolated):
+    """The kernel keeps keys, such as Kerberos tickets, where no file and no process shows them."""
+    machine = os.uname().machine
+    keyctl, add_key, request_key = (250, 248, 249) if machine == "x86_64" else (219, 217, 218)
+    call, read, unlink, session, user = ctypes.CDLL(None).syscall, 11, 9, -3, -4
+    name, kept = CANARY.encode(), (session, user)
+    keys = [call(add_key, b"user", name, name, len(name), keyring) for keyring in kept]
+    program = f"""
+import ctypes
+call, text = ctypes.CDLL(None).syscall, ctypes.create_string_buffer(99)
+for key in [*{keys}, call({request_key}, b"user", {name!r}, None, 0)]:
+    call({keyctl}, {read}, key, text, 99)
+    print(text.value)
+"""
+    outcome = run(program, isolated)
+    for key, keyring in zip(keys, kept, strict=True):
+        call(keyctl, unlink, key, keyring)
+    assert outcome.output == "b''\n" * 3
 
 
 def test_no_write_outside_its_folder(isolated, canary):
