@@ -7,7 +7,6 @@ what is not is found by the next run, which removes it.
 import contextlib
 import datetime
 import errno
-import hashlib
 import json
 import os
 import re
@@ -60,10 +59,9 @@ def need_space(folder: Path, needed: int, what: str) -> None:
 
 @contextlib.contextmanager
 def whole_folder(final: Path, needed: int = 0) -> Iterator[Path]:
-    """A draft to fill, in a with-statement; at its end the draft replaces `final`.
+    """A draft to fill, in a with-statement; at its end, and only then, it replaces `final`.
 
-    Whatever ends it early leaves the earlier `final` as it was. `needed` is the size in bytes, if
-    it is known. Raises DiskFull, before or during the writing, and InUse.
+    `needed` is its size in bytes, if known. Raises DiskFull, before or while it is written; InUse.
     """
     draft, earlier = (final.with_name(f".{final.name}.{state}") for state in ("partial", "earlier"))
     with writing_in(final.parent), alone(final.parent, final.name):
@@ -77,25 +75,20 @@ def whole_folder(final: Path, needed: int = 0) -> Iterator[Path]:
             with full_disk_said(final):
                 yield draft
             follow_umask(draft)
-        except BaseException:
+            # Moved aside and not deleted in place: a folder that is half deleted looks complete.
+            if final.exists():
+                final.rename(earlier)
+            draft.rename(final)
+        finally:
             shutil.rmtree(draft, ignore_errors=True)
-            raise
-        # Moved aside and not deleted in place: a folder that is half deleted looks complete.
-        if final.exists():
-            final.rename(earlier)
-        draft.rename(final)
         shutil.rmtree(earlier, ignore_errors=True)
 
 
 def follow_umask(folder: Path) -> None:
-    """Let those read the files below a folder who may read the folder, which the umask decided.
-
-    safetensors writes its files for their owner alone: others could not use what is shared.
-    """
+    """Open the files below a folder to whom the umask opened it: safetensors does so to nobody."""
     mode = folder.stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
+    for path in filter(Path.is_file, folder.rglob("*")):
+        path.chmod(mode)
 
 
 @contextlib.contextmanager
@@ -114,14 +107,13 @@ def full_disk_said(final: Path) -> Iterator[None]:
 
 
 def _number(error: Exception) -> int | None:
-    """The operating system's number of an error, None for an error of another kind.
-
-    The Rust of safetensors and tokenizers gives it at the end of a text, in errors of these two
-    types. No other error's text is read: it may quote a cell, or a row of somebody's data.
-    """
-    from_rust = type(error) in (SafetensorError, Exception)
-    found = re.search(r"\(os error (\d+)\)$", str(error)) if from_rust else None
-    return int(found[1]) if found else getattr(error, "errno", None)
+    """The operating system's number of an error, None for an error of another kind."""
+    # The Rust of safetensors and tokenizers gives it at the end of a text, in errors of these two
+    # types. No other error's text is read: it may quote a cell, or a row of somebody's data.
+    if type(error) in (SafetensorError, Exception):
+        found = re.search(r"\(os error (\d+)\)$", str(error))
+        return int(found[1]) if found else None
+    return getattr(error, "errno", None)
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -132,26 +124,21 @@ def write_text(path: Path, text: str) -> Path:
     return draft.replace(path)
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal; about 0.15 s for 270 MB."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextlib.contextmanager
 def alone(folder: Path, what: str) -> Iterator[None]:
     """Hold `what` in a folder against other processes, in a with-statement. Raises InUse, at once.
 
     The operating system drops the lock of a process that dies, whatever it dies of.
     """
-    lock = filelock.FileLock(writable(folder) / f".{what}.lock")
-    owner = _owner(folder, what)
+    lock, owner = filelock.FileLock(writable(folder) / f".{what}.lock"), _owner(folder, what)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
+        found = _record(owner)
+        who = "process {pid}, which started at {started}" if found else "another process"
         raise InUse(
-            f"{folder}: {what} is being written by {_who(owner)}: wait until it ends, stop it, or "
-            "give this run another folder by RUN_DIR"
+            f"{folder}: {what} is being written by {who.format(**found)}: wait until it ends, stop "
+            "it, or give this run another folder by RUN_DIR"
         ) from error
     try:
         started = datetime.datetime.fromtimestamp(psutil.Process().create_time())
@@ -190,12 +177,6 @@ def _record(owner: Path) -> dict:
         return json.loads(owner.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def _who(owner: Path) -> str:
-    if record := _record(owner):
-        return f"process {record['pid']}, which started at {record['started']}"
-    return "another process"
 
 
 def public_name(name: str) -> str:

@@ -46,8 +46,8 @@ def files(folder: Path, patterns: Iterable[str] = ("**/*",)) -> dict[str, Path]:
 
 
 def _is_lasting(name: str) -> bool:
-    cache = Path(name).match("cache-*.arrow")
-    return not (cache or name.endswith(".md") or any(p.startswith(".") for p in name.split("/")))
+    added = name.endswith(".md") or Path(name).match("cache-*.arrow")
+    return not added and "/." not in f"/{name}"
 
 
 def hashes(
@@ -65,11 +65,9 @@ class Remembered:
     """
 
     def __init__(self, store: Path):
-        self.store = store
-        self.known: dict = {}
-        if store.is_file():
-            with contextlib.suppress(ArtefactError):  # then every file is read again
-                self.known = read_json(store, "")
+        self.store, self.known = store, {}
+        with contextlib.suppress(ArtefactError):  # without it every file is read again
+            self.known = read_json(store, "")
 
     def __call__(self, path: Path) -> str:
         status, now = path.stat(), time.time_ns()
@@ -124,12 +122,8 @@ def record_metrics(config: Config, lesson: str, metrics: dict) -> Path:
 
     Raises ConfigError for a value that is no finite number.
     """
-    bad = {
-        name: value
-        for name, value in metrics.items()
-        if not isinstance(value, (int, float)) or not math.isfinite(value)
-    }
-    if bad:
+    good = {n: v for n, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}
+    if bad := {name: metrics[name] for name in metrics if name not in good}:
         raise ConfigError(f"metrics of notebook {lesson} must be finite numbers: {bad}")
     path = folders.writable(config.metrics_dir) / f"{lesson}.json"
     return folders.write_text(path, json.dumps(metrics, indent=1) + "\n")

@@ -35,11 +35,9 @@ def verify(run_dir: Path) -> int:
         raise ManifestError(f"{run_dir / NAME} is missing: `python -m helpers run` writes it")
     records = read_json(run_dir / NAME, "run the notebooks again")["notebooks"]
     once = functools.cache(sha256)  # most notebooks read the same model and helpers
-    problems = [
-        text for name, record in records.items() for text in _wrong(run_dir, name, record, once)
-    ]
-    if problems:
-        said = "; ".join(dict.fromkeys(problems))
+    wrong = [text for name in records for text in _wrong(run_dir, name, records[name], once)]
+    if wrong:
+        said = "; ".join(dict.fromkeys(wrong))
         raise ManifestError(f"{run_dir} differs from its manifest: {said}")
     return len({name for record in records.values() for name in record["wrote"]})
 

@@ -51,13 +51,15 @@ def taken_before(config: Config, source: Path, parameters: dict, sha256: Sha256)
 def completed(record: dict, config: Config, source: Path, notebook, sha256: Sha256) -> dict:
     """The record of a notebook that ran to its end, with the model it fetched and what it wrote."""
     now = read_by(record["settings"], config.run_dir, source, sha256)
-    read = {name: now[name] for name in now if name.startswith(MODEL)}
-    for name, found in record["read"].items():
-        if not (name.startswith(MODEL) and found == NOT_HERE):
-            read[name] = found
+    fetched = {name: now[name] for name in now if name.startswith(MODEL)}
+    before = {
+        name: found
+        for name, found in record["read"].items()
+        if not (name.startswith(MODEL) and found == NOT_HERE)
+    }
     written = written_by(config.run_dir, source.name, sha256)
     written[f"executed/{source.name}"] = cells_hash(notebook)
-    return {**record, "read": read, "wrote": written}
+    return {**record, "read": fetched | before, "wrote": written}
 
 
 def settings_of(config: Config) -> dict:
@@ -74,12 +76,9 @@ def read_by(settings: dict, run_dir: Path, source: Path, sha256: Sha256) -> dict
     patterns = ("helpers/**/*.py", *PROJECT_FILES.get(number, ()))
     found |= hashes(PROJECT_DIR, patterns, sha256)
     if number == "02":
-        given = settings["data_source"], settings.get("validation_source")
-        for place in filter(None, given):
+        for place in filter(None, (settings["data_source"], settings.get("validation_source"))):
             found |= _below(DATA, data_source(place, sha256))
-        own = [
-            path for name in settings["benchmarks"] if (path := Path(name).expanduser()).is_file()
-        ]
+        own = filter(Path.is_file, (Path(name).expanduser() for name in settings["benchmarks"]))
         found |= _below(BENCHMARKS, {path.name: sha256(path) for path in own})
     if number > "01":  # 01 takes the embedded model, whose SHA-256 the code demands
         found |= _below(MODEL, identity(settings["model_name"], sha256))
@@ -94,12 +93,11 @@ def _below(parameter: str, found: dict[str, str]) -> dict[str, str]:
 def data_source(source: str, sha256: Sha256) -> dict[str, str]:
     """SHA-256 of the files of a data source, or its name where it is not on this disk."""
     place = local_path(source)
-    if place.is_file():
-        return {place.name: sha256(place)}
+    if not place.is_dir():
+        return {place.name: sha256(place)} if place.is_file() else {source: NOT_HERE}
     written = [written for ending in ENDINGS for written in (ending, ending.upper())]
     own = ["**/*.arrow", *(f"**/*{ending}" for ending in written)]
-    patterns = own if place.is_dir() and holds_rows(place) else ["*.csv"]
-    return hashes(place, patterns, sha256) if place.is_dir() else {source: NOT_HERE}
+    return hashes(place, own if holds_rows(place) else ["*.csv"], sha256)
 
 
 def written_by(run_dir: Path, name: str, sha256: Sha256) -> dict[str, str]:
@@ -132,17 +130,13 @@ def why_unfinished(config: Config, source: Path, sha256: Sha256) -> str:
     if not (record := record_in(final)):
         return "nothing says what it ran with"
     settings = settings_of(config)
-    read = read_by(settings, config.run_dir, source, sha256)
+    then, now = ({n.upper(): v for n, v in s.items()} for s in (record["settings"], settings))
     wrong = [
-        *differences(_in_capitals(record["settings"]), _in_capitals(settings)),
-        *differences(record["read"], read),
+        *differences(then, now),
+        *differences(record["read"], read_by(settings, config.run_dir, source, sha256)),
         *(f"{name} is gone" for name in record["wrote"] if not (config.run_dir / name).exists()),
     ]
     return wrong[0] if wrong else ""
-
-
-def _in_capitals(settings: dict) -> dict:
-    return {name.upper(): value for name, value in settings.items()}
 
 
 def differences(recorded: dict, found: dict) -> list[str]:

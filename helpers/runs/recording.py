@@ -34,10 +34,8 @@ def record(config: Config) -> None:
     once = functools.cache(sha256)  # most notebooks read the same model and helpers
     for source in notebooks():
         if reason := provenance.why_unfinished(config, source, once):
-            raise ConfigError(
-                f"{source.name} would not be recorded as it ran ({reason}), so none is: run it "
-                "again first"
-            )
+            said = f"{source.name} would not be recorded as it ran ({reason}), so none is"
+            raise ConfigError(f"{said}: run it again first")
     for source in notebooks():
         notebook = nbformat.read(source, as_version=4)
         executed = nbformat.read(config.executed_dir / source.name, as_version=4)
@@ -45,8 +43,10 @@ def record(config: Config) -> None:
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         for count, cell in enumerate(code, start=1):
             cell.execution_count = count
-            outputs = [_cleaned(output, count) for output in ran[cell.id].outputs]
-            cell.outputs = [output for output in outputs if output is not None]
+            cell.outputs = list(filter(_is_kept, ran[cell.id].outputs))
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output.execution_count = count
         notebook.metadata.pop("widgets", None)
         notebook.metadata["recorded"] = {
             "code_sha256": code_hash(source),
@@ -57,16 +57,9 @@ def record(config: Config) -> None:
         folders.write_text(source, nbformat.writes(notebook) + "\n")
 
 
-def _cleaned(output, count: int):
-    """The output as it is committed, or None for one that is not."""
-    if output.get("name") == "stderr":
-        return None
-    data = output.get("data", {})
-    if "application/vnd.jupyter.widget-view+json" in data:
-        return None
-    if "execution_count" in output:
-        output.execution_count = count
-    return output
+def _is_kept(output) -> bool:
+    widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    return not widget and output.get("name") != "stderr"
 
 
 def first_look() -> dict:
@@ -85,17 +78,17 @@ def write_first_look(config: Config, path: Path = FIRST_LOOK) -> Path:
     shown = _first_pair(executed) if executed.exists() else {}
     missing = [name for name in wanted if name not in found]
     if missing or not shown:
+        said = ", no ".join(missing) or "pair of answers"
         raise ConfigError(
-            f"notebook 06 of {config.run_dir} shows no "
-            f"{', no '.join(missing) or 'pair of answers'}: run it to its end first"
+            f"notebook 06 of {config.run_dir} shows no {said}: run it to its end first"
         )
     rows = [
         {"who": words, **{column: found[name] for column, name in _rate_names(who).items()}}
         for who, words in ASKED.items()
     ]
     record = provenance.record_in(executed)
-    about = {name: record["environment"][name] for name in ("hardware", "date")}
-    look = {**shown, "rates": rows, "model": record["settings"]["model_name"], **about}
+    look = {**shown, "rates": rows, "model": record["settings"]["model_name"]}
+    look |= {name: record["environment"][name] for name in ("hardware", "date")}
     return folders.write_text(path, json.dumps(look, indent=1) + "\n")
 
 

@@ -22,6 +22,8 @@ from helpers.runs.provenance import records_in, settings_of
 from helpers.runs.scores import models_asked, score_rows
 from helpers.view.safe_text import visible
 
+KL = "kl_merged_"  # begins the metrics of notebook 05 that compare merges
+COUNTS = ("raw_questions", "raw_answers", "kept_pairs", "train_rows", "validation_rows")
 ROAD = "The six lessons"  # begins the alternative text of the drawing that each lesson has
 README_PICTURE = PROJECT_DIR / "notebooks" / "images" / "base_and_tuned.png"
 
@@ -51,28 +53,21 @@ HEADLINES = (
 def headline_rows(config: Config) -> list[tuple[str, str, str]]:
     """(lesson, what it is, value as text) for every headline number that has been recorded."""
     metrics = read_metrics(config)
-    return [
-        (lesson, label, _as_text(metrics[lesson][name]))
+    found = [
+        (lesson, label, metrics[lesson][name])
         for lesson, name, label in HEADLINES
         if name in metrics.get(lesson, {})
     ]
-
-
-def _as_text(value: int | float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return [
+        (lesson, label, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+        for lesson, label, value in found
+    ]
 
 
 def write_report(config: Config, stopped: str = "") -> Path:
-    """Write report.html into the run folder, and each executed notebook as a page beside it.
-
-    `stopped` says why the run did not end, if it did not.
-    """
-    text = TEMPLATE.render(
-        profile=config.profile,
-        stopped=stopped,
-        sections=sections(config),
-        pages=_notebook_pages(config),
-    )
+    """Write report.html, and each executed notebook as a page; `stopped` says why a run ended."""
+    shown = {"sections": sections(config), "pages": _notebook_pages(config)}
+    text = TEMPLATE.render(profile=config.profile, stopped=stopped, **shown)
     return folders.write_text(config.run_dir / "report.html", text + "\n")
 
 
@@ -81,11 +76,8 @@ def _shown(value) -> Markup:
     return value if isinstance(value, Markup) else escape(visible(str(value)))
 
 
-TEMPLATE = jinja2.Template(
-    Path(__file__).with_name("report.html.jinja").read_text("utf-8"),
-    finalize=_shown,
-    autoescape=True,
-)
+PAGE = Path(__file__).with_name("report.html.jinja").read_text("utf-8")
+TEMPLATE = jinja2.Template(PAGE, finalize=_shown, autoescape=True)
 
 
 @dataclasses.dataclass
@@ -103,18 +95,25 @@ def sections(config: Config) -> list[Section]:
     """The parts of the page, in order."""
     metrics, records = read_metrics(config), [*records_in(config.run_dir).values()]
     environment = _over_all([record["environment"] for record in records])
-    models = models_asked(metrics.get("06", {}))
-    scores = score_rows(metrics.get("06", {}), models)
-    counts, merges = _counts(metrics.get("02", {})), _merge_rows(metrics.get("05", {}))
-    merged = ("merged into", "KL to the unmerged model (nats)")
+    data, kl, scores = (metrics.get(lesson, {}) for lesson in ("02", "05", "06"))
+    counts = [(name.replace("_", " "), f"{data[name]:,}") for name in COUNTS if name in data]
+    merges = [(n.removeprefix(KL), f"{kl[n]:.4f}") for n in kl if n.startswith(KL)]
+    merged, models = ("merged into", "KL to the unmerged model (nats)"), models_asked(scores)
+    rated = score_rows(scores, models)
+    shown = (
+        output["text/plain"]
+        for source, output, _ in _outputs(config.executed_dir, "06")
+        if "side_by_side(" in source and "text/html" in output
+    )
+    figures = {number: _figures(config.executed_dir, number) for number in ("02", "04", "05", "06")}
     return [
         Section("Headline numbers", ("notebook", "what", "value"), headline_rows(config)),
         Section("Recipe", ("setting", "article", "this run"), recipe_rows(records)),
-        Section("Data", ("data", "count"), counts, _figures(config, "02")),
-        Section("Training", figures=_figures(config, "04")),
-        Section("Merging", merged, merges, _figures(config, "05")),
-        Section("Scores, with 95 % intervals", ("share of answers that", *models), scores),
-        Section("Answers", figures=_figures(config, "06"), text=_answers(config)),
+        Section("Data", ("data", "count"), counts, figures["02"]),
+        Section("Training", figures=figures["04"]),
+        Section("Merging", merged, merges, figures["05"]),
+        Section("Scores, with 95 % intervals", ("share of answers that", *models), rated),
+        Section("Answers", figures=figures["06"], text=next(shown, "")),
         Section("Environment", ("what", "value"), [*environment.items()]),
     ]
 
@@ -136,22 +135,11 @@ def recipe_rows(records: list[dict]) -> list[tuple]:
     return [(name, article.get(name, ""), mine[name]) for name in names]
 
 
-def _counts(metrics: dict) -> list[tuple]:
-    names = ("raw_questions", "raw_answers", "kept_pairs", "train_rows", "validation_rows")
-    return [(name.replace("_", " "), f"{metrics[name]:,}") for name in names if name in metrics]
-
-
-def _merge_rows(metrics: dict) -> list[tuple]:
-    start = "kl_merged_"
-    found = {name: metrics[name] for name in metrics if name.startswith(start)}
-    return [(name.removeprefix(start), f"{value:.4f}") for name, value in found.items()]
-
-
-def _outputs(config: Config, number: str) -> list[tuple[str, dict, dict]]:
-    """(source of the cell, data, metadata) of every displayed output of an executed notebook."""
+def _outputs(folder: Path, number: str) -> list[tuple[str, dict, dict]]:
+    """(source of the cell, data, metadata) of every displayed output of a notebook in a folder."""
     return [
         (cell.source, output.data, output.metadata)
-        for path in config.executed_dir.glob(f"{number}_*.ipynb")
+        for path in folder.glob(f"{number}_*.ipynb")
         if not path.name.endswith(".failed.ipynb")
         for cell in nbformat.read(path, as_version=4).cells
         for output in cell.get("outputs", [])
@@ -159,51 +147,31 @@ def _outputs(config: Config, number: str) -> list[tuple[str, dict, dict]]:
     ]
 
 
-def _figures(config: Config, number: str) -> list[tuple[str, str]]:
-    """(alternative text, PNG in base 64) of every figure of an executed notebook."""
+def _figures(folder: Path, number: str) -> list[tuple[str, str]]:
+    """(alternative text, PNG in base 64) of every figure of a notebook, but for the course's."""
     return [
-        (metadata.get("image/png", {}).get("alt", ""), data["image/png"].strip())
-        for _, data, metadata in _outputs(config, number)
+        (metadata["image/png"]["alt"], data["image/png"].strip())
+        for _, data, metadata in _outputs(folder, number)
         if "image/png" in data and not metadata["image/png"]["alt"].startswith(ROAD)
     ]
 
 
-def _answers(config: Config) -> str:
-    """The first question of notebook 06 with the answers of both models, as text."""
-    shown = (
-        data["text/plain"]
-        for source, data, _ in _outputs(config, "06")
-        if "side_by_side(" in source and "text/html" in data
-    )
-    return next(shown, "")
-
-
 def _notebook_pages(config: Config) -> list[Path]:
     """Each executed notebook as a page of its own; those that are up to date stay."""
-    pages = []
     exporter = HTMLExporter(template_name="lab", embed_images=True)
-    for path in sorted(config.executed_dir.glob("[0-9][0-9]_*.ipynb")):
+    executed = sorted(config.executed_dir.glob("[0-9][0-9]_*.ipynb"))
+    for path in executed:
         page = path.with_suffix(".html")
         if not page.exists() or page.stat().st_mtime < path.stat().st_mtime:
             body, _ = exporter.from_notebook_node(nbformat.read(path, as_version=4))
             folders.write_text(page, body)
-        pages.append(page)
-    return pages
+    return [path.with_suffix(".html") for path in executed]
 
 
 def readme_picture() -> bytes:
     """The pass rates as notebook 06 has drawn them, as PNG: the result that README shows."""
-    (path,) = (PROJECT_DIR / "notebooks").glob("06_*.ipynb")
-    outputs = [
-        o for cell in nbformat.read(path, as_version=4).cells for o in cell.get("outputs", [])
-    ]
-    figures = {
-        o.metadata["image/png"]["alt"]: o.data["image/png"]
-        for o in outputs
-        if "image/png" in o.get("data", {})
-    }
-    found = (png for alt, png in figures.items() if alt.startswith("Pass rates"))
-    return base64.b64decode(next(found, b""))
+    drawn = _figures(PROJECT_DIR / "notebooks", "06")
+    return base64.b64decode(next((png for alt, png in drawn if alt.startswith("Pass rates")), b""))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def run(profile, run_dir=None, only=None, first=None, parameters=None, timeout=N
     config = Config.from_parameters(parameters)
     given = {name: value for name, value in parameters.items() if value is not None}
     chosen = notebooks(only)
-    forced = [path for path in notebooks() if only or (first and path >= notebooks(first)[0])]
+    forced = [path for path in chosen if only or (first and path >= notebooks(first)[0])]
     folders.need_space(config.run_dir, RUN_BYTES, "a run")
     stopped = None
     with folders.alone(config.run_dir, "run"):
@@ -101,9 +101,9 @@ def _execute(config: Config, source: Path, parameters: dict, timeout: float, rec
     except (PapermillExecutionError, DeadKernelError, CellTimeoutError, KeyboardInterrupt) as error:
         if not draft.exists():
             raise
-        _settle(draft, record)
+        started = _settle(draft, record)
         draft.replace(failed)
-        raise _stop(source, failed, error, timeout) from error
+        raise _stop(source, started, error, timeout) from error
     draft.replace(final)
 
 
@@ -121,45 +121,39 @@ def _papermill(source: Path, draft: Path, parameters: dict, timeout: float) -> N
     )
 
 
-def _started(cells) -> list:
-    """The code cells that ran, in order; papermill gives those a start time, and no others."""
-    return [c for c in cells if c.metadata.get("papermill", {}).get("start_time")]
+def _settle(path: Path, record: dict) -> list:
+    """Correct what papermill wrote of an ended run, which marks cells that never ran as completed.
 
-
-def _settle(path: Path, record: dict) -> None:
-    """Correct what papermill wrote of an ended run: it marks cells that never ran as completed."""
+    Returns the code cells that ran, in order; papermill gives those a start time, and no others.
+    """
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata[provenance.KEY] = record
-    started = _started(notebook.cells)
+    started = [c for c in notebook.cells if c.metadata.get("papermill", {}).get("start_time")]
     for cell in notebook.cells:
         if "papermill" in cell.metadata and cell not in started:
             cell.metadata.papermill["status"] = "pending"
     if started:
         started[-1].metadata.papermill["status"] = "failed"
     nbformat.write(notebook, path)
+    return started
 
 
-def _stop(source: Path, path: Path, error: BaseException, timeout: float) -> RunStopped:
+def _stop(source: Path, started: list, error: BaseException, timeout: float) -> RunStopped:
     """RunStopped with the notebook, the cell that was running, and what happened to it."""
-    exit_code = 1
+    exit_code, reason = 1, "its kernel died, most likely for want of memory"
     if isinstance(error, PapermillExecutionError):
         reason = f"{error.ename}: {error.evalue}"
     elif isinstance(error, CellTimeoutError):
         reason = f"it ran longer than the limit of {timeout:.0f} seconds"
     elif isinstance(error, KeyboardInterrupt):
-        number = error.args[0] if error.args else signal.SIGINT
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         exit_code = 128 + number
-        reason = (
-            f"stopped by {signal.Signals(number).name}; the same command goes on from this notebook"
-        )
-    else:
-        reason = "its kernel died, most likely for want of memory"
-    return RunStopped(f"{source.stem}, {_last_cell(source, path)}: {reason}", exit_code)
+        reason = f"stopped by {number.name}; the same command goes on from this notebook"
+    return RunStopped(f"{source.stem}, {_last_cell(source, started)}: {reason}", exit_code)
 
 
-def _last_cell(source: Path, path: Path) -> str:
+def _last_cell(source: Path, started: list) -> str:
     """Number (in the source notebook) and first line of the cell that was running."""
-    started = _started(nbformat.read(path, as_version=4).cells)
     if not started:
         return "before its first cell"
     identifiers = [cell.id for cell in nbformat.read(source, as_version=4).cells]

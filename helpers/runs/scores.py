@@ -18,12 +18,6 @@ SCORES = {
 MODELS = ("base_chat", "base_chat_4bit", "base", "tuned", "merged", "requantized")
 
 
-def interval(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a rate (Wilson 1927)."""
-    found = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
-    return found.low, found.high
-
-
 def models_asked(metrics: dict) -> list[str]:
     """Those of MODELS that answered, in that order."""
     return [model for model in MODELS if f"stop_rate_{model}" in metrics]
@@ -32,7 +26,7 @@ def models_asked(metrics: dict) -> list[str]:
 def score_rows(metrics: dict, models: Sequence[str]) -> list[tuple]:
     """(what, a text such as 0.50 [0.30, 0.70] for each model) of the scores that were taken.
 
-    A model that was not asked these problems has a dash.
+    Behind a rate is Wilson's 95 % interval (Wilson 1927). A model that was not asked has a dash.
     """
 
     def with_interval(name: str, count: str, model: str) -> str:
@@ -40,8 +34,8 @@ def score_rows(metrics: dict, models: Sequence[str]) -> list[tuple]:
         if rate is None:
             return "-"
         trials = metrics.get(f"{count}_{model}", metrics[count])  # some answered fewer
-        low, high = interval(round(rate * trials), trials)
-        return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
+        around = binomtest(round(rate * trials), trials).proportion_ci(0.95, method="wilson")
+        return f"{rate:.2f} [{around.low:.2f}, {around.high:.2f}]"
 
     return [
         (label, *(with_interval(name, count, model) for model in models))
