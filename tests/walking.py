@@ -43,20 +43,24 @@ class CellFailed(AssertionError):
     """A cell raised. The message names the notebook, the cell and the error."""
 
 
-def walk(number: str, **parameters) -> dict:
+def walk(number: str, edit=list, **parameters) -> dict:
     """Run a notebook's code cells in order, in a namespace that lasts until the next walk.
 
-    Raises CellFailed at the first cell that raises.
+    `edit` may choose among the cells that follow the parameters. Raises CellFailed at the first
+    cell that raises.
     """
     path = notebook_path(number)
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    (start,) = [i for i, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", [])]
     shell = _shell()
     shell.reset()
-    for place, cell in enumerate(nbformat.read(path, as_version=4).cells):
-        if cell.cell_type == "code":
-            _run(shell, f"{path.stem}, cell {place}", cell.source)
-        if "parameters" in cell.metadata.get("tags", []):  # as papermill injects them
-            given = [f"{name} = {value!r}" for name, value in parameters.items()]
-            _run(shell, f"{path.stem}, injected parameters", "\n".join(given))
+    for cell in code[: start + 1]:
+        _run(shell, f"{path.stem}, cell {cells.index(cell)}", cell.source)
+    given = [f"{name} = {value!r}" for name, value in parameters.items()]
+    _run(shell, f"{path.stem}, injected parameters", "\n".join(given))  # as papermill does
+    for cell in edit(code[start + 1 :]):
+        _run(shell, f"{path.stem}, cell {cells.index(cell)}", cell.source)
     return shell.user_ns
 
 

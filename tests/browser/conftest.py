@@ -16,6 +16,7 @@ from papermill.parameterize import parameterize_notebook
 
 from helpers.config import PROJECT_DIR, Config
 from helpers.runs.lessons import notebooks
+from tests.walking import first_tokens, save_random_model
 
 SCREENSHOTS = PROJECT_DIR / "runs" / "browser"
 NEEDS = {"03": ("02",), "04": ("02",), "05": ("04",), "06": ("05",)}
@@ -149,12 +150,18 @@ def _address(home: Path, process, patience: float = 60) -> str:
 
 
 @pytest.fixture(scope="session")
-def lab(browser, server, tmp_path_factory):
-    """JupyterLab over copies of the six lessons, with profile smoke and one fresh run folder."""
+def lab(browser, server, tmp_path_factory, tokenizer):
+    """JupyterLab over copies of the six lessons, with profile smoke and one fresh run folder.
+
+    The model is a tiny random one: what is looked at is the page. test_smoke.py runs the real one.
+    """
     url, token, folder = server
+    model = tmp_path_factory.mktemp("model")
+    save_random_model("LlamaConfig", first_tokens(tokenizer, 2000, model), model)
     config = Config.from_profile("smoke", run_dir=tmp_path_factory.mktemp("run"))
     # Where this machine can isolate nothing, generated code still runs under limits, by name.
     parameters = {"PROFILE": "smoke", "RUN_DIR": str(config.run_dir), "SANDBOX": "limits-only"}
+    parameters |= {"MODEL_NAME": str(model)}
     for path in notebooks():
         notebook = parameterize_notebook(load_notebook_node(str(path)), parameters)
         for cell in notebook.cells:

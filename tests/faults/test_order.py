@@ -1,24 +1,19 @@
 """Notebooks and cells in another order: a guard with a sentence, or the same result.
 
-On a random model of two layers, but for lesson 03, whose numbers are those of the embedded model.
+On a random model of two layers, in this process: what a kernel adds, test_smoke.py runs.
 """
 
 import json
 import shutil
 
-import nbformat
-import papermill
 import pytest
-from nbformat.v4 import new_code_cell
-from papermill.exceptions import PapermillExecutionError
 from peft import LoraConfig, get_peft_model
 
 from helpers.merging import merging
 from helpers.model import loading
 from helpers.runs import runner
-from setup import colab
 from tests.faults.staging import folder_hashes
-from tests.notebook_code import notebook_path
+from tests.walking import SHORT, CellFailed, first_tokens, save_random_model, walk, write_corpus
 
 MEASURED = (
     "_seconds",
@@ -29,19 +24,8 @@ MEASURED = (
 )  # differ from run to run
 
 
-def edited(number, folder, edit):
-    """A copy of a notebook in `folder`, its code cells changed by `edit`; its path."""
-    notebook = nbformat.read(notebook_path(number), as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    first, *code = [cell for cell in code if colab.TAG not in cell.metadata.get("tags", [])]
-    notebook.cells = [first, *edit(code)]  # the first holds the parameters
-    path = folder / f"{number}_edited.ipynb"
-    nbformat.write(notebook, path)
-    return path
-
-
 def each_twice(code):
-    return [new_code_cell(cell.source) for cell in code for _ in range(2)]
+    return [cell for cell in code for _ in range(2)]
 
 
 def up_to(words):
@@ -60,23 +44,13 @@ def _place(code, words):
 
 
 @pytest.fixture(scope="module")
-def execute(tiny_model_dir, tmp_path_factory):
-    """Execute a notebook by number and edit in a run folder; returns the path of the outcome."""
-
-    def run(number, run_dir, edit=list):
-        parameters = {"PROFILE": "smoke", "RUN_DIR": str(run_dir), "SANDBOX": "limits-only"}
-        if number != "03":
-            parameters["MODEL_NAME"] = str(tiny_model_dir)
-        folder = tmp_path_factory.mktemp("executed")
-        papermill.execute_notebook(
-            edited(number, folder, edit),
-            folder / "out.ipynb",
-            parameters=parameters,
-            progress_bar=False,
-            extra_arguments=["--IPKernelApp.log_level=50"],
-        )
-
-    return run
+def execute(tmp_path_factory, tokenizer):
+    """Walk a notebook by number and edit in a run folder, in a namespace of its own."""
+    model, corpus = (tmp_path_factory.mktemp(name) for name in ("model", "corpus"))
+    save_random_model("LlamaConfig", first_tokens(tokenizer, 2000, model), model)
+    write_corpus(corpus)
+    given = {"PROFILE": "smoke", "MODEL_NAME": str(model), "DATA_SOURCE": str(corpus), **SHORT}
+    return lambda number, run_dir, edit=list: walk(number, edit, RUN_DIR=str(run_dir), **given)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +76,6 @@ def results(folder, number):
 # -- Any notebook first.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "missing", "first"),
     [
@@ -116,7 +89,7 @@ def test_a_notebook_that_comes_too_early_names_the_one_to_run(
     execute, tmp_path, number, missing, first
 ):
     message = rf"{missing} is missing: run notebook {first} with PROFILE = 'smoke' first"
-    with pytest.raises(PapermillExecutionError, match=message):
+    with pytest.raises(CellFailed, match=message):
         execute(number, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics").exists()
 
@@ -143,7 +116,7 @@ def test_no_adapter_is_loaded_onto_another(tiny_config, tiny_model_dir):
         merging.load_tuned(tiny_config, adapted)
 
 
-# -- The kernel restarted half-way.
+# -- Begun anew half-way, as after the kernel's restart.
 
 
 @pytest.mark.slow
@@ -170,10 +143,10 @@ def test_from_the_start_after_a_stop_half_way_gives_the_same(
 @pytest.mark.parametrize(
     ("number", "middle"), [("04", "trainer.save_model("), ("05", "merging.saving(")]
 )
-def test_on_from_the_middle_in_a_fresh_kernel_stops_and_loses_nothing(
+def test_on_from_the_middle_in_a_fresh_namespace_stops_and_loses_nothing(
     execute, straight, run_dir, number, middle
 ):
-    with pytest.raises(PapermillExecutionError, match="NameError: name '.*' is not defined"):
+    with pytest.raises(CellFailed, match="NameError: name '.*' is not defined"):
         execute(number, run_dir, setup_and_from(middle))
     for artefact in ("dataset", "adapter", "merged", "metrics"):
         assert folder_hashes(run_dir / artefact) == folder_hashes(straight / artefact)

@@ -28,7 +28,7 @@ from helpers.view import live_chart
 from tests.faults.train_tiny import build, outcome, tiny_config, write_dataset
 from tests.notebook_code import fine_tune, save_adapter
 
-KILLS = 10
+KILLS = 5
 
 
 @pytest.fixture

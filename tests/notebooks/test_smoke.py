@@ -11,6 +11,7 @@ from datasets import load_from_disk
 from helpers.config import PROBLEMS_FILE
 from helpers.runs import inventory, lessons, manifest, runner
 from tests.conftest import watch_the_network
+from tests.walking import CellFailed, walk
 
 # Names that must be there, notebook by notebook.
 NAMES = {
@@ -166,8 +167,15 @@ def test_a_second_run_finds_everything_finished(smoke, capsys):
     assert capsys.readouterr().out.count("finished already") == 6
 
 
-@pytest.mark.parametrize("path", lessons.notebooks(), ids=lambda path: path.stem)
-def test_plain_papermill_with_a_mistyped_parameter_fails_at_once(path, tmp_path):
+@pytest.mark.parametrize("number", NAMES)
+def test_a_mistyped_parameter_fails_at_once(number, tmp_path):
+    with pytest.raises(CellFailed, match="did you mean MAX_STEPS"):
+        walk(number, PROFILE="smoke", MAX_STPES=3, RUN_DIR=str(tmp_path))
+    assert not (tmp_path / "metrics").exists()
+
+
+def test_plain_papermill_says_so_too(tmp_path):
+    path = lessons.notebooks("01")[0]
     command = [sys.executable, "-m", "papermill", str(path), str(tmp_path / "out.ipynb")]
     options = ["-p", "PROFILE", "smoke", "-p", "MAX_STPES", "3", "-p", "RUN_DIR", str(tmp_path)]
     done = subprocess.run(command + options, capture_output=True, encoding="utf-8", timeout=120)
