@@ -63,15 +63,18 @@ def kill_everywhere(tmp_path, template, watched, job, *arguments, check):
 
 
 def first_and_last_of_each_folder(points):
-    """All renames, removals and new folders; of the files opened in one folder the first and last.
+    """Of the files that are opened in one folder, and of those that go with one, first and last.
 
     A kill between two files of a draft leaves what one between two others leaves: half a draft.
     """
-    opened = {}
+    groups = {}
     for name in points:
-        if name.startswith("open "):
-            opened.setdefault(name.rpartition("/")[0], []).append(name)
-    left_out = {name for names in opened.values() for name in names[1:-1]}
+        event, _, path = name.partition(" ")
+        folder = path.rpartition("/")[0]
+        # By its bare name goes what lies in a folder that is removed as a whole.
+        if event == "open" or (event == "os.remove" and not folder and path[0] != "."):
+            groups.setdefault((event, folder), []).append(name)
+    left_out = {name for names in groups.values() for name in names[1:-1]}
     return {name: number for name, number in points.items() if name not in left_out}
 
 
