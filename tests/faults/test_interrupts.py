@@ -102,7 +102,9 @@ def test_a_killed_runner_leaves_no_kernel_behind(notebooks, tmp_path):
     assert is_gone(kernel)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_training_by_its_script_ends_at_a_signal_with_a_checkpoint(
     tmp_path, tiny_model_dir, number
 ):

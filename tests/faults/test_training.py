@@ -59,7 +59,9 @@ def interrupt(config, after):
         fine_tune(trainer)
 
 
-@pytest.mark.parametrize("after", [1, 3, 5])
+@pytest.mark.parametrize(
+    "after", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 5))]
+)
 def test_a_resumed_run_ends_as_an_uninterrupted_one_bit_for_bit(config, after):
     whole, whole_metrics = finish(config)
     shutil.rmtree(config.checkpoints_dir)
@@ -112,10 +114,10 @@ def damage(path, how):
     ("name", "how"),
     [
         ("adapter_model.safetensors", "cut"),
-        ("adapter_model.safetensors", "flipped"),
-        ("optimizer.pt", "flipped"),
-        ("optimizer.pt", "gone"),
         ("SHA256SUMS", "gone"),
+        pytest.param("adapter_model.safetensors", "flipped", marks=pytest.mark.slow),
+        pytest.param("optimizer.pt", "flipped", marks=pytest.mark.slow),
+        pytest.param("optimizer.pt", "gone", marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(config, capsys, name, how):
@@ -147,7 +149,9 @@ def test_a_disk_without_room_is_named_before_a_checkpoint_is_written(config, mon
     assert resumed["steps"] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_at_a_step_edge_with_a_checkpoint(config, number):
     whole, _ = finish(config)
     shutil.rmtree(config.checkpoints_dir)

@@ -96,7 +96,8 @@ def test_03_walks_and_teaches_what_it_says(parameters, recipe):
 def test_every_recipe_walks_04_to_06(parameters, recipe):
     parameters["RECIPE"] = recipe
     config = Config.from_notebook(parameters)
-    walk("04", **parameters, MAX_STEPS=1)  # ends before the first log line
+    if recipe is None:
+        walk("04", **parameters, MAX_STEPS=1)  # ends before the first log line
     found = walk("04", **parameters, MAX_STEPS=config.log_steps + 1)
     assert found["change"] == 0
     assert found["trainable"][0] == found["predicted_parameters"]
