@@ -28,7 +28,7 @@ GONE = {
     "save_safetensors",
     "no_cuda",
     "gradient_checkpointing",
-    "trust_remote_code",
+    "trust_remote_code",  # but for =False: transformers would ask on the terminal
     "use_temp_dir",
 }
 
@@ -48,7 +48,9 @@ def calls():
     for name, text in sources():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call):
-                keywords = {keyword.arg for keyword in node.keywords if keyword.arg}
+                refused = "trust_remote_code=False"
+                given = [each for each in node.keywords if ast.unparse(each) != refused]
+                keywords = {keyword.arg for keyword in given if keyword.arg}
                 function = getattr(
                     node.func, "orelse", node.func
                 )  # (Ours if fast else Theirs)(...)
