@@ -13,7 +13,7 @@ from helpers.merging import merging
 from helpers.model import loading
 from helpers.runs import runner
 from tests.faults.staging import folder_hashes
-from tests.walking import SHORT, CellFailed, first_tokens, save_random_model, walk, write_corpus
+from tests.walking import CellFailed, walk
 
 MEASURED = (
     "_seconds",
@@ -44,12 +44,9 @@ def _place(code, words):
 
 
 @pytest.fixture(scope="module")
-def execute(tmp_path_factory, tokenizer):
+def execute(tiny_model_dir):
     """Walk a notebook by number and edit in a run folder, in a namespace of its own."""
-    model, corpus = (tmp_path_factory.mktemp(name) for name in ("model", "corpus"))
-    save_random_model("LlamaConfig", first_tokens(tokenizer, 2000, model), model)
-    write_corpus(corpus)
-    given = {"PROFILE": "smoke", "MODEL_NAME": str(model), "DATA_SOURCE": str(corpus), **SHORT}
+    given = {"PROFILE": "smoke", "MODEL_NAME": str(tiny_model_dir), "SANDBOX": "limits-only"}
     return lambda number, run_dir, edit=list: walk(number, edit, RUN_DIR=str(run_dir), **given)
 
 
