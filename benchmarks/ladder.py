@@ -66,7 +66,7 @@ def ask_form(kept: tuple[str, ...] | None, template: str) -> dict:
         "problems_level2": config.evaluation_problems[2],
         "passes_level2": counts["passes_level2"],
         **{name: round(found / len(scores), 3) for name, found in shares.items()},
-        "loss": round(comparison.text_loss(model, tokenizer, rows), 4),
+        "loss": round(comparison.known_answers(model, tokenizer, rows)[1], 4),
         "bytes": sum(map(stored_bytes, model.parameters())),
     }
 

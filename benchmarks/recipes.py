@@ -104,7 +104,8 @@ def measure(config: Config) -> dict:
     """Train once. Losses are nats per token of the validation answers, the question not counted."""
     names = export.run_cells(config, "trainer")
     tokenizer, rows = names["tokenizer"], names["dataset"]["validation"]
-    before = comparison.text_loss(names["trainer"].model, tokenizer, rows)  # its adapter adds 0
+    untrained = names["trainer"].model  # its adapter adds 0
+    _, before = comparison.known_answers(untrained, tokenizer, rows)
     trainer, metrics = export.train(names["trainer"])
     history = trainer.state.log_history
     numbers = {
@@ -116,7 +117,7 @@ def measure(config: Config) -> dict:
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
         "evaluations": [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e],
         "answer_loss_before": before,
-        "answer_loss_after": comparison.text_loss(trainer.model, tokenizer, rows),
+        "answer_loss_after": comparison.known_answers(trainer.model, tokenizer, rows)[1],
         **_rates(trainer.model, tokenizer, config),
         **{n: metrics[n] for n in ("train_tokens_per_second", "peak_memory_bytes")},
         "exec_time_seconds": metrics["exec_time_seconds"],

@@ -57,8 +57,8 @@ def lesson_05(config) -> dict:
         "source": loading.find_model(config),
         "dtype": precision.compute_dtype(config),
         "quantization": loading.quantization_config(config),
-        "place": merging.place_of(config),
-        "at": {"dtype": precision.compute_dtype(config), "device_map": merging.place_of(config)},
+        "place": (place := merging.with_room_for_base(config).device_map),
+        "at": {"dtype": precision.compute_dtype(config), "device_map": place},
         "measured": lambda into, merged: None,  # takes KL, loss and answers
     }
     return lesson

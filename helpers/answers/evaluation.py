@@ -22,7 +22,7 @@ from helpers.answers.problem_sets import Problem, held_out
 from helpers.config import PROJECT_DIR, Config
 from helpers.data.code_kinds import parse_python
 from helpers.data.markdown import fenced_blocks
-from helpers.merging.comparison import text_loss
+from helpers.merging.comparison import known_answers
 from helpers.model import loading, measure
 from helpers.prompts import FENCE
 
@@ -224,7 +224,9 @@ def losses(config: Config) -> dict[str, dict[str, list[float]]]:
     found: dict = {"held-out rows": {}, "general text": {}}
     for which in ("base", "tuned"):
         with model.disable_adapter() if which == "base" else contextlib.nullcontext():
-            found["held-out rows"][which] = [text_loss(model, tokenizer, [row]) for row in rows]
+            found["held-out rows"][which] = [
+                known_answers(model, tokenizer, [row])[1] for row in rows
+            ]
             found["general text"][which] = [
                 _paragraph_loss(model, tokenizer, text) for text in paragraphs
             ]

@@ -45,7 +45,7 @@ def check_adapter(config: Config) -> Path:
 
 
 def _check_base(config: Config, folder: Path, trained_on: str | None) -> None:
-    """Names are compared by their last part: folders are moved, and users have mirrors."""
+    # Names are compared by their last part: folders are moved, and users have mirrors.
     if trained_on and Path(trained_on).name != Path(config.model_name).name:
         raise ArtefactError(
             f"the adapter in {folder} was trained on {trained_on} and MODEL_NAME is "
@@ -67,19 +67,19 @@ def _other_than_now(config: Config, settings: dict, trained: dict) -> list[str]:
     """
     found = {"lora_r": settings.get("r"), "lora_alpha": settings.get("lora_alpha")}
     found |= {"target_modules": settings.get("target_modules") or (), **trained.get("base", {})}
-    config, complaints = for_model(config), []
+    config = for_model(config)
     if trained.get("recipe", config.recipe) != config.recipe:
-        complaints, found = [("RECIPE", config.recipe, trained["recipe"])], {}
+        found = {"recipe": trained["recipe"]}  # which sets the others
+    sentences = []
     for name, value in found.items():
         wanted = getattr(config, name)
         if isinstance(wanted, tuple):
             wanted, value = sorted(wanted), sorted(value)
         if wanted != value:
-            complaints.append((name.upper(), wanted, value))
-    sentences = [
-        f"{name} is {wanted!r}, the adapter was trained with {value!r}: set {name} = {value!r}"
-        for name, wanted, value in complaints
-    ]
+            sentences.append(
+                f"{name.upper()} is {wanted!r}, the adapter was trained with {value!r}: "
+                f"set {name.upper()} = {value!r}"
+            )
     before, now = trained.get("dataset"), dataset_fingerprint(config)
     if before and now and before != now:
         sentences.append(

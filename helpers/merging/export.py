@@ -1,7 +1,6 @@
 """What notebook 05 writes for llama.cpp and Ollama, and the room that it takes on the disk."""
 
 import shutil
-from math import prod
 from pathlib import Path
 
 import gguf
@@ -12,12 +11,14 @@ from helpers import prompts
 from helpers.config import Config
 from helpers.data.curation_note import in_own_template, system_message
 from helpers.merging import gguf_writer
+from helpers.merging.adapter_folder import check_adapter
 from helpers.merging.merged_folder import check_merged
-from helpers.model import loading, predict
+from helpers.model import hub, loading, predict
 from helpers.model.steps import Run
 from helpers.runs import folders
 from helpers.runs.inventory import ArtefactError, again
 
+ADAPTER_FILE = "adapter.gguf"
 # Tokenizer, settings and headers, once for each of the three forms of a model: 20 MB at most.
 SMALL_FILES_BYTES = 20_000_000
 
@@ -26,30 +27,31 @@ def disk_needed(config: Config) -> dict[str, int]:
     """Bytes of what notebook 05 writes, file by file, from the shape of the model alone."""
     shape = loading.load_shape(config.model_name)
     with torch.device("meta"):
-        sizes = [list(p.shape) for p in AutoModelForCausalLM.from_config(shape).parameters()]
-    if config.merge_into == "4bit":
-        merged = predict.estimate(shape, Run.from_config(config)).weights
-    else:
-        merged = 2 * sum(map(prod, sizes))
-    files = {"merged/": merged}
-    if config.merge_into != "4bit" and not gguf_writer.why_not(shape):
-        for name in config.gguf_types:
-            kind, _ = gguf_writer.TYPES[name]
-            stored = (gguf_writer.stored_bytes(size, kind) for size in sizes)
-            files[f"gguf/model.{name}.gguf"] = sum(stored)
+        model = AutoModelForCausalLM.from_config(shape)
+    packed = predict.estimate(shape, Run.from_config(config)).weights
+    files = {"merged/": packed if config.merge_into == "4bit" else 2 * model.num_parameters()}
+    apart = config.gguf_adapter_apart
+    if (apart or config.merge_into != "4bit") and not gguf_writer.why_not(shape):
+        names = gguf_writer.names_in_gguf(shape)
+        named = [
+            (f"{names.get_name(name.rpartition('.')[0])}.", list(parameter.shape))
+            for name, parameter in model.named_parameters()
+        ]
+        for type_name in config.gguf_types:
+            kind, _ = gguf_writer.TYPES[type_name]
+            stored = (gguf_writer.stored_bytes(*tensor, kind) for tensor in named)
+            files[f"gguf/{file_name(config, type_name)}"] = sum(stored)
     return {name: size + SMALL_FILES_BYTES for name, size in files.items()}
 
 
 def need_disk(config: Config) -> str:
     """`disk_needed`, a line for each file, and what is free. DiskFull where that is too little.
 
-    An earlier merge makes room when it is replaced, and its GGUF files with it. A last line says
-    why no GGUF will be written, where that is so.
+    A last line says why no GGUF will be written, where that is so.
     """
-    files = disk_needed(config)
-    folders_replaced = (config.merged_dir, config.gguf_dir)
-    earlier = sum(file.stat().st_size for old in folders_replaced for file in old.glob("*"))
-    needed = max(files["merged/"], sum(files.values()) - earlier)
+    files, replaced = disk_needed(config), (config.merged_dir, config.gguf_dir)
+    earlier = sum(file.stat().st_size for folder in replaced for file in folder.glob("*"))
+    needed = max(files["merged/"], sum(files.values()) - earlier)  # those make room
     folders.need_space(config.run_dir, needed, "notebook 05")
     free = shutil.disk_usage(config.run_dir).free
     files |= {"in all": sum(files.values()), "free on the disk": free}
@@ -70,23 +72,31 @@ def gguf_report(config: Config) -> str:
 
 
 def export_gguf(config: Config) -> Path:
-    """Write run_dir/gguf, whole or not at all: the merged model in every type, and a Modelfile.
+    """Write run_dir/gguf, whole or not at all: a model in every type of GGUF_TYPES, a Modelfile.
 
-    The types are those of GGUF_TYPES. Each file is read back and compared before the folder has its
-    name. Returns the folder. Raises FileNotFoundError without a merged model, ArtefactError for one
-    that is damaged or stale, NoGGUF for one that cannot be written, DiskFull.
+    The model is the merged one, or with GGUF_ADAPTER_APART the base, and the adapter beside it.
+    Each model is read back and compared before the folder has its name. Raises FileNotFoundError
+    and ArtefactError for a result that is missing, damaged or stale, NoGGUF, DiskFull.
     """
-    source = check_merged(config)
-    names = {name: f"model.{name}.gguf" for name in config.gguf_types}
+    adapter = check_adapter(config) if config.gguf_adapter_apart else None
+    source = hub.local_folder(config.model_name) if adapter else check_merged(config)
+    names = {name: file_name(config, name) for name in config.gguf_types}
     device = config.device if torch.cuda.is_available() else "cpu"
     with folders.whole_folder(config.gguf_dir) as draft:
         paths = {name: draft / file for name, file in names.items()}
-        gguf_writer.write_gguf(source, paths, device)
+        # The adapter's tokenizer brings the template of the training, the base's does not.
+        gguf_writer.write_gguf(source, paths, adapter or source, device)
         for path in paths.values():
             check_written(path, source)
+        if adapter:
+            gguf_writer.write_adapter(adapter, source, draft / ADAPTER_FILE)
         text = modelfile(config, names.get("q8_0", names[config.gguf_types[0]]))
         (draft / "Modelfile").write_text(text, encoding="utf-8")
     return config.gguf_dir
+
+
+def file_name(config: Config, type_name: str) -> str:
+    return f"{'base' if config.gguf_adapter_apart else 'model'}.{type_name}.gguf"
 
 
 def check_written(path: Path, source: Path) -> None:
@@ -108,20 +118,21 @@ def check_written(path: Path, source: Path) -> None:
             raise ArtefactError(f"{path.name} holds another {name} than {source}: {again('05')}")
 
 
-def modelfile(config: Config, weights: str = "model.q8_0.gguf") -> str:
+def modelfile(config: Config, weights: str = "model.q8_0.gguf", adapter_apart: bool = False) -> str:
     """Ollama's description of the model. Its template is the one of training, byte for byte.
 
     Ollama fills in `.System` and `.Prompt`; BOS comes from the file's own flag. Temperature 0 is
     greedy, as everywhere in this course. Ollama cannot take off the blank lines around a
     request, as `prompts.render_prompt` does.
     """
-    system = prompts.without_blank_lines(system_message(config, config.merged_dir))
+    folder = config.adapter_dir if config.gguf_adapter_apart else config.merged_dir
+    system = prompts.without_blank_lines(system_message(config, folder))
     if '"""' in system:
         raise ValueError('SYSTEM_MESSAGE holds """, which ends a text in a Modelfile: reword it')
-    own = in_own_template(config, config.merged_dir)
-    tokenizer = AutoTokenizer.from_pretrained(config.merged_dir) if own else None
+    tokenizer = AutoTokenizer.from_pretrained(folder) if in_own_template(config, folder) else None
     template = prompts.render_prompt("{{ .Prompt }}", "{{ .System }}", tokenizer)
+    adapter = f"ADAPTER ./{ADAPTER_FILE}\n" * config.gguf_adapter_apart
     return (
-        f'FROM ./{weights}\nTEMPLATE """{template}"""\nSYSTEM """{system}"""\n'
+        f'FROM ./{weights}\n{adapter}TEMPLATE """{template}"""\nSYSTEM """{system}"""\n'
         f"PARAMETER temperature 0\nPARAMETER num_predict {config.max_new_tokens}\n"
     )

@@ -15,16 +15,12 @@ MERGE_RECORD = "merge.json"
 
 
 def seal_merged(folder: Path, into: str, config: Config) -> None:
-    """Seal a merged model, with a record of how it was merged and of the adapter that is in it.
-
-    With it goes what is noted of the rows that the adapter was trained on. Without an adapter in
-    the run folder the model came from elsewhere.
-    """
+    """Seal a merged model, with a record of how it was merged, of its adapter and of its rows."""
     write_curation(curation_of(config, config.adapter_dir), folder)
     by = "the rule of lesson 05" if config.merge_into == "auto" else "MERGE_INTO"
     record: dict = {"merged_into": into, "taken_by": by}
     adapter = config.adapter_dir / ADAPTER_WEIGHTS
-    if adapter.is_file():
+    if adapter.is_file():  # else the model came from elsewhere
         said = read_json(config.adapter_dir / CONFIG_NAME, again("04"))
         targets = said["target_modules"]  # one name may stand for several
         record |= {
@@ -40,8 +36,7 @@ def seal_merged(folder: Path, into: str, config: Config) -> None:
 def check_merged(config: Config) -> Path:
     """The merged model's folder, when it is whole and made from the adapter that lies beside it.
 
-    Raises FileNotFoundError and ArtefactError. One without a record of its adapter came from
-    elsewhere and is taken as it is.
+    Raises FileNotFoundError and ArtefactError. One that came from elsewhere is taken as it is.
     """
     folder = config.require(config.merged_dir, "05")
     check_seal(folder, "05")

@@ -38,17 +38,13 @@ def load_tuned(config: Config, base=None) -> PeftModel:
     return PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).eval()
 
 
-def place_of(config: Config) -> dict:
-    """The `device_map` of a merge: the GPU, or the CPU if 16 bits of all weights do not fit it."""
-    adapter = config.require(config.adapter_dir, "04") / ADAPTER_WEIGHTS
-    return with_room_for_base(config, adapter.stat().st_size).device_map
-
-
-def with_room_for_base(config: Config, beside: int = 0) -> Config:
-    """`with_room` for the base in 16 bits, the work on it, and so many bytes beside it."""
+def with_room_for_base(config: Config) -> Config:
+    """`with_room` for the base in 16 bits, the run's adapter if there is one, and the work."""
     run = dataclasses.replace(Run.from_config(config), quantization="16bit")
     weights = predict.estimate(loading.load_shape(config.model_name), run).weights
-    return with_room(config, weights + beside + WORK_BYTES)
+    adapter = config.adapter_dir / ADAPTER_WEIGHTS
+    size = adapter.stat().st_size if adapter.is_file() else 0
+    return with_room(config, weights + size + WORK_BYTES)
 
 
 def with_room(config: Config, needed: int) -> Config:

@@ -78,11 +78,10 @@ def push_dataset(config: Config) -> list[str]:
     """Upload the dataset of a run and its card under the user's own name; the repository ids.
 
     More than SMALL_SET_ROWS training rows go up twice: the first of them as `new_dataset_name`, all
-    as `new_dataset_name_complete`. Raises NotLoggedIn without a token, before anything is sent.
+    as `new_dataset_name_complete`. Raises NotLoggedIn, before anything is sent.
     """
     path = check_dataset(config)
-    dataset = datasets.load_from_disk(str(path))
-    train, held = dataset["train"], dataset["validation"]
+    train, held = (datasets.load_from_disk(str(path / split)) for split in ("train", "validation"))
     card = (path / "README.md").read_text("utf-8")
     sizes = {config.new_dataset_name: min(len(train), SMALL_SET_ROWS)}
     if len(train) > SMALL_SET_ROWS:
@@ -90,9 +89,8 @@ def push_dataset(config: Config) -> list[str]:
     repositories = {own_repository(name): rows for name, rows in sizes.items()}
     folders.need_space(config.run_dir, train.data.nbytes, "uploading the dataset")
     for repository, rows in repositories.items():
-        splits = {"train": train.select(range(rows)), "validation": held}
         with tempfile.TemporaryDirectory(prefix=".upload-", dir=config.run_dir) as folder:
-            for name, split in splits.items():
+            for name, split in (("train", train.select(range(rows))), ("validation", held)):
                 split.to_parquet(Path(folder) / "data" / f"{name}-00000-of-00001.parquet")
             own_card = card_of_part(card, rows, len(train), len(held))
             (Path(folder) / "README.md").write_text(own_card, encoding="utf-8")
@@ -101,10 +99,7 @@ def push_dataset(config: Config) -> list[str]:
 
 
 def push_model(config: Config) -> str:
-    """Upload the merged model, its tokenizer and a card; returns the repository's id.
-
-    Raises NotLoggedIn without a login.
-    """
+    """Upload the merged model, its tokenizer and a card; the repository's id. NotLoggedIn."""
     folder, name = check_merged(config), own_repository(config.hf_hub_model_name)
     (folder / "README.md").write_text(model_card(config), encoding="utf-8")
     upload(name, folder, "model")
@@ -112,32 +107,28 @@ def push_model(config: Config) -> str:
 
 
 def model_card(config: Config) -> str:
-    """The README.md of the merged model: recipe, numbers of the run, limits and licences.
-
-    What the merged folder notes of its adapter comes from there, not from the Config.
-    """
+    """The README.md of the merged model: recipe, numbers of the run, limits and licences."""
     metrics, base = read_metrics(config), folders.public_name(config.model_name)
     base = EMBEDDED_ID if base == EMBEDDED_NAME else base
     known = (both for part, both in LICENCES.items() if part in base.lower())
     tag, licence = next(known, UNKNOWN_LICENCE)
     asked = metrics.get("06", {})
     models = models_asked(asked)
-    facts = ModelCardData(
-        license=tag,
-        base_model=base,
-        language="en",
-        pipeline_tag="text-generation",
-        tags=["qlora", "code", "python"],
-    )
+    facts = {
+        "license": tag,
+        "base_model": base,
+        "language": "en",
+        "tags": ["qlora", "code", "python"],
+    }
     card = ModelCard.from_template(
-        facts,
+        ModelCardData(pipeline_tag="text-generation", **facts),
         template_path=str(CARD),
         name=config.new_model_name,
         base=base,
         system_message=system_message(config, config.merged_dir),
         config=config,
         computed=str(precision.compute_dtype(config)).removeprefix("torch."),
-        noted=merge_record(config.merged_dir),
+        noted=merge_record(config.merged_dir),  # of its adapter: the Config may be another now
         numbers=[
             (name, f"{value:.4g}")
             for lesson in ("04", "05")

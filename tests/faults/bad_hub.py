@@ -4,6 +4,7 @@
     any/unauthorized   answers 401, any/gated 403 of a gated model, any/busy 429, any/broken 500
     any/slow           answers after the client has given up
     any/cut            serves half of the weights and closes, until `healed` is set
+    any/full           takes no weights; others take an upload, which `commits` then holds
 While `down` is set, every connection is closed without an answer.
 """
 
@@ -34,6 +35,7 @@ class BadHub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.down, self.healed = folder, False, False
         self.requests: list[str] = []
+        self.commits: list[tuple[str, set[str]]] = []  # path of the request, names of the files
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -46,12 +48,43 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def mode_of(path: str) -> dict:
+    return {"uploadMode": "lfs" if "safetensors" in path else "regular", "shouldIgnore": False}
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self):
         self._answer(with_body=False)
 
     def do_GET(self):
         self._answer(with_body=True)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append(f"POST {self.path}")
+        answer = {"url": f"{self.server.url}/any/new"}  # of create_repo, and for the rest
+        if "/preupload/" in self.path:
+            sent = json.loads(body)["files"]
+            answer = {"files": [{"path": file["path"], **mode_of(file["path"])} for file in sent]}
+        elif self.path.endswith("/objects/batch"):  # of large files: each gets an address
+            address = {"href": f"{self.server.url}{self.path}"}
+            answer = {"transfer": "basic", "objects": json.loads(body)["objects"]}
+            for large in answer["objects"]:
+                large["actions"] = {"upload": address}
+        elif "/commit/" in self.path:
+            lines = [json.loads(line) for line in body.splitlines()]
+            paths = {line["value"]["path"] for line in lines if line["key"] != "header"}
+            self.server.commits.append((self.path, paths))
+            answer = {
+                "commitUrl": f"{self.server.url}/any/new/commit/{COMMIT}",
+                "commitOid": COMMIT,
+            }
+        self._send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+
+    def do_PUT(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append(f"PUT {self.path}")
+        self._send(500 if "any/full" in self.path else 200, {}, b"")
 
     def log_message(self, *arguments):
         pass

@@ -43,6 +43,11 @@ def main() -> None:
     for kind in ("unauthorized", "gated", "busy", "broken", "slow"):
         say(kind, loading.load_tokenizer, f"any/{kind}")
     say("upload", publishing.own_repository, "any/upload")
+    with tempfile.TemporaryDirectory() as model:
+        for name in ("README.md", "config.json", "model.safetensors"):
+            (Path(model) / name).write_text(name, encoding="utf-8")
+        for kind in ("full", "whole"):
+            say(f"push {kind}", publishing.upload, f"any/{kind}", model, "model")
     say("good", load_model, "any/good")
     say("good tokenizer", loading.load_tokenizer, "any/good")
     say("cut", load_model, "any/cut")

@@ -40,6 +40,7 @@ def ask(server: BadHub, cache: Path) -> subprocess.Popen:
         "HF_HUB_DOWNLOAD_TIMEOUT": "1",
         "HF_HUB_OFFLINE": "0",
         "HF_TOKEN": CANARY,
+        "HF_HUB_DISABLE_XET": "1",  # a protocol that the server does not speak
     }
     command = [sys.executable, "-m", "tests.faults.hub_client"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -74,6 +75,7 @@ def hub(tiny_model_dir, cache):
     assert (tiny_model_dir / "model.safetensors").stat().st_size > CUT_ABOVE
     with BadHub(tiny_model_dir) as server:
         answers, output = answers_of(ask(server, cache))
+        answers["commits"] = server.commits
     return answers, server.requests, output
 
 
@@ -126,6 +128,17 @@ def test_data_and_uploads_say_it_in_one_sentence_too(hub):
     assert kind == "DataError" and "set DATA_SOURCE to 'sample', which needs neither" in text
     kind, text = answers["upload"]
     assert kind == "NotLoggedIn" and "nothing was uploaded: check the network" in text
+
+
+@pytest.mark.slow
+def test_an_upload_is_one_commit_or_none(hub):
+    """Where the weights are not taken, no card and no tokenizer is there either."""
+    answers, requests, _ = hub
+    assert answers["push full"][0] == "RuntimeError" and answers["push whole"] == ["NoneType", ""]
+    assert any(line.startswith("PUT /any/full") for line in requests)
+    (path, files), *more = answers["commits"]
+    assert "/any/whole/" in path and more == []
+    assert files == {"README.md", "config.json", "model.safetensors"}
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
@@ -16,8 +17,10 @@ from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.merging import export, gguf_writer
 from helpers.model import architecture, embedded, loading
+from helpers.profiles import ALL_LINEAR_TARGETS
 from helpers.runs import folders, inventory
 from tests import notebook_code
+from tests.conftest import fill_adapters
 
 SYSTEM, QUESTION = "Be brief.\nAnswer in Python.", 'How do I reverse "abc"?'
 TEXT = "def f(x):\n    return  x + 123  # the 7 cats' é ▁\n\t[INST] <<SYS>>"
@@ -130,7 +133,7 @@ def test_the_output_matrix_is_left_out_when_it_is_the_embedding(tiny_config, sho
     stored = load_file(folder / "model.safetensors")
     stored["lm_head.weight"] = model.lm_head.weight.detach()  # some files hold a tied one too
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    gguf_writer.write_gguf(folder, {"f16": tiny_config.run_dir / "model.gguf"})
+    gguf_writer.write_gguf(folder, {"f16": tiny_config.run_dir / "model.gguf"}, folder)
     _, tensors = fields_and_tensors(tiny_config.run_dir / "model.gguf")
     assert ("output.weight" in tensors) != tied
     again = embedded.load_gguf(tiny_config.run_dir / "model.gguf", torch.float32)
@@ -147,7 +150,8 @@ def test_blocks_are_those_of_gguf_bit_for_bit(device):
     rows[3, :32] = torch.arange(32) - 15.5  # halves once the scale is 1
     rows[3, 0] = 127
     rows[4] *= 1e-6
-    for kind in (Kind.F32, Kind.F16, Kind.Q8_0):
+    rows[5, :2] = torch.tensor([-9.0, 9.0])  # of two as large, the first gives q4_0 its scale
+    for kind in (Kind.F32, Kind.F16, Kind.Q8_0, Kind.Q4_0):
         ours = gguf_writer.in_blocks(rows.to(device), kind).cpu().numpy()
         with np.errstate(over="ignore", invalid="ignore"):
             theirs = gguf.quantize(rows.numpy(), kind)
@@ -235,9 +239,22 @@ def test_only_the_types_that_are_asked_for_are_written(merged):
     assert (folder / "Modelfile").read_text("utf-8").startswith("FROM ./model.f16.gguf\n")
 
 
-def test_a_row_that_blocks_do_not_fill_stays_in_16_bits():
-    assert gguf_writer.stored_as([8, 64], gguf.GGMLQuantizationType.Q8_0).name == "Q8_0"
-    assert gguf_writer.stored_as([8, 65], gguf.GGMLQuantizationType.Q8_0).name == "F16"
+@pytest.mark.parametrize(
+    ("name", "size", "kind", "stored"),
+    [
+        ("blk.0.attn_q.weight", [8, 64], Kind.Q8_0, Kind.Q8_0),
+        ("blk.0.attn_q.weight", [8, 65], Kind.Q8_0, Kind.F16),  # no whole number of blocks
+        ("blk.0.attn_q.weight", [8, 64], Kind.Q4_0, Kind.Q4_0),
+        ("blk.0.ffn_down.weight", [8, 64], Kind.Q4_0, Kind.Q8_0),
+        ("blk.0.attn_v.weight", [8, 64], Kind.Q4_0, Kind.Q8_0),
+        ("blk.0.attn_output.weight", [8, 64], Kind.Q4_0, Kind.Q4_0),
+        ("token_embd.weight", [8, 64], Kind.Q4_0, Kind.Q8_0),
+        ("output.weight", [8, 65], Kind.Q4_0, Kind.F16),
+        ("output_norm.weight", [64], Kind.Q4_0, Kind.F32),
+    ],
+)
+def test_each_tensor_is_stored_as_its_kind_of_layer_bears(name, size, kind, stored):
+    assert gguf_writer.stored_as(name, size, kind) == stored
 
 
 def test_rotary_pairs_become_neighbours():
@@ -278,7 +295,8 @@ def pieces(request):
 
 def test_scores_keep_the_order_of_the_merges(pieces, tmp_path):
     save_llama(tmp_path / "random", pieces, vocab_size=len(pieces) + 3)
-    gguf_writer.write_gguf(tmp_path / "random", {"f16": tmp_path / "model.gguf"})
+    folder = tmp_path / "random"
+    gguf_writer.write_gguf(folder, {"f16": tmp_path / "model.gguf"}, folder)
     again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     for text in ("lower low", "owlow", "lowlowé"):
         assert again(text)["input_ids"] == pieces(text)["input_ids"]
@@ -339,6 +357,71 @@ def test_a_new_merge_takes_away_what_was_written_of_the_one_before(merged, short
 def test_without_a_merged_model_the_notebook_is_named(tiny_config):
     with pytest.raises(FileNotFoundError, match="run notebook 05"):
         export.export_gguf(tiny_config)
+
+
+# -- The base, and the adapter beside it
+
+
+@pytest.fixture
+def apart(tiny_config, short_tokenizer):
+    """A Config whose run folder holds an adapter for a random base, and both merged in 16 bits."""
+    base = save_llama(tiny_config.run_dir / "base", short_tokenizer)
+    settings = LoraConfig(r=4, lora_alpha=6, target_modules=list(ALL_LINEAR_TARGETS))
+    tuned = get_peft_model(base, settings)
+    fill_adapters(tuned, std=0.3)
+    tuned.save_pretrained(tiny_config.adapter_dir)
+    short_tokenizer.save_pretrained(tiny_config.adapter_dir)
+    config = dataclasses.replace(
+        tiny_config, model_name=str(tiny_config.run_dir / "base"), gguf_types=("f16",)
+    )
+    merged = tuned.merge_and_unload()
+    notebook_code.save_merged(merged, short_tokenizer, config)
+    return dataclasses.replace(config, gguf_adapter_apart=True)
+
+
+@pytest.mark.filterwarnings("ignore::helpers.runs.inventory.ArtefactWarning")
+def test_base_and_adapter_add_up_to_the_merged_model(apart):
+    export.export_gguf(dataclasses.replace(apart, gguf_adapter_apart=False))
+    _, merged = fields_and_tensors(apart.gguf_dir / "model.f16.gguf")
+    merged = {name: tensor.data.astype(np.float32) for name, tensor in merged.items()}
+    folder = export.export_gguf(apart)
+    assert {path.name for path in folder.iterdir()} == {
+        "base.f16.gguf",
+        "adapter.gguf",
+        "Modelfile",
+    }
+    fields, updates = fields_and_tensors(folder / "adapter.gguf")
+    assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
+    scale, found = fields["adapter.lora.alpha"] / 4, {}
+    _, base = fields_and_tensors(folder / "base.f16.gguf")
+    for name, tensor in base.items():
+        found[name] = tensor.data.astype(np.float32)
+        if f"{name}.lora_a" in updates:
+            A, B = (updates[f"{name}.lora_{part}"].data.astype(np.float32) for part in "ab")
+            found[name] += scale * B @ A
+    assert len(updates) == 2 * 2 * 7  # A and B, of two layers with seven matrices each
+    assert found.keys() == merged.keys()
+    for name, rows in found.items():
+        np.testing.assert_allclose(rows, merged[name], atol=2e-2, err_msg=name)
+    text = (folder / "Modelfile").read_text("utf-8")
+    assert text.startswith("FROM ./base.f16.gguf\nADAPTER ./adapter.gguf\nTEMPLATE ")
+
+
+@pytest.mark.filterwarnings("ignore::helpers.runs.inventory.ArtefactWarning")
+def test_the_base_beside_an_adapter_has_the_template_of_the_training(apart):
+    template = prompts.chat_template(SYSTEM)
+    (apart.adapter_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
+    export.export_gguf(apart)
+    fields, _ = fields_and_tensors(apart.gguf_dir / "base.f16.gguf")
+    assert fields["tokenizer.chat_template"] == template
+
+
+def test_an_adapter_of_another_kind_is_refused(apart, tmp_path):
+    weights = load_file(apart.adapter_dir / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"
+    save_file(weights | {name: torch.ones(96)}, apart.adapter_dir / "adapter_model.safetensors")
+    with pytest.raises(gguf_writer.NoGGUF, match="lora_magnitude_vector, which no adapter of"):
+        gguf_writer.write_adapter(apart.adapter_dir, apart.model_name, tmp_path / "adapter.gguf")
 
 
 # -- Templates

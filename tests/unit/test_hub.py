@@ -8,10 +8,8 @@ from unittest.mock import MagicMock
 import datasets
 import huggingface_hub
 import pytest
-from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.merging import publishing
 from helpers.model import loading, precision
@@ -79,20 +77,19 @@ def test_a_folder_that_has_lost_its_weights_is_not_uploaded(merged, api):
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_notebook_05_pushes_model_tokenizer_and_card_only_when_asked(
-    merged, monkeypatch, capsys, asked
+def test_notebook_05_pushes_model_tokenizer_and_card_in_one_commit_when_asked(
+    merged, api, capsys, asked
 ):
-    pushed = []
-    for kind in (PreTrainedModel, PreTrainedTokenizerBase, ModelCard):
-        push = lambda self, name: pushed.append((type(self).__name__, name))  # noqa: E731
-        monkeypatch.setattr(kind, "push_to_hub", push)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
-    monkeypatch.setattr(huggingface_hub, "whoami", lambda: {"name": "reader"})
+    api.create_repo = lambda name, exist_ok: MagicMock(repo_id=f"reader/{name}")
+    sent = []
+    api.create_commit = lambda repo_id, operations, commit_message: sent.append(
+        (repo_id, {operation.path_in_repo for operation in operations})
+    )
     lesson = definitions_from("05") | {"config": dataclasses.replace(merged, push_to_hub=asked)}
     exec(cell_source("05", "push"), lesson)
-    name = "reader/SmolLM2-135M-minipython-instruct"
-    kinds = ["LlamaForCausalLM", "TokenizersBackend", "ModelCard"] if asked else []
-    assert pushed == [(kind, name) for kind in kinds]
+    assert [name for name, _ in sent] == ["reader/SmolLM2-135M-minipython-instruct"] * asked
+    for _, files in sent:
+        assert {"README.md", "model.safetensors", "tokenizer.json", "config.json"} <= files
     said = capsys.readouterr().out
     assert ("uploaded as reader/" in said) == asked and "| merged into | the base in 16" in said
 

@@ -178,6 +178,7 @@ NOT_NAMED_BY = {
     *("activation_offloading", "log_steps", "report_to", "fit_to_memory", "merge_into"),
     *(
         "gguf_types",
+        "gguf_adapter_apart",
         "comparison_rows",
         "comparison_problems",
         "article_prompt",
@@ -314,11 +315,11 @@ def test_tensorboard_gets_the_log(config, tokenizer, monkeypatch):
 
 def test_merges_differ_from_the_trained_model_as_little_as_they_should(trained, config, tokenizer):
     rows = training_rows.load_dataset(config)["validation"]
-    reference = comparison.answer_logits(merging.load_tuned(config), tokenizer, rows)
+    reference, _ = comparison.known_answers(merging.load_tuned(config), tokenizer, rows)
     lesson = definitions_from("05")
 
     def distance(into):
-        logits = comparison.answer_logits(merge(config, into), tokenizer, rows)
+        logits, _ = comparison.known_answers(merge(config, into), tokenizer, rows)
         return torch.cat(list(map(lesson["kl_divergence"], reference, logits))).mean().item()
 
     assert 0 <= distance("dequantized") < min(distance("4bit"), distance("16bit"))
@@ -335,8 +336,8 @@ def test_a_merged_model_is_saved_beside_the_adapter_and_comes_back_equal(
     assert folder == config.merged_dir and (config.adapter_dir / "adapter_config.json").exists()
     again = loading.load_model(config, quantized=False, source=folder)
     for saved, loaded in zip(
-        comparison.answer_logits(merged, tokenizer, rows),
-        comparison.answer_logits(again, tokenizer, rows),
+        comparison.known_answers(merged, tokenizer, rows)[0],
+        comparison.known_answers(again, tokenizer, rows)[0],
         strict=True,
     ):
         assert torch.equal(saved, loaded)
@@ -367,9 +368,9 @@ def test_a_model_that_does_not_fit_the_gpu_is_merged_on_the_cpu(trained, config,
     needed = weights + adapter + merging.WORK_BYTES
     on_gpu = dataclasses.replace(config, device_map={"": 0})
     monkeypatch.setattr(measure, "free_bytes", lambda device: needed - 1)
-    assert merging.place_of(on_gpu) == {"": "cpu"}
+    assert merging.with_room_for_base(on_gpu).device_map == {"": "cpu"}
     monkeypatch.setattr(measure, "free_bytes", lambda device: needed)
-    assert merging.place_of(on_gpu) == {"": 0}
+    assert merging.with_room_for_base(on_gpu).device_map == {"": 0}
 
 
 def test_layers_that_travel_answer_and_are_saved_as_those_that_stay(
@@ -378,23 +379,16 @@ def test_layers_that_travel_answer_and_are_saved_as_those_that_stay(
     """What a GPU without room does; here the layers travel from the CPU to itself."""
     rows = training_rows.load_dataset(config)["validation"]
     stays = merge(config, "16bit")
-    expected = comparison.answer_logits(stays, tokenizer, rows)
+    expected, _ = comparison.known_answers(stays, tokenizer, rows)
     travels = merging.cpu_offload(merge(config, "16bit"), torch.device("cpu"))
     assert {p.device.type for p in travels.parameters()} == {"meta"}
-    for ours, theirs in zip(
-        comparison.answer_logits(travels, tokenizer, rows), expected, strict=True
-    ):
+    found, _ = comparison.known_answers(travels, tokenizer, rows)
+    for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
     travelled = load_file(save_merged(travels, tokenizer, config) / "model.safetensors")
     stayed = load_file(save_merged(stays, tokenizer, config) / "model.safetensors")
     assert travelled.keys() == stayed.keys()
     assert all(torch.equal(travelled[name], stayed[name]) for name in stayed)
-
-
-def test_merging_needs_the_adapter(config):
-    shutil.rmtree(config.adapter_dir, ignore_errors=True)
-    with pytest.raises(FileNotFoundError, match="run notebook 04"):
-        merging.place_of(config)
 
 
 @pytest.mark.parametrize("into", ["16bit", "4bit"])
