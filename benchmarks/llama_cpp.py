@@ -21,8 +21,8 @@ from helpers import prompts
 from helpers.answers import evaluation, inference, problem_sets
 from helpers.answers.inference import Answer
 from helpers.config import PROJECT_DIR, Config
-from helpers.merging import gguf_writer
-from helpers.model import hub, loading
+from helpers.merging import export, gguf_writer
+from helpers.model import loading
 from helpers.runs.environment import environment
 from helpers.runs.scores import interval
 from helpers.training import training_rows
@@ -55,7 +55,7 @@ def worker(python: str, **request) -> dict:
 
 def write(config: Config, folder: Path) -> dict[str, tuple[Path, Path | None]]:
     """Each form's model, and the adapter that goes with it."""
-    sources = {"merged": config.merged_dir, "base": hub.local_folder(config.model_name)}
+    sources = {"merged": config.merged_dir, "base": export.base_folder(config)}
     adapter, files = folder / "adapter.gguf", {}
     gguf_writer.write_adapter(config.adapter_dir, sources["base"], adapter)
     for form, (model, apart, type_name, in_8_bits) in FORMS.items():

@@ -150,11 +150,8 @@ class Config:
     merge_into: str = one_of("16bit", "auto", "16bit", "dequantized", "4bit")  # auto: by a rule
     comparison_rows: int = count(24, 10**6)  # on which merges, and number formats, are compared
     comparison_problems: int = between(12, 0, 10**4)  # of level 1, that each merge answers
-    # For llama.cpp and Ollama. f16 takes 2 bytes a weight, 13.5 GB of 7B, on top of the merge's.
-    gguf_types: tuple[str, ...] = some_of(("q8_0",), "f16", "q8_0", "q4_0")
-    gguf_adapter_apart: bool = (
-        False  # not the merged model, but the base, and the adapter beside it
-    )
+    gguf_types: tuple[str, ...] = some_of(("q8_0",), "f16", "q8_0", "q4_0")  # f16: 13.5 GB of 7B
+    gguf_adapter_apart: bool = False  # base and adapter as two files, not the merged model
 
     # -- Answers.
     article_prompt: str = prompt_text(LINKED_LIST_PROMPT)  # what the article asks its models

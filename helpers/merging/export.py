@@ -5,6 +5,7 @@ from pathlib import Path
 
 import gguf
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from helpers import prompts
@@ -13,7 +14,7 @@ from helpers.data.curation_note import in_own_template, system_message
 from helpers.merging import gguf_writer
 from helpers.merging.adapter_folder import check_adapter
 from helpers.merging.merged_folder import check_merged
-from helpers.model import hub, loading, predict
+from helpers.model import loading, predict
 from helpers.model.steps import Run
 from helpers.runs import folders
 from helpers.runs.inventory import ArtefactError, again
@@ -79,7 +80,7 @@ def export_gguf(config: Config) -> Path:
     and ArtefactError for a result that is missing, damaged or stale, NoGGUF, DiskFull.
     """
     adapter = check_adapter(config) if config.gguf_adapter_apart else None
-    source = hub.local_folder(config.model_name) if adapter else check_merged(config)
+    source = base_folder(config) if adapter else check_merged(config)
     names = {name: file_name(config, name) for name in config.gguf_types}
     device = config.device if torch.cuda.is_available() else "cpu"
     with folders.whole_folder(config.gguf_dir) as draft:
@@ -93,6 +94,13 @@ def export_gguf(config: Config) -> Path:
         text = modelfile(config, names.get("q8_0", names[config.gguf_types[0]]))
         (draft / "Modelfile").write_text(text, encoding="utf-8")
     return config.gguf_dir
+
+
+def base_folder(config: Config) -> Path:
+    """Where the base's files lie: its folder, or the copy of the Hub that notebook 04 has loaded."""
+    found = loading.find_model(config)
+    folder = found if Path(found).is_dir() else snapshot_download(found, local_files_only=True)
+    return Path(folder)
 
 
 def file_name(config: Config, type_name: str) -> str:
