@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+from scipy.stats import binomtest
+
 from helpers import prompts
 from helpers.answers import evaluation, inference, problem_sets
 from helpers.answers.inference import Answer
@@ -24,7 +26,6 @@ from helpers.config import PROJECT_DIR, Config
 from helpers.merging import export, gguf_writer
 from helpers.model import loading
 from helpers.runs.environment import environment
-from helpers.runs.scores import interval
 from helpers.training import training_rows
 
 RESULTS = PROJECT_DIR / "benchmarks" / "results" / "four_bits.json"
@@ -80,7 +81,7 @@ def write_own_types(python: str, folder: Path, merged: Path) -> dict[str, tuple[
 
 
 def rate(values: list[bool]) -> dict:
-    low, high = interval(sum(values), len(values))
+    low, high = binomtest(sum(values), len(values)).proportion_ci(0.95, method="wilson")
     return {"yes": sum(values), "of": len(values), "interval": [round(low, 3), round(high, 3)]}
 
 

@@ -97,7 +97,7 @@ def export_gguf(config: Config) -> Path:
 
 
 def base_folder(config: Config) -> Path:
-    """Where the base's files lie: its folder, or the copy of the Hub that notebook 04 has loaded."""
+    """Where the base lies: its folder, or the copy of the Hub's that notebook 04 loaded."""
     found = loading.find_model(config)
     folder = found if Path(found).is_dir() else snapshot_download(found, local_files_only=True)
     return Path(folder)
