@@ -4,10 +4,10 @@ Each score is a yes or no for each problem. Intervals and paired tests stand in 
 answer to a row of one's own passes if it is that row's answer.
 """
 
-import contextlib
 import dataclasses
 import os
 import re
+import statistics
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import binomtest
 
 from helpers.answers import inference, sandbox
 from helpers.answers.inference import Answer
-from helpers.answers.problem_sets import Problem, held_out
+from helpers.answers.problem_sets import OWN, Problem, held_out
 from helpers.config import PROJECT_DIR, Config
 from helpers.data.code_kinds import parse_python
 from helpers.data.markdown import fenced_blocks
@@ -54,10 +55,7 @@ class Score:
 
 
 def score(answer: Answer, problem: Problem | None, level: str) -> Score:
-    """Score one answer. Its code runs only in the sandbox, at a level of `sandbox.LEVELS`.
-
-    Without a problem there are no tests, and its code is not run.
-    """
+    """Score one answer. Its code runs only in the sandbox, at a level of `sandbox.LEVELS`."""
     code = code_of(answer.text)
     readable, passes = parses(code), None
     if problem and problem.answer:
@@ -112,10 +110,8 @@ def parses(code: str | None) -> bool:
 
 
 def explains_in_steps(text: str) -> bool:
-    """Whether the prose has two different numbered lines, or two different sentences of a sequence.
-
-    The latter begin with two different words such as "first" and "then". A coarse check: it accepts
-    numbered nonsense and misses steps that are only implied.
+    """Whether the prose has two different numbered lines, or sentences that begin with two
+    different words such as "first" and "then". A coarse check: it accepts numbered nonsense.
     """
     prose = FENCE.sub("", text).lower()
     numbered = {" ".join(line.split()) for line in NUMBERED_STEP.findall(prose)}
@@ -128,16 +124,18 @@ def explains_in_steps(text: str) -> bool:
 def rates(scores: list[Score], which: str) -> dict[str, float]:
     """Shares from 0 to 1 under the names of the metrics file: stop_rate_<which> and so on.
 
-    The pass rate of each part comes besides, as pass_rate_<part>_<which>. Scores that were not
-    taken (`passes` with the sandbox off) are left out.
+    The pass rate of each part comes besides, as pass_rate_<part>_<which>, and of rows of one's own
+    as own_match_rate_<which>. What was not judged is left out.
     """
+    ladder = [score for score in scores if score.part != OWN]
     found = {
         f"{name}_rate_{which}": share([getattr(score, field) for score in scores])
         for name, field in RATES.items()
     }
+    found[f"pass_rate_{which}"] = share([score.passes for score in ladder])
     for part in dict.fromkeys(score.part for score in scores if score.part):
-        passes = [score.passes for score in scores if score.part == part]
-        found[f"pass_rate_{part}_{which}"] = share(passes)
+        name = f"own_match_rate_{which}" if part == OWN else f"pass_rate_{part}_{which}"
+        found[name] = share([score.passes for score in scores if score.part == part])
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -147,23 +145,11 @@ def share(values: list[bool | None]) -> float | None:
     return sum(taken) / len(taken) if taken else None
 
 
-def holm(p_values: list[float]) -> list[float]:
-    """p-values of several tests, each as it counts among them all (Holm 1979).
-
-    The smallest is multiplied by the number of tests, the next by one less, and so on, so that
-    below 0.05 stands a result of chance in at most one of twenty such families.
-    """
-    corrected, largest = list(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, p_values[place] * (len(p_values) - rank)))
-        corrected[place] = largest
-    return corrected
-
-
-def metrics(answers: dict, scores: dict, seconds: dict, tests: list[dict]) -> dict:
-    """What notebook 06 records of each model, by its name, and of its rows of paired tests."""
+def metrics(answers: dict, scores: dict, seconds: dict, tests: list[dict], losses: dict) -> dict:
+    """What notebook 06 records: of each model by its name, of paired tests, and of `losses`."""
     found: dict = {"problems": len(scores["tuned"])}
     parts = Counter(score.part for score in scores["tuned"])
+    own = parts.pop(OWN, 0)
     found |= {f"problems_{part}": count for part, count in parts.items()}
     for which, judged in scores.items():
         if len(judged) < found["problems"]:
@@ -174,7 +160,20 @@ def metrics(answers: dict, scores: dict, seconds: dict, tests: list[dict]) -> di
     if any(score.passes is not None for score in scores["tuned"]):
         against = {test["from"]: test["p"] for test in tests if test["to"] == "tuned"}
         found |= {f"pass_p_value_{which}": value for which, value in against.items()}
-    return found
+    if own:
+        found |= {"own_rows": own} | _own_losses(**losses["held-out rows"])
+    if "own_match_rate_tuned" in found:  # by matches rather than by loss
+        found["own_p_value"] = against["base"]
+    before, after = map(statistics.mean, losses["general text"].values())
+    return found | {"forgetting_loss_before": before, "forgetting_loss_after": after}
+
+
+def _own_losses(base: list[float], tuned: list[float]) -> dict:
+    """Means, how often the tuned model's is lower, and how likely so by chance (sign test)."""
+    wins = sum(after < before for before, after in zip(base, tuned, strict=True))
+    found = {"own_loss_base": statistics.mean(base), "own_loss_tuned": statistics.mean(tuned)}
+    chance = binomtest(wins, len(base)).pvalue
+    return found | {"own_win_rate": wins / len(base), "own_p_value": chance}
 
 
 # -- Asking for them.
@@ -210,34 +209,31 @@ def ask(config: Config, which: str, problems: list[Problem]):
     return answers, score_all(answers, problems, config.sandbox), seconds
 
 
-@torch.no_grad()
 def losses(config: Config) -> dict[str, dict[str, list[float]]]:
     """Loss of the base and the tuned model on held-out rows, and on GENERAL_FILE's paragraphs.
 
-    By the name of the text and of the model, for each row or paragraph, in nats per token. Up to
+    By the name of the text and of the model, in nats per token, for each paragraph and for up to
     EVALUATION_PROBLEMS[0] rows. The base is the tuned model with its adapter switched off.
     """
     tokenizer, model = loading.load_tokenizer(config.model_name), inference.load(config, "tuned")
-    rows = held_out(config)
-    rows = rows.select(range(min(len(rows), config.evaluation_problems[0])))
-    paragraphs = GENERAL_FILE.read_text("utf-8").strip().split("\n\n")
-    found: dict = {"held-out rows": {}, "general text": {}}
-    for which in ("base", "tuned"):
-        with model.disable_adapter() if which == "base" else contextlib.nullcontext():
-            found["held-out rows"][which] = [
-                known_answers(model, tokenizer, [row])[1] for row in rows
-            ]
-            found["general text"][which] = [
-                _paragraph_loss(model, tokenizer, text) for text in paragraphs
-            ]
+    rows = held_out(config)[: config.evaluation_problems[0]]
+    with model.disable_adapter():
+        before = _losses(model, tokenizer, rows)
+    both = zip(before, _losses(model, tokenizer, rows), strict=True)
     del model
     measure.free_memory()
-    return found
+    in_rows, general = ({"base": base, "tuned": tuned} for base, tuned in both)
+    return {"held-out rows": in_rows, "general text": general}
 
 
-def _paragraph_loss(model, tokenizer, text: str) -> float:
-    ids = tokenizer(" ".join(text.split()), return_tensors="pt")["input_ids"].to(model.device)
-    return model(input_ids=ids, labels=ids).loss.item()
+@torch.no_grad()
+def _losses(model, tokenizer, rows: list[dict]) -> tuple[list[float], list[float]]:
+    """Of each row's answer, and of each paragraph."""
+    paragraphs = GENERAL_FILE.read_text("utf-8").strip().split("\n\n")
+    ids = [tokenizer(" ".join(text.split()))["input_ids"] for text in paragraphs]
+    batches = [torch.tensor([found], device=model.device) for found in ids]
+    general = [model(input_ids=batch, labels=batch).loss.item() for batch in batches]
+    return [known_answers(model, tokenizer, [row])[1] for row in rows], general
 
 
 def answerer(config: Config, which: str) -> Callable[[str], Iterator]:

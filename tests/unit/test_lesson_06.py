@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from helpers.answers.evaluation import Score
-from tests.notebook_code import definitions_from
+from tests.notebook_code import cell_source, definitions_from
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +57,13 @@ def test_rows_of_ones_own_are_compared_without_the_ladder_beside_them(lesson):
     lesson["parts"] = ["level1"]
     lesson["judged"] = {which: found[1:] for which, found in lesson["judged"].items()}
     assert lesson["paired"]("base", "tuned")["lost"] == 2
+
+
+def test_holms_correction_is_that_of_the_books(lesson):
+    """Four tests, sorted 0.005, 0.01, 0.03, 0.04: times 4, 3, 2, 1, and never below one before."""
+    source = cell_source("06", "p-values")
+    lesson["paired"], compared = lambda before, after: {"p": after}, source.index("tests = pd.Data")
+    lesson["scores"], lesson["compared"] = "x", [("x", p) for p in (0.01, 0.04, 0.03, 0.005)]
+    exec(source[compared:], lesson)
+    corrected = lesson["tests"].sort_index()["p, corrected"]
+    assert list(corrected) == pytest.approx([0.03, 0.06, 0.06, 0.02])
