@@ -372,7 +372,7 @@ def test_saved_datasets_and_hub_datasets_with_their_splits(tmp_path, monkeypatch
     posts, _ = opened(tmp_path / "two", tmp_path / "work")
     assert posts.questions == 13 and posts.seen.held == 1
     heard = datasets.Features({"answer": datasets.Value("string"), "voice": datasets.Audio()})
-    silent = datasets.Dataset.from_dict({"answer": [], "voice": []}, features=heard)
+    silent = datasets.Dataset.from_dict({"answer": ["a"], "voice": [None]}, features=heard)
     silent.save_to_disk(str(tmp_path / "sound"))
     with pytest.raises(DataError, match="sound holds audios in voice, and this course trains on"):
         opened(tmp_path / "sound", tmp_path / "work")
