@@ -115,13 +115,14 @@ def train(config, size: str) -> dict:
     """Train on rows of random words as notebook 04 does; bytes, steps and losses."""
     import torch
 
+    from benchmarks import notebook_04
     from benchmarks.training import random_rows, write_rows
-    from helpers.training import export, safety
+    from helpers.training import safety
 
     count = 2 * STEPS * TOKENS_PER_STEP[size] // 300
     write_rows(config.dataset_dir, random_rows(count, config.max_length - 1))
     found = {}
-    for names in export.each_cell(config):
+    for names in notebook_04.each_cell(config):
         if "model" in names and not found:
             torch.cuda.empty_cache()
             found |= {"weights_bytes": torch.cuda.memory_allocated()}

@@ -12,10 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks import notebook_04
 from helpers.config import Config
 from helpers.model import precision
 from helpers.runs.environment import environment
-from helpers.training import export, safety
+from helpers.training import safety
 
 RESULT = Path(__file__).parent / "results" / "cpu_step.json"
 BATCHES = 6
@@ -30,7 +31,7 @@ def seconds_of(trainer, batch) -> float:
 
 def main(run_dir: str) -> None:
     config = Config.from_profile("demo", run_dir=run_dir)
-    ways = {way: export.run_cells(config, "trainer")["trainer"] for way in ("trl", "ours")}
+    ways = {way: notebook_04.run_cells(config, "trainer")["trainer"] for way in ("trl", "ours")}
     ours = ways["ours"]  # alone in the context of its kernels
     batches = list(itertools.islice(ours.get_train_dataloader(), BATCHES))
     speeds = {way: [] for way in ways}

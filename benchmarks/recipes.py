@@ -21,13 +21,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import notebook_04
 from helpers.__main__ import add_settings, parameters_of
 from helpers.answers import evaluation, problem_sets
 from helpers.config import PROJECT_DIR, RECIPES, Config, ConfigError
 from helpers.merging import comparison
 from helpers.runs import folders
 from helpers.runs.environment import environment
-from helpers.training import export
 
 RESULTS = PROJECT_DIR / "benchmarks" / "results" / "recipes.json"
 
@@ -102,11 +102,11 @@ def measured_alone(parameters: dict) -> dict:
 
 def measure(config: Config) -> dict:
     """Train once. Losses are nats per token of the validation answers, the question not counted."""
-    names = export.run_cells(config, "trainer")
+    names = notebook_04.run_cells(config, "trainer")
     tokenizer, rows = names["tokenizer"], names["dataset"]["validation"]
     untrained = names["trainer"].model  # its adapter adds 0
     _, before = comparison.known_answers(untrained, tokenizer, rows)
-    trainer, metrics = export.train(names["trainer"])
+    trainer, metrics = notebook_04.train(names["trainer"])
     history = trainer.state.log_history
     numbers = {
         "recipe": config.recipe,

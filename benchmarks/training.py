@@ -175,7 +175,8 @@ def by_part(kernels: list) -> dict[str, float]:
 
 def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
     """This project's own trainer, as notebook 04 builds it."""
-    from helpers.training import export, safety  # isort: skip  (say how memory grows, before it is asked)
+    from benchmarks import notebook_04  # isort: skip
+    from helpers.training import safety  # isort: skip  (say how memory grows, before it is asked)
     from transformers import TrainerCallback
 
     from helpers.config import Config
@@ -197,7 +198,7 @@ def run_ours(folder: Path, options: argparse.Namespace, fast: bool) -> dict:
         )
         count = 2 * options.steps * config.per_device_train_batch_size * options.length // 300
         write_rows(config.dataset_dir, random_rows(count, options.length - 1))
-        trainer = export.run_cells(config, "trainer")["trainer"]
+        trainer = notebook_04.run_cells(config, "trainer")["trainer"]
         clock = Clock(options.steps)
 
         class Timer(TrainerCallback):

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from benchmarks import notebook_04
 from helpers.config import Config
 from helpers.runs.environment import environment
-from helpers.training import export
 
 RESULTS = Path(__file__).resolve().parent / "results" / "turing.json"
 HALF = {"fp16": True, "bf16": False, "bnb_4bit_compute_dtype": "float16"}
@@ -61,10 +61,10 @@ def types_of(trainer) -> dict[str, str]:
 
 
 def train(config: Config) -> dict:
-    trainer = export.run_cells(config, "trainer")["trainer"]
+    trainer = notebook_04.run_cells(config, "trainer")["trainer"]
     watch = Watch(trainer)
     trainer.add_callback(watch)
-    trainer, metrics = export.train(trainer)
+    trainer, metrics = notebook_04.train(trainer)
     losses = [float(e["loss"]) for e in trainer.state.log_history if "loss" in e]
     pairs = zip(watch.scales, watch.scales[1:], strict=False)
     return {

@@ -27,6 +27,11 @@ os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # gives memory bac
 if sys.platform == "linux":
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
+# On a CPU every length of a batch gets machine code of its own. Two caches keep 1,024 pieces each,
+# so that a training grew by 70 MB a step. Those of one batch are enough (docs/hardware.md).
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+
 # Idle threads sleep. The default is to spin, and then a step takes five times as long or more as
 # soon as another program wants one of the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

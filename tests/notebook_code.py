@@ -7,10 +7,10 @@ from pathlib import Path
 import nbformat
 import torch
 
+from benchmarks.notebook_04 import train as fine_tune  # noqa: F401  by notebook 04's own cell
 from helpers.data import curation
 from helpers.merging import merging
 from helpers.model import loading, precision
-from helpers.training.export import train as fine_tune  # noqa: F401  by notebook 04's own cell
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)

@@ -1,5 +1,6 @@
-"""What is measured and said at each step of a training, and what ends one that cannot recover."""
+"""What is measured and said of a training and its steps, and what ends one that cannot recover."""
 
+import functools
 import math
 import time
 
@@ -36,13 +37,14 @@ class StepLog(TrainerCallback):
         state.log_history.append(entry)
         self.entries.append(entry)
         self.seen = state.num_input_tokens_seen
-        if control.should_log or control.should_evaluate or control.should_save:
-            if args.device.type == "cuda":
-                torch.cuda.synchronize(args.device)
-                seconds = (time.perf_counter() - self.begun[0]) / len(self.begun)
-                for entry in self.entries:
-                    entry["seconds"] = seconds
-            self.begun, self.entries = [], []
+        if not (control.should_log or control.should_evaluate or control.should_save):
+            return
+        if args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)
+            seconds = (time.perf_counter() - self.begun[0]) / len(self.begun)
+            for entry in self.entries:
+                entry["seconds"] = seconds
+        self.begun, self.entries = [], []
 
 
 def step_log(trainer) -> list[dict]:
@@ -53,13 +55,8 @@ def step_log(trainer) -> list[dict]:
     return [entry for entry in trainer.state.log_history if "seconds" in entry]
 
 
-def tokens_per_second(steps: list[dict]) -> float:
-    """The tokens of steps of a step log over their seconds, evaluations not counted."""
-    return sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
-
-
 class TrainingDiverged(RuntimeError):
-    """The loss is no number any more, or far above where it began. The message says the cause."""
+    """The loss is no number any more, or far above where it began."""
 
 
 class StopOnDivergence(TrainerCallback):
@@ -84,13 +81,40 @@ class LogLines(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            said = (
-                f"loss {float(logs['loss']):.3f}   "
-                f"learning rate {float(logs['learning_rate']):.1e}   "
-                f"gradient norm {float(logs['grad_norm']):.2f}"
+            loss, rate, norm = (
+                float(logs[name]) for name in ("loss", "learning_rate", "grad_norm")
             )
+            said = f"loss {loss:.3f}   learning rate {rate:.1e}   gradient norm {norm:.2f}"
         elif "eval_loss" in logs:
             said = f"validation loss {float(logs['eval_loss']):.3f}"
         else:
             return
         print(f"step {state.global_step:>4}/{state.max_steps}   {said}", flush=True)
+
+
+# The article's two decorators, of a function that takes a trainer and returns it with its metrics.
+
+
+def time_decorator(function):
+    """Add `exec_time_seconds`."""
+
+    @functools.wraps(function)
+    def wrapper(trainer):
+        start = time.perf_counter()
+        result, metrics = function(trainer)
+        return result, {**metrics, "exec_time_seconds": time.perf_counter() - start}
+
+    return wrapper
+
+
+def memory_decorator(function):
+    """Add `peak_memory_bytes`: torch's allocations on a GPU, resident memory on a CPU."""
+
+    @functools.wraps(function)
+    def wrapper(trainer):
+        result, metrics = function(trainer)
+        return result, metrics | {
+            "peak_memory_bytes": measure.peak_memory_bytes(result.args.device)
+        }
+
+    return wrapper

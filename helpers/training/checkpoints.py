@@ -19,32 +19,44 @@ from helpers.config import Config
 from helpers.data import curation_note, dataset_folder
 from helpers.model import hub, loading
 from helpers.runs import folders, inventory
+from helpers.training import machine
 from helpers.training.several_processes import in_any, wait_for_all
 
-STATE = "trainer_state.json"
 PLAN = "plan.json"
+# What is decided for a step when it is planned to a card, and what a plan's run calls it.
+PLANNED = {
+    "per_device_train_batch_size": "batch",
+    "grad_acc_steps": "accumulation",
+    "activation_checkpointing": "checkpointing",
+    "kept_layers": "kept_layers",
+    "activation_offloading": "offload",
+    "optim": "optimizer",
+}
+# Arguments of LoraConfig and SFTConfig in notebook 04, and the settings that they are given.
+SAME_NAME = (
+    *("lora_alpha", "lora_dropout", "target_modules", "max_steps", "learning_rate", "weight_decay"),
+    *("max_grad_norm", "seed", "packing", "completion_only_loss", "eval_steps", "save_steps"),
+)
+GIVEN = dict(zip(SAME_NAME, SAME_NAME, strict=True)) | {
+    "r": "lora_r",
+    "num_train_epochs": "num_epochs",
+    "lr_scheduler_type": "scheduler_type",
+    "warmup_steps": "warmup_ratio",
+}
 # The settings of a Config that training depends on: other ones, another folder of checkpoints. Not
 # here are those that only say where a layer's activations are in the meantime. What made the rows
 # is not here either, for the rows themselves are asked.
 NAMED_BY = (
-    *("seed", "use_4bit", "keep_in_16bit"),
-    *("bnb_4bit_compute_dtype", "bnb_4bit_compute_quant_type"),
-    *("use_nested_quant", "lora_r", "lora_alpha", "lora_dropout", "target_modules"),
-    *("num_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
-    *("grad_acc_steps", "learning_rate", "weight_decay", "max_grad_norm", "scheduler_type"),
-    *("warmup_ratio", "optim", "fp16", "bf16", "group_by_length", "packing", "fast_path"),
-    *("max_length", "max_train_length", "completion_only_loss", "save_steps", "eval_steps"),
-    "early_stopping_patience",
-)
-# What is decided for a step when it is planned to a card: see planning.py.
-PLANNED = (
-    *("per_device_train_batch_size", "grad_acc_steps", "optim"),
-    *("activation_checkpointing", "kept_layers", "activation_offloading"),
+    *sorted(GIVEN.values()),
+    *("use_4bit", "keep_in_16bit", "bnb_4bit_compute_dtype", "bnb_4bit_compute_quant_type"),
+    *("use_nested_quant", "fp16", "bf16", "group_by_length", "fast_path", "max_length"),
+    *("max_train_length", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("grad_acc_steps", "optim", "early_stopping_patience"),
 )
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A signal ended the run at a step's edge, with a checkpoint. The message says how to go on."""
+    """A signal ended the run at a step's edge, with a checkpoint."""
 
 
 class SealCheckpoints(TrainerCallback):
@@ -129,6 +141,26 @@ def folder_of(config: Config, tokenizer) -> Path:
     return config.checkpoints_dir / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def changed_in_cells(arguments, lora, config: Config) -> dict:
+    """What a reader has written into the calls of LoraConfig and SFTConfig in a setting's place."""
+    expected = {name: getattr(config, field) for name, field in GIVEN.items()}
+    expected |= {name: machine.steps_of(config)[name] for name in machine.STEPS}
+    given = vars(lora) | vars(arguments)
+    for values in (expected, given):
+        values["target_modules"] = sorted(values["target_modules"])  # peft makes a set of them
+    return {name: given[name] for name, value in expected.items() if given[name] != value}
+
+
+def keep_apart(arguments, changed: dict) -> None:
+    """Give a training whose calls were changed by hand a folder of its own, beside the Config's."""
+    if changed:
+        folder = Path(arguments.output_dir)
+        digest = hashlib.sha256(repr(sorted(map(str, changed.items()))).encode()).hexdigest()[:6]
+        arguments.output_dir = str(folder.with_name(f"{folder.name.split('-')[0]}-{digest}"))
+        said = ", ".join(f"{name} = {value}" for name, value in changed.items())
+        print(f"changed in the cells, so with checkpoints of its own: {said}")
+
+
 def record_plan(folder: Path, config: Config) -> None:
     """Write down how the run in a folder takes its steps, as it begins."""
     plan = {name: getattr(config, name) for name in PLANNED}
@@ -149,39 +181,29 @@ def folder_of_step(args, state) -> Path:
 
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint; any newer one is passed over and named on the way."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
-    for path in found:
-        problem = what_is_wrong(path)
-        if problem is None:
-            return path
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name[11:])):
+        problem = "it was cut off while it was written"
+        if (path / inventory.SEAL).is_file():
+            try:
+                inventory.check_seal(path, "04")
+                return path
+            except inventory.ArtefactError as error:
+                problem = str(error)
         print(f"{path.name} is passed over: {problem}", flush=True)
     return None
 
 
-def what_is_wrong(checkpoint: Path) -> str | None:
-    """Why a run cannot go on from a checkpoint, or None when it can."""
-    if not (checkpoint / inventory.SEAL).is_file():
-        return "it was cut off while it was written"
-    try:
-        inventory.check_seal(checkpoint, "04")
-    except inventory.ArtefactError as error:
-        return str(error)
-    return None
-
-
-def is_finished(checkpoint: Path) -> bool:
-    """Whether the run that wrote it had come to its last step, or had stopped early, by then."""
-    state = json.loads((checkpoint / STATE).read_text("utf-8"))
-    return state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
-
-
-def restore_finished(trainer, checkpoint: Path) -> None:
-    """Put a trainer where training would have left it: its log, and the best adapter loaded.
+def was_finished(trainer, checkpoint: Path) -> bool:
+    """Whether its run had come to an end: then the trainer has the log and the best adapter now.
 
     Asked to resume from its last step, the Trainer would take one more.
     """
-    trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if not state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+        return False
+    trainer.state = state
     best = trainer.state.best_model_checkpoint or checkpoint  # the last, where no best was saved
     trainer.state.best_model_checkpoint = str(checkpoint.parent / Path(best).name)
     trainer._load_callback_state()
     trainer._load_best_model()
+    return True

@@ -1,12 +1,10 @@
-"""Notebook 04's own cells outside of it: as a script, or run here up to a name.
+"""Notebook 04's own cells outside of it, as a script.
 
-The cells that a training needs carry the tag `train`. What only looks at it, such as a figure or a
-first answer, stays in the notebook. The cell with the tag `loading` loads the whole model, and a
-process under FSDP its share.
+Those that a training needs carry the tag `train`. The cell with the tag `loading` loads the whole
+model, and a process under FSDP its share.
 """
 
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 from papermill.iorw import load_notebook_node
@@ -57,31 +55,3 @@ def export_training(parameters: dict) -> Path:
     parts = [HEAD.format(project=str(PROJECT_DIR)), *train_cells(parameters)]
     path = folders.writable(config.run_dir) / "train.py"
     return folders.write_text(path, "\n\n# %%\n".join(parts) + "\n")
-
-
-def each_cell(config: Config, **given) -> Iterator[dict]:
-    """The names after each of notebook 04's cells that train, run here with this Config.
-
-    What is `given` takes the place of what a cell first gives that name, such as `dataset`.
-    """
-    names, given = {"__name__": "notebook_04"}, {**given, "config": config}
-    for cell in train_cells({}):
-        exec(compile(cell, str(NOTEBOOK), "exec"), names)
-        names |= {name: given.pop(name) for name in [*given] if name in names}
-        yield names
-
-
-def run_cells(config: Config, until: str | None = None, **given) -> dict:
-    """`each_cell`, up to the one that gives a name: "trainer" builds, "metrics" has trained too."""
-    for names in each_cell(config, **given):
-        if until in names:
-            break
-    return names
-
-
-def train(trainer) -> tuple:
-    """Train by the notebook's own cell; the trainer, or another one, and its metrics."""
-    (cell,) = [cell for cell in train_cells({}) if "trainer.train(" in cell]
-    names = {"trainer": trainer}
-    exec(compile(cell, str(NOTEBOOK), "exec"), names)
-    return names["trainer"], names["metrics"]

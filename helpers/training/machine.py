@@ -18,15 +18,14 @@ CHECKPOINTING = next(
 )
 # A recorded pass cannot look at random states, so a checkpoint must not save them: no dropout.
 RECORDED = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
+# Of SFTConfig's arguments, those of a step that are planned to a card.
+STEPS = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "optim")
 # Where these keep their files, they read from the environment alone.
 TRACKERS = {"tensorboard": "TENSORBOARD_LOGGING_DIR", "trackio": "TRACKIO_DIR"}
 
 
 def for_this_machine(config: Config) -> dict:
-    """Arguments of SFTConfig that follow from the device: number formats, checkpoints, the log.
-
-    `config` as it was planned.
-    """
+    """Arguments of SFTConfig that follow from the device, for a Config that was planned."""
     fast = config.fast_path
     # The fast path computes in the model's own bfloat16.
     numbers = {"fp16": False, "bf16": False} if fast else precision.autocast(config)
@@ -51,12 +50,10 @@ def for_this_machine(config: Config) -> dict:
 def steps_of(config: Config) -> dict:
     """What of a trainer's arguments a rung of FIT_TO_MEMORY changes, as notebook 04 gives it."""
     packed = config.per_device_train_batch_size if config.packing else 1
+    rows, length = config.per_device_train_batch_size // packed, config.max_length * packed
     return {
-        "per_device_train_batch_size": config.per_device_train_batch_size // packed,
-        "gradient_accumulation_steps": config.grad_acc_steps,
-        "max_length": config.max_length * packed,
-        "optim": config.optim,
-        "per_device_eval_batch_size": for_this_machine(config)["per_device_eval_batch_size"],
+        **dict(zip(STEPS, (rows, config.grad_acc_steps, length, config.optim), strict=True)),
+        "per_device_eval_batch_size": 1 if config.packing else config.per_device_eval_batch_size,
         CHECKPOINTING: config.activation_checkpointing,
         "gradient_checkpointing": config.activation_checkpointing,  # trl asks by the old name
     }

@@ -1,7 +1,6 @@
 """How a training takes its step on the memory that is there, decided before any weight is loaded.
 
-The rows of a step stay what the Config says. How many go at a time, which layers keep or offload
-their activations, and the optimizer are `plan.for_card`'s to choose.
+The rows of a step stay what the Config says; all else of it `plan.for_card` may choose.
 """
 
 import dataclasses
@@ -24,16 +23,15 @@ def prepare(
 ) -> tuple[Config, Path, predict.Estimate]:
     """(the Config as it is `planned`, the folder of its checkpoints, the memory of a step).
 
-    Before any weights load: what the process has is counted. The folder is named by what is asked
-    for, not by the plan. Raises what `planned` raises.
+    Before any weights load: what the process has is counted. Raises what `planned` raises.
     """
     folder = checkpoints.folder_of(config, tokenizer)
     machine.prepare_tracker(config, folder)
     config = planned(config, folder)
     longest = None if config.packing else max(row_lengths(tokenizer, dataset)["train"])
-    step = step_of(config, longest)
-    before = measure.current_memory_bytes(config.device)
-    return config, folder, predict.estimate(loading.load_shape(config.model_name), step, before)
+    shape, step = loading.load_shape(config.model_name), step_of(config, longest)
+    there = measure.current_memory_bytes(config.device)
+    return config, folder, predict.estimate(shape, step, there)
 
 
 def planned(config: Config, folder: Path | None = None) -> Config:
@@ -41,14 +39,14 @@ def planned(config: Config, folder: Path | None = None) -> Config:
 
     Its TARGET_MODULES have the model's own names. A Config that is off the fast path or names
     KEPT_LAYERS stays as it is otherwise. A run that has checkpoints in `folder` goes on as it
-    began, or, in less memory, with the same rows at a time and the same optimizer. Where the fast
-    path cannot go, FAST_PATH is False in what is returned.
-    Raises ConfigError when nothing fits: only the model's shape was loaded by then.
+    began, or, in less memory, with the same rows at a time and the same optimizer.
+    Raises ConfigError when nothing fits.
     """
     several_processes.join(config)
     config = loading.for_model(several_processes.for_this_process(config))
     begun = checkpoints.recorded_plan(folder) if folder else {}
-    config = dataclasses.replace(config, **_same_steps(begun))
+    same_steps = {name: begun[name] for name in begun.keys() & {*checkpoints.NAMED_BY}}
+    config = dataclasses.replace(config, **same_steps)
     if loading.is_sharded() and config.device != "cpu":
         refuse_without_room(config)
     if not config.fast_path:
@@ -61,11 +59,6 @@ def planned(config: Config, folder: Path | None = None) -> Config:
     return _fastest(config, loading.load_shape(config.model_name), begun, folder)
 
 
-def _same_steps(begun: dict) -> dict:
-    """Of the settings that a run began with, those that its steps depend on."""
-    return {name: value for name, value in begun.items() if name in checkpoints.NAMED_BY}
-
-
 def _fastest(config: Config, shape, begun: dict, folder: Path | None) -> Config:
     """The Config as its run began, or with the plan for the room that there is now."""
     room, host_room = rooms(config, shape)
@@ -76,10 +69,10 @@ def _fastest(config: Config, shape, begun: dict, folder: Path | None) -> Config:
     step, gib = Run.from_config(config), f"{room / predict.GIB:.1f} GiB"
     found = plan.for_card(shape, step, room, 0, host_room, same_step=bool(begun))
     if begun and not found.fits:
+        steps = {name: value for name, value in begun.items() if name in checkpoints.NAMED_BY}
         raise ConfigError(
-            f"the run in {folder} began with {in_words(_same_steps(begun))}, and in {gib} it "
-            "cannot go on so: free the memory that it had, or remove that folder and training "
-            "begins again"
+            f"the run in {folder} began with {in_words(steps)}, and in {gib} it cannot go on so: "
+            "free the memory that it had, or remove that folder and training begins again"
         )
     if not found.fits:
         raise ConfigError(
@@ -93,10 +86,7 @@ def _fastest(config: Config, shape, begun: dict, folder: Path | None) -> Config:
 
 
 def rooms(config: Config, shape) -> tuple[int, int]:
-    """Bytes that a plan may take: of the smallest of several GPUs, and of the host's memory.
-
-    Of what is free on the host that is half, a share for each process.
-    """
+    """Bytes that a plan may take: of the smallest GPU, and half of the host's free memory."""
     room = several_processes.least_of_all(measure.torch_bytes(config.device), config.device)
     if "LOCAL_RANK" in os.environ:  # DDP keeps gradients a second time
         room -= predict.estimate(shape, Run.from_config(config)).gradients
@@ -107,15 +97,8 @@ def rooms(config: Config, shape) -> tuple[int, int]:
 
 def follow(config: Config, run: Run) -> Config:
     """The Config that takes its step in the way of a plan's run."""
-    return dataclasses.replace(
-        config,
-        per_device_train_batch_size=run.batch,
-        grad_acc_steps=run.accumulation,
-        activation_checkpointing=run.checkpointing,
-        kept_layers=run.kept_layers,
-        activation_offloading=run.offload,
-        optim=run.optimizer,
-    )
+    planned = {field: getattr(run, name) for field, name in checkpoints.PLANNED.items()}
+    return dataclasses.replace(config, **planned)
 
 
 def step_of(config: Config, length: int | None = None) -> Run:
@@ -127,7 +110,7 @@ def step_of(config: Config, length: int | None = None) -> Run:
 def refuse_without_room(config: Config) -> None:
     """Say what a share of the model and a step take of each GPU; ConfigError when it is too much.
 
-    A GiB is kept free for the allocator's gaps, as `plan.for_card` does off the fast path.
+    A GiB is kept free for the allocator's gaps.
     """
     step, room = step_of(config), measure.torch_bytes(config.device) - predict.GIB
     needed = predict.estimate(loading.load_shape(config.model_name), step).total

@@ -1,7 +1,4 @@
-"""What makes a training safe to stop, to lose and to start on any card: callbacks and a decorator.
-
-`safety` is the trainer's argument; `safely` goes around the function that trains.
-"""
+"""What makes a training safe to stop, to lose and to start on any card."""
 
 import contextlib
 import copy
@@ -55,7 +52,9 @@ class Settings(TrainerCallback):
         self.curation = curation_note.curation_of(config, config.dataset_dir)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        check_adapters(model, self.config)
+        lora = model.peft_config["default"]
+        check_adapters(model, lora)
+        checkpoints.keep_apart(args, checkpoints.changed_in_cells(args, lora, self.config))
         if precision.adapter_dtype(self.config) == torch.float32:
             precision.cast((each for _, each in trained(model)), torch.float32)
         self.types = {name: parameter.dtype for name, parameter in trained(model)}
@@ -71,22 +70,21 @@ class Settings(TrainerCallback):
         """Give each trained weight the type that it had, and its moments with it."""
         for name, parameter in trained(model):
             dtype = self.types.get(name, parameter.dtype)
-            if parameter.dtype == dtype:
-                continue
-            parameter.data = parameter.data.to(dtype)
-            moments = optimizer.state.get(parameter, {}) if optimizer else {}
-            for each in moments.keys() & {"exp_avg", "exp_avg_sq"}:  # torch's: others choose theirs
-                moments[each] = moments[each].to(dtype)
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+                moments = optimizer.state.get(parameter, {}) if optimizer else {}
+                for each in moments.keys() & {"exp_avg", "exp_avg_sq"}:  # others choose theirs
+                    moments[each] = moments[each].to(dtype)
 
 
 def trained(model) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, each) for name, each in model.named_parameters() if each.requires_grad]
 
 
-def check_adapters(model, config: Config) -> None:
+def check_adapters(model, lora) -> None:
     """ValueError where layers carry the adapter of an earlier cell, which would be trained too."""
     adapted = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    if others := adapted - {*config.target_modules}:
+    if others := adapted - {*lora.target_modules}:
         raise ValueError(
             f"the model carries another adapter already, on {', '.join(sorted(others))}: run the "
             "cell that loads the model again, then this one"
@@ -107,17 +105,15 @@ def safely(train):
     """Go on from the last complete checkpoint, end at a step's edge, give advice where memory ends.
 
     `train(trainer, checkpoint)` gets None or that checkpoint. What it becomes takes a trainer and
-    returns it with metrics: eval_loss_before, eval_loss_after (nats per token; before the first
-    step, and of the adapter that is kept), train_tokens_per_second (padding not counted). Another
-    trainer is returned where one had to begin anew: after steps that no checkpoint holds, or with
-    FIT_TO_MEMORY where a step does not fit. Without it OutOfMemory says what to change. In Jupyter
-    a chart follows the run.
+    returns it with its metrics. Another trainer is returned where one had to begin anew: after
+    steps that no checkpoint holds, or with FIT_TO_MEMORY where a step does not fit. Without it
+    OutOfMemory says what to change.
     """
 
     @functools.wraps(train)
     def wrapper(trainer):
-        folder = Path(trainer.args.output_dir)
         live_chart.show(trainer)
+        folder = Path(trainer.args.output_dir)
         if trainer.state.global_step and not checkpoints.latest(folder):
             trainer = made_anew(trainer, {}, folder)
         while True:
@@ -129,43 +125,53 @@ def safely(train):
                 print(full, flush=True)
                 changes = full.changes
             # Out here the error is gone, and with it the tensors of the step that it interrupted.
-            trainer = one_rung_down(trainer, changes)
+            print(f"starting again with {planning.in_words(changes)}", flush=True)
+            # Where these change no step it goes on from the checkpoints, else it has its own.
+            same_steps = not changes.keys() & {*checkpoints.NAMED_BY}
+            folder = Path(trainer.args.output_dir) if same_steps else None
+            trainer = made_anew(trainer, changes, folder)
 
     return wrapper
 
 
 def once(train, trainer) -> dict:
     """`train` with the settings that the trainer has; its metrics."""
-    folder = Path(trainer.args.output_dir)
+    folder, made_from = Path(trainer.args.output_dir), part_of(trainer, Settings)
     checkpoint = checkpoints.latest(folder)
     trainer.args.eval_on_start = checkpoint is None
-    alone = several_processes.alone_there(settings_of(trainer))
-    stop = part_of(trainer, checkpoints.StopAtStepEdge)
     trainer.optimizer = trainer.lr_scheduler = None  # peft may load a checkpoint as other tensors
-    full = out_of_memory_advice(trainer, part_of(trainer, Settings))
-    with alone, kernels(trainer), full, stop:
-        if checkpoint and checkpoints.is_finished(checkpoint):
-            checkpoints.restore_finished(trainer, checkpoint)
-            part_of(trainer, Settings).restore_types(trainer.model)
+    with (
+        several_processes.alone_there(made_from.config),
+        kernels(trainer),
+        out_of_memory_advice(trainer, made_from),
+        part_of(trainer, checkpoints.StopAtStepEdge),
+    ):
+        measure.reset_peak_memory(trainer.model.device)
+        if checkpoint is None:
+            if trainer.is_world_process_zero():
+                checkpoints.record_plan(folder, made_from.config)
+            set_seed(trainer.args.seed)  # what the cells before have drawn makes no difference
+            train(trainer, None)
+        elif checkpoints.was_finished(trainer, checkpoint):
+            made_from.restore_types(trainer.model)
         else:
-            if checkpoint is None:
-                if trainer.is_world_process_zero():
-                    checkpoints.record_plan(folder, settings_of(trainer))
-                set_seed(trainer.args.seed)  # what the cells before have drawn makes no difference
-            train(trainer, str(checkpoint) if checkpoint else None)
+            train(trainer, str(checkpoint))
     # Ready to answer: trl turns the cache off, and without it writing is three times slower.
     trainer.model.eval().config.use_cache = True
     return metrics_of(trainer)
 
 
 def metrics_of(trainer) -> dict:
-    """What the log says of a run: see `safely`."""
+    """Losses in nats per token, before the first step and of the adapter that is kept; speed."""
+    tokens, seconds = (
+        sum(step[name] for step in callbacks.step_log(trainer)) for name in ("tokens", "seconds")
+    )
     losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
     best = trainer.state.best_model_checkpoint  # which was loaded, if there is one
     return {
         "eval_loss_before": losses[0],
         "eval_loss_after": losses[int(best.split("-")[-1]) if best else max(losses)],
-        "train_tokens_per_second": callbacks.tokens_per_second(callbacks.step_log(trainer)),
+        "train_tokens_per_second": tokens / seconds,
     }
 
 
@@ -183,25 +189,12 @@ def kernels(trainer):
         yield
 
 
-def one_rung_down(trainer, changes: dict):
-    """A trainer of the next rung's settings, on the same model with its adapter taken off.
-
-    Where they change no step it goes on from the checkpoints of the former, else it has its own.
-    """
-    print(f"starting again with {planning.in_words(changes)}", flush=True)
-    same_steps = not changes.keys() & {*checkpoints.NAMED_BY}
-    new = made_anew(trainer, changes, Path(trainer.args.output_dir) if same_steps else None)
-    measure.reset_peak_memory(new.model.device)  # the peak is that of the steps that fit
-    return new
-
-
 def made_anew(trainer, changes: dict, folder: Path | None):
     """A trainer of changed settings with a fresh adapter, on the same model."""
     asked, tokenizer = part_of(trainer, Settings), trainer.processing_class
     config = dataclasses.replace(asked.config, **changes)
     lora, base = trainer.model.peft_config["default"], trainer.model.unload()
-    # What the former's step held, before the new one asks for memory: a notebook may still have
-    # the old one.
+    # What the former's step held: a notebook may still have that trainer.
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
     measure.free_memory()

@@ -23,8 +23,7 @@ from helpers.training.several_processes import wait_for_all
 def adapter_folder(trainer, config: Config) -> Iterator[Path]:
     """A folder for `trainer.save_model`; it becomes run_dir/adapter when `with` ends without error.
 
-    It gets the training log, a note of the rows and checksums too. The checkpoints have done their
-    duty then and are removed. Of several processes, the first one does it.
+    It gets the training log, a note of the rows and checksums too; the checkpoints are removed.
     """
     wait_for_all()  # another may still be reading its best checkpoint
     weights = whole_adapter(trainer.model) if loading.is_sharded() else None
@@ -44,10 +43,7 @@ def adapter_folder(trainer, config: Config) -> Iterator[Path]:
 
 
 def whole_adapter(model) -> dict[str, torch.Tensor]:
-    """The trained weights by name. Under FSDP every process has a share of each, and all must ask.
-
-    The base model's are not gathered: they may be more than the memory of one machine.
-    """
+    """The trained weights by name. Under FSDP every process has a share, and all must ask."""
     trained = [(name, p.detach()) for name, p in model.named_parameters() if p.requires_grad]
     return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in trained}
 

@@ -1,6 +1,6 @@
 """Several processes that train one model, as `accelerate launch` starts them; one is several too.
 
-Each runs notebook 04's own cells, see export.py. What all must agree on is asked here.
+Each runs notebook 04's own cells, see export.py.
 """
 
 import contextlib
@@ -19,16 +19,13 @@ LONGEST_WAIT = datetime.timedelta(minutes=30)  # for another, as transformers ha
 
 
 def join(config: Config) -> None:
-    """Meet the other processes, if `accelerate launch` started several; then they can be asked."""
+    """Meet the other processes, if there are several; then they can be asked."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=config.device == "cpu", timeout=LONGEST_WAIT)
 
 
 def for_this_process(config: Config) -> Config:
-    """The Config with the GPU of this process; in shards without the fast path, for whole weights.
-
-    Raises ConfigError for FIT_TO_MEMORY: one process alone would start again.
-    """
+    """The Config with this process's GPU; in shards without the fast path, for whole weights."""
     rank = os.environ.get("LOCAL_RANK")
     if rank is None:
         return config

@@ -20,10 +20,7 @@ from helpers.training.training_rows import count_longer, row_lengths
 
 
 class OutOfMemory(RuntimeError):
-    """The GPU is too small for a step. The message names the next thing to change.
-
-    `changes` are the fields and values of the next rung, none when there is no rung left.
-    """
+    """The GPU is too small for a step; `changes` are the next rung's, none when none is left."""
 
     def __init__(self, message: str, changes: dict):
         super().__init__(message)
@@ -51,10 +48,14 @@ def out_of_memory_advice(trainer, made_from):
         if "max_length" in changes:
             lengths = row_lengths(tokenizer, dataset)
             lost = f"leaves out {count_longer(lengths, changes['max_length'])} and "
-        saved = memory_saved(config, changes, trainer.model.config) / predict.GIB
+        before, after = (
+            predict.estimate(trainer.model.config, Run.from_config(each)).total / predict.GIB
+            for each in (config, dataclasses.replace(config, **changes))
+        )
         raise OutOfMemory(
             f"the GPU's memory is full: set {in_words(changes)}, which {lost}saves about "
-            f"{saved:.1f} GiB; training goes on from the last checkpoint of the new settings",
+            f"{before - after:.1f} GiB; training goes on from the last checkpoint of the new "
+            "settings",
             changes,
         ) from error
 
@@ -69,12 +70,11 @@ def next_rung(config: Config, tokenizer, dataset: DatasetDict) -> dict:
         return {"kept_layers": config.kept_layers // 2}
     if batch > 1:
         smaller = plan.whole_batches(step_rows, most=batch - 1)[-1]
+        evaluated = max(1, config.per_device_eval_batch_size * smaller // batch)
         return {
             "per_device_train_batch_size": smaller,
             "grad_acc_steps": step_rows // smaller,
-            "per_device_eval_batch_size": max(
-                1, config.per_device_eval_batch_size * smaller // batch
-            ),
+            "per_device_eval_batch_size": evaluated,
         }
     return shorter_rows(config, row_lengths(tokenizer, dataset))
 
@@ -87,12 +87,3 @@ def shorter_rows(config: Config, lengths: dict[str, list[int]]) -> dict:
     longest = min(config.max_length, max(itertools.chain(*lengths.values())))
     half = max(longest // 2, *map(statistics.median_low, lengths.values()))
     return {"max_length": half} if half < longest else {}
-
-
-def memory_saved(config: Config, changes: dict, model_config) -> int:
-    """Predicted bytes by which the changes make a step smaller."""
-    before, after = (
-        predict.estimate(model_config, Run.from_config(each)).total
-        for each in (config, dataclasses.replace(config, **changes))
-    )
-    return before - after

@@ -22,10 +22,9 @@ SMALLEST_SHARE = 0.1  # of the training rows must fit MAX_LENGTH: fewer are not 
 def load_dataset(config: Config, tokenizer=None) -> DatasetDict:
     """The train and validation rows that notebook 02 wrote, with only the columns that train.
 
-    With the tokenizer of a training: those rows that fit, see `rows_that_fit`.
-    Raises ArtefactError for rows in another template, and for rows that were made with another
-    tokenizer and fail with that of MODEL_NAME. Warns, ArtefactWarning, when none of these fails,
-    and of another SYSTEM_MESSAGE.
+    With the tokenizer of a training: those that fit, see `rows_that_fit`. Raises ArtefactError for
+    rows in another template, and for rows of another tokenizer that fail with that of MODEL_NAME.
+    Warns, ArtefactWarning, when none of these fails, and of another SYSTEM_MESSAGE.
     """
     dataset = load_from_disk(str(dataset_folder.check_dataset(config)))
     dataset = dataset.select_columns(["prompt", "completion"])
@@ -53,10 +52,9 @@ def _check_template(config: Config, found: str, tokenizer) -> None:
 
 
 def with_masks(tokenizer, dataset: DatasetDict) -> DatasetDict:
-    """Rows of which some have several turns, as tokens with the `completion_mask` of trl.
+    """Rows with several turns as tokens with trl's `completion_mask`: it hides later requests too.
 
-    Of a text trl masks the prompt alone; here later requests are masked as well. Rows of one turn
-    are left to trl.
+    Rows of one turn are left to trl, which masks their prompt.
     """
     pairs = (zip(rows["prompt"], rows["completion"], strict=True) for rows in dataset.values())
     if all(len(prompts.learned_parts(tokenizer, *pair)) == 1 for pair in itertools.chain(*pairs)):
@@ -85,11 +83,8 @@ def _check_rows(config: Config, dataset: DatasetDict, tokenizer, made_with: str)
             f"{other} {len(failing)} of {len(rows)} fail, the first for {failing[0][0]}: run "
             "notebook 02 again with this MODEL_NAME"
         )
-    warnings.warn(
-        f"{other} all {len(rows)} verify and fit as well",
-        inventory.ArtefactWarning,
-        stacklevel=3,
-    )
+    fit = f"{other} all {len(rows)} verify and fit as well"
+    warnings.warn(fit, inventory.ArtefactWarning, stacklevel=3)
 
 
 def rows_that_fit(config: Config, tokenizer, dataset: DatasetDict) -> DatasetDict:
@@ -99,9 +94,8 @@ def rows_that_fit(config: Config, tokenizer, dataset: DatasetDict) -> DatasetDic
     """
     lengths = row_lengths(tokenizer, dataset)
     longest = max(itertools.chain(*lengths.values()))
-    name, most = "MAX_LENGTH", config.max_length
-    if config.max_train_length is not None and config.max_train_length < most:
-        name, most = "MAX_TRAIN_LENGTH", config.max_train_length
+    limits = {"MAX_LENGTH": config.max_length, "MAX_TRAIN_LENGTH": config.max_train_length}
+    most, name = min((limit, name) for name, limit in limits.items() if limit is not None)
     if longest <= most:
         return dataset
     fitting = {
@@ -121,14 +115,14 @@ def rows_that_fit(config: Config, tokenizer, dataset: DatasetDict) -> DatasetDic
 
 def row_lengths(tokenizer, dataset: DatasetDict) -> dict[str, list[int]]:
     """The tokens of each row by split, as trl counts them before it cuts any."""
-    lengths = {}
-    for name, rows in dataset.items():
+
+    def lengths(rows) -> list[int]:
         if "input_ids" in rows.column_names:  # tokens already
-            lengths[name] = [len(ids) for ids in rows["input_ids"]]
-        else:
-            pairs = zip(rows["prompt"], rows["completion"], strict=True)
-            lengths[name] = [length for length, _ in prompts.verify_rows(tokenizer, pairs)]
-    return lengths
+            return list(map(len, rows["input_ids"]))
+        pairs = zip(rows["prompt"], rows["completion"], strict=True)
+        return [length for length, _ in prompts.verify_rows(tokenizer, pairs)]
+
+    return {name: lengths(rows) for name, rows in dataset.items()}
 
 
 def count_longer(lengths: dict[str, list[int]], max_length: int) -> str:

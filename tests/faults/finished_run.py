@@ -4,9 +4,9 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+from benchmarks.notebook_04 import run_cells
 from helpers.config import Config
 from helpers.runs import inventory
-from helpers.training.export import run_cells
 from tests.notebook_code import curate, save_adapter
 
 

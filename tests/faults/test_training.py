@@ -41,6 +41,12 @@ def finish(config):
     return outcome(trainer), metrics
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_model_dir):
+    """What the run of `config` comes to when nothing disturbs it, and its metrics."""
+    return finish(tiny_config(tmp_path_factory.mktemp("whole"), tiny_model_dir))
+
+
 class StopAfter(TrainerCallback):
     """Ends the process's work in the middle of things, as a kill would, after a step."""
 
@@ -62,12 +68,11 @@ def interrupt(config, after):
 @pytest.mark.parametrize(
     "after", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 5))]
 )
-def test_a_resumed_run_ends_as_an_uninterrupted_one_bit_for_bit(config, after):
-    whole, whole_metrics = finish(config)
-    shutil.rmtree(config.checkpoints_dir)
+def test_a_resumed_run_ends_as_an_uninterrupted_one_bit_for_bit(config, whole, after):
+    learnt, whole_metrics = whole
     interrupt(config, after)
     resumed, metrics = finish(config)
-    assert resumed == whole  # losses, their steps, the step log, and every bit of the adapter
+    assert resumed == learnt  # losses, their steps, the step log, and every bit of the adapter
     for name in ("eval_loss_before", "eval_loss_after"):
         assert metrics[name] == whole_metrics[name]
 
@@ -110,6 +115,14 @@ def damage(path, how):
         path.unlink()
 
 
+@pytest.fixture(scope="module")
+def checkpoints_of_a_run(tmp_path_factory, tiny_model_dir):
+    """The folder of a run's checkpoints, to be copied and damaged."""
+    trainer = build(tiny_config(tmp_path_factory.mktemp("kept"), tiny_model_dir))
+    trainer.train()
+    return Path(trainer.args.output_dir)
+
+
 @pytest.mark.parametrize(
     ("name", "how"),
     [
@@ -120,10 +133,10 @@ def damage(path, how):
         pytest.param("optimizer.pt", "gone", marks=pytest.mark.slow),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_passed_over(config, capsys, name, how):
-    trainer = build(config)
-    trainer.train()
-    folder = Path(trainer.args.output_dir)
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    tmp_path, checkpoints_of_a_run, capsys, name, how
+):
+    folder = shutil.copytree(checkpoints_of_a_run, tmp_path / "run")
     assert checkpoints.latest(folder) == folder / "checkpoint-6"
     damage(folder / "checkpoint-6" / name, how)
     assert checkpoints.latest(folder).name in ("checkpoint-4", "checkpoint-2")
@@ -152,9 +165,7 @@ def test_a_disk_without_room_is_named_before_a_checkpoint_is_written(config, mon
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
-def test_a_signal_stops_at_a_step_edge_with_a_checkpoint(config, number):
-    whole, _ = finish(config)
-    shutil.rmtree(config.checkpoints_dir)
+def test_a_signal_stops_at_a_step_edge_with_a_checkpoint(config, whole, number):
     trainer, before = build(config), signal.getsignal(number)
 
     class Sender(TrainerCallback):
@@ -170,7 +181,7 @@ def test_a_signal_stops_at_a_step_edge_with_a_checkpoint(config, number):
     assert signal.getsignal(number) is before
     assert checkpoints.latest(Path(trainer.args.output_dir)).name == "checkpoint-3"
     resumed, _ = finish(config)
-    assert resumed == whole
+    assert resumed == whole[0]
 
 
 @pytest.mark.parametrize(("loss", "stops"), [(1.0, False), (4.9, False), (5.1, True)])
@@ -272,9 +283,7 @@ def test_a_run_may_take_the_rungs_by_itself(config, monkeypatch, capsys):
     assert "starting again with ACTIVATION_CHECKPOINTING = True\n" in said
 
 
-def test_a_rung_that_changes_no_step_goes_on_from_the_checkpoints(config, monkeypatch):
-    whole, _ = finish(config)
-    shutil.rmtree(config.checkpoints_dir)
+def test_a_rung_that_changes_no_step_goes_on_from_the_checkpoints(config, whole, monkeypatch):
     taken, step = [], SFTTrainer.training_step
 
     def training_step(trainer, *args, **kwargs):
@@ -286,7 +295,7 @@ def test_a_rung_that_changes_no_step_goes_on_from_the_checkpoints(config, monkey
 
     monkeypatch.setattr(SFTTrainer, "training_step", training_step)
     found, _ = finish(dataclasses.replace(config, fit_to_memory=True))
-    assert taken[5:] == [(False, 5), (True, 4), (True, 5)] and found == whole
+    assert taken[5:] == [(False, 5), (True, 4), (True, 5)] and found == whole[0]
 
 
 def test_a_cell_that_took_rungs_and_was_stopped_goes_on_in_their_folder(config, monkeypatch):
@@ -336,9 +345,7 @@ def same(first, second):
     return learnt == again and all(metrics[name] == metrics_again[name] for name in names)
 
 
-def test_after_ctrl_c_the_same_cell_goes_on_to_the_end(config):
-    whole = finish(config)
-    shutil.rmtree(config.checkpoints_dir)
+def test_after_ctrl_c_the_same_cell_goes_on_to_the_end(config, whole):
     trainer = build(config)
     send_in_step(trainer, 2)
     with pytest.raises(KeyboardInterrupt):
@@ -348,10 +355,8 @@ def test_after_ctrl_c_the_same_cell_goes_on_to_the_end(config):
 
 
 @pytest.mark.parametrize("after", [1, 3])
-def test_after_an_error_the_same_cell_does_not_begin_with_what_was_learnt(config, after):
+def test_after_an_error_the_same_cell_does_not_begin_with_what_was_learnt(config, whole, after):
     """After step 1 there is no checkpoint to go on from, so it begins with a fresh adapter."""
-    whole = finish(config)
-    shutil.rmtree(config.checkpoints_dir)
     trainer = build(config)
     trainer.add_callback(StopAfter(after))
     with pytest.raises(InterruptedError):

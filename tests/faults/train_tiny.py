@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset, DatasetDict
 
+from benchmarks.notebook_04 import run_cells
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.training import callbacks
-from helpers.training.export import run_cells
 from tests.notebook_code import fine_tune
 
 

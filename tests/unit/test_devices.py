@@ -12,7 +12,7 @@ from helpers.config import Config
 from helpers.merging import merging
 from helpers.model import architecture, embedded, loading, measure, precision, predict
 from helpers.runs import environment
-from helpers.training import callbacks, decorators, machine, planning
+from helpers.training import callbacks, machine, planning
 
 SECOND = {"": 1}
 ANSWERS = {
@@ -75,8 +75,8 @@ def after_a_step(config):
 
 
 def measured(config):
-    trainer = SimpleNamespace(model=SimpleNamespace(device=torch.device(config.device)))
-    _, metrics = decorators.memory_decorator(lambda trainer: (trainer, {}))(trainer)
+    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device(config.device)))
+    _, metrics = callbacks.memory_decorator(lambda trainer: (trainer, {}))(trainer)
     assert metrics == {"peak_memory_bytes": 8}
 
 

@@ -15,12 +15,13 @@ from transformers import TrainerControl, TrainerState
 from transformers.models.llama import modeling_llama
 from trl import SFTConfig
 
+from benchmarks.notebook_04 import run_cells
 from helpers.config import PROJECT_DIR, Config, ConfigError
 from helpers.merging import adapter_folder
 from helpers.model import architecture, measure, predict
 from helpers.runs import inventory
 from helpers.training import checkpoints, machine, planning, several_processes
-from helpers.training.export import export_training, run_cells
+from helpers.training.export import export_training
 from tests.faults.train_tiny import parameters_of, tiny_config, write_dataset
 
 CONFIG_FILE = PROJECT_DIR / "accelerate" / "ddp_cpu.yaml"

@@ -13,13 +13,13 @@ from datasets import Dataset, DatasetDict
 from peft import get_peft_model
 from transformers import Qwen2Config, TrainerState
 
+from benchmarks.notebook_04 import run_cells
 from helpers.config import PROBLEMS_FILE, Config, ConfigError
 from helpers.data.sources import SAMPLE_DIR
 from helpers.model import architecture, loading, measure, precision, predict
 from helpers.model.steps import Run
 from helpers.runs import inventory
 from helpers.training import checkpoints, machine, planning, safety
-from helpers.training.export import run_cells
 from helpers.training.fast import fast_path, kernels
 from tests.conftest import fill_adapters, lora_of, relative_error
 

@@ -183,7 +183,8 @@ from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.model import loading, measure, predict
 from helpers.model.steps import Run
-from helpers.training import export, safety
+from benchmarks import notebook_04
+from helpers.training import safety
 
 config = Config.from_profile(
     "demo", run_dir=Path(sys.argv[1]), max_steps=2, max_train_length=None
@@ -195,7 +196,7 @@ row = {"prompt": prompt, "completion": prompts.render_completion("reverse the li
 length = len(prompts.encode(tokenizer, **row)["input_ids"])
 rows = Dataset.from_list([row] * 16)
 DatasetDict(train=rows, validation=rows.select(range(2))).save_to_disk(config.dataset_dir)
-trainer = export.run_cells(config, "trainer")["trainer"]
+trainer = notebook_04.run_cells(config, "trainer")["trainer"]
 measure.reset_peak_memory("cpu")
 with safety.kernels(trainer):
     trainer.train()

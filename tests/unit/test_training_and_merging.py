@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +18,12 @@ from safetensors.torch import load_file
 from tokenizers import normalizers
 from transformers import TrainerControl, TrainerState
 
+from benchmarks import notebook_04
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
 from helpers.merging import comparison, merging
 from helpers.model import architecture, loading, measure, precision
+from helpers.profiles import PROFILES
 from helpers.training import callbacks, checkpoints, machine, planning, safety, training_rows
 from helpers.training.fast import fast_path
 from tests.faults.train_tiny import build, write_dataset
@@ -308,6 +312,78 @@ def test_tensorboard_gets_the_log(config, tokenizer, monkeypatch):
     fine_tune(trainer)
     (events,) = (config.run_dir / "tensorboard").rglob("events.out.*")
     assert b"train/learning_rate" in events.read_bytes()
+
+
+CHANGES = {
+    "learning_rate": ("learning_rate=config.learning_rate", "learning_rate=1e-5"),
+    "r": ("r=config.lora_r", "r=8"),
+    "target_modules": (
+        "target_modules=list(config.target_modules)",
+        'target_modules=["v_proj", "q_proj"]',
+    ),
+    "gradient_accumulation_steps": (
+        "gradient_accumulation_steps=config.grad_acc_steps",
+        "gradient_accumulation_steps=3",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_call_that_is_changed_in_its_cell_has_checkpoints_of_its_own(
+    config, monkeypatch, capsys, name
+):
+    """Else a run that was interrupted would go on from what other settings have learnt."""
+    asked = Path(build(config).args.output_dir)
+    assert "changed in the cells" not in capsys.readouterr().out
+    before, after = CHANGES[name]
+    cells = notebook_04.train_cells({})
+    assert sum(before in cell for cell in cells) == 1
+    changed = [cell.replace(before, after) for cell in cells]
+    monkeypatch.setattr(notebook_04, "train_cells", lambda parameters: changed)
+    found = [Path(build(config).args.output_dir) for _ in range(2)]
+    assert found[0] == found[1] != asked and found[0].parent == asked.parent
+    assert f"checkpoints of its own: {name} = " in capsys.readouterr().out
+
+
+def test_the_folder_of_a_changed_call_is_the_same_in_every_process(config):
+    """A set has another order in each."""
+    arguments = SimpleNamespace(output_dir="runs/0123456789ab")
+    changed = {"r": 8, "target_modules": ["q_proj", "v_proj"], "learning_rate": 1e-5}
+    for _ in range(2):
+        checkpoints.keep_apart(arguments, changed)
+        assert arguments.output_dir == "runs/0123456789ab-8b39cb"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_what_the_cells_give_is_what_the_config_says(profile, config, capsys):
+    """No profile is taken for one that was changed by hand."""
+    changes = {name: getattr(config, name) for name in ("run_dir", "model_name", "max_length")}
+    on_cpu = {"device_map": {"": "cpu"}, "fp16": False, "bf16": False, "optim": "adamw_torch"}
+    trainer = build(Config.from_profile(profile, **changes, **on_cpu))
+    assert "changed in the cells" not in capsys.readouterr().out
+    assert "-" not in Path(trainer.args.output_dir).name
+
+
+SHAPES = """
+import sys, helpers, psutil, torch
+weights = [torch.randn(rows, 576, dtype=torch.bfloat16) for rows in (576, 192, 1536, 64)]
+def step(length):
+    for weight in weights:
+        inputs = torch.randn(4 * length, 576, dtype=torch.bfloat16)
+        (torch.nn.functional.linear(inputs, weight) @ weight).T @ inputs
+for length in range(80, 104, 2): step(length)
+before = psutil.Process().memory_info().rss
+for length in range(104, 152, 2): step(length)
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_cpu_keeps_no_machine_code_of_lengths_gone_by():
+    """24 more lengths took 216 MB with torch's own limits."""
+    command = [sys.executable, "-c", SHAPES]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+    assert int(done.stdout) < 100e6
 
 
 # -- Merging
