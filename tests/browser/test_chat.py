@@ -14,13 +14,16 @@ from tests.browser.conftest import HOSTILE, SCREENSHOTS, SECONDS
 
 
 class Parrot:
-    """A model that writes a text given to it, behind transformers' real server."""
+    """A model that writes what it is given, behind transformers' real server.
+
+    In whole pieces: cut into tokens, a tag would reach the page in parts, and be harmless anyway.
+    """
 
     device, config = "cpu", GenerationConfig()
     config.model_type = "parrot"
 
-    def __init__(self, tokenizer, text: str):
-        self.tokenizer, self.text = tokenizer, text
+    def __init__(self, tokenizer, pieces: list[str]):
+        self.tokenizer, self.pieces = tokenizer, pieces
         self.generation_config = GenerationConfig()
 
     def conversation(self, messages):
@@ -30,20 +33,18 @@ class Parrot:
         return messages
 
     def generate(self, input_ids, streamer, **options):
-        import torch  # with a slow start
-
         streamer.put(input_ids)
-        for token in self.tokenizer(self.text, add_special_tokens=False)["input_ids"]:
-            streamer.put(torch.tensor([token]))
-        if self.text == "breaks":
+        for piece in self.pieces:
+            streamer._enqueue(piece)
+        if self.pieces == ["breaks"]:
             raise RuntimeError("no memory left")
         streamer.end()
 
 
 @pytest.fixture(scope="module")
 def url(tokenizer):
-    answers = {"base": HOSTILE, "tuned": f" 1. Steps\n\n{HOSTILE}", "broken": "breaks"}
-    models = {name: Parrot(tokenizer, text) for name, text in answers.items()}
+    answers = {"base": [HOSTILE], "tuned": [" 1. Steps\n", "\n", HOSTILE], "broken": ["breaks"]}
+    models = {name: Parrot(tokenizer, pieces) for name, pieces in answers.items()}
     settings = uvicorn.Config(server.application(models, 50), port=0, log_level="warning")
     running = uvicorn.Server(settings)
     thread = threading.Thread(target=running.run)

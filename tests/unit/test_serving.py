@@ -51,18 +51,35 @@ def command(config, *arguments):
 
 
 @pytest.fixture(scope="module")
-def started(config):
-    """The first line of a server in a process of its own, on a port that is free."""
+def process(config):
+    """A server in a process of its own, on a port that is free."""
     given = ["tuned", "merged", "base", "--also", "other", other_run(config).run_dir, "--port", 0]
-    process = subprocess.Popen(
+    running = subprocess.Popen(
         [sys.executable, "-m", "helpers", *command(config, *given)],
         stdout=subprocess.PIPE,
         encoding="utf-8",
         cwd=PROJECT_DIR,
     )
-    yield process.stdout.readline()
-    process.terminate()
-    assert process.wait(20) == 128 + 15
+    yield running
+    running.terminate()
+    assert running.wait(20) == 128 + 15
+
+
+@pytest.fixture(scope="module")
+def expected(config, process):
+    """Notebook 06's greedy answers, each by a model of its own, while the server starts."""
+    answers = {
+        name: inference.answer_alone(config, which, [QUESTION])[0][0]
+        for name, which in {"tuned": "tuned", "merged": "merged", "base": "base_chat"}.items()
+    }
+    (answers["other"],), _ = inference.answer_alone(other_run(config), "tuned", [QUESTION])
+    return answers
+
+
+@pytest.fixture(scope="module")
+def started(process, expected):
+    """The first line that the server prints."""
+    return process.stdout.readline()
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +98,6 @@ def text_of(client, **request) -> str:
 def streamed(client, **request) -> list[str]:
     chunks = client.chat.completions.create(stream=True, **request)
     return [chunk.choices[0].delta.content or "" for chunk in chunks]
-
-
-@pytest.fixture(scope="module")
-def expected(config):
-    """Notebook 06's greedy answers, each by a model that is loaded for it alone."""
-    answers = {
-        name: inference.answer_alone(config, which, [QUESTION])[0][0]
-        for name, which in {"tuned": "tuned", "merged": "merged", "base": "base_chat"}.items()
-    }
-    (answers["other"],), _ = inference.answer_alone(other_run(config), "tuned", [QUESTION])
-    return answers
 
 
 def test_the_first_line_says_where_and_that_no_one_else_can_ask(started):
