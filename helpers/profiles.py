@@ -76,7 +76,7 @@ DEMO: dict[str, Any] = {
     "log_steps": 2,
     "comparison_rows": 12,
     "max_new_tokens": 200,
-    "generation_batch_size": 32,
+    "generation_batch_size": 80,
     "evaluation_problems": (40, 20, 8, 4),
     "new_model_name": "SmolLM2-135M-minipython-instruct",
     "hf_hub_model_name": "SmolLM2-135M-minipython-instruct",
