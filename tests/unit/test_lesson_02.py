@@ -9,7 +9,7 @@ from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.data import curation
 from helpers.data.markdown import html_to_markdown
 from helpers.data.sources import SAMPLE_DIR
-from tests.notebook_code import cell_source, definitions_from
+from tests.notebook_code import cell_source
 
 
 def run(names, *cells):
@@ -89,12 +89,6 @@ def test_a_text_with_its_marks_gets_a_second_bos(shown, tokenizer):
     twice = tokenizer(shown["text"]).input_ids
     once = tokenizer(shown["text"], add_special_tokens=False).input_ids
     assert twice[:2] == [tokenizer.bos_token_id] * 2 and once == twice[1:] == shown["input_ids"]
-
-
-def test_words_that_differ_are_told_for_either_text():
-    differing = definitions_from("02")["differing"]
-    assert differing("We test the old list", "We check the list") == ["test, old", "check"]
-    assert differing("same words", "Same words!") == ["", ""]
 
 
 @pytest.mark.parametrize(("asked", "names"), [(True, ["set"]), (False, [])])
