@@ -67,8 +67,8 @@ def own_problems(config: Config, most: int) -> list[Problem]:
     """Up to `most` held-out rows of one's own, and a sentence on how they are judged.
 
     None where the rows are posts of a forum, which have scores, or the article's set. Of a
-    conversation the first answer is asked for. Where the answers' median is longer than SHORT,
-    `answer` is left out: no two long answers are the same, and the loss compares them.
+    conversation the first answer is asked for. Where rows bring tests, these judge. Where the
+    answers' median is longer than SHORT, `answer` is left out: the loss compares them.
     """
     rows = held_out(config)
     posts = any(row.get("question_score", 0) is not None for row in rows)
@@ -80,7 +80,9 @@ def own_problems(config: Config, most: int) -> list[Problem]:
     answers = [prompts.first_answer(tokenizer, r["prompt"], r["completion"]) for r in chosen]
     short = statistics.median(map(len, answers)) <= SHORT
     how = "their answers are long, so they are compared by their loss"
-    if short:
+    if tested := any(row.get("tests") for row in chosen):
+        how = "an answer is right if its code passes the row's tests"
+    elif short:
         how = "an answer is right if it is the row's, whatever case, punctuation and spaces"
     print(f"part {OWN!r}: {len(chosen)} of your {len(rows)} held-out rows; {how}")
     return [
@@ -89,7 +91,8 @@ def own_problems(config: Config, most: int) -> list[Problem]:
             prompts.question_in(row["prompt"]),
             part=OWN,
             row=row["prompt"],
-            answer=answer * short,
+            tests=row.get("tests") or "",
+            answer="" if tested or not short else answer,
         )
         for number, (row, answer) in enumerate(zip(chosen, answers, strict=True))
     ]

@@ -20,6 +20,7 @@ PROMPTS = ("prompt", "instruction", "question", "query", "user", "human", "input
 CONTEXTS = ("question", "input", "context")  # follow the prompt
 ANSWERS = ("answer", "completion", "response", "output", "assistant", "target", "reply", "solution")
 CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+TESTS = ("tests", "test_list")  # assertions on the answer's code, for notebook 06
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 ROLES |= {"model": "assistant", "developer": "system"}
 SYSTEM = re.compile(r"\s*<</?SYS>>(?P<system>.*?)<</SYS>>", re.DOTALL)  # the article opens with a /
@@ -47,6 +48,7 @@ class Row:
     turns: list[tuple[str, str]]  # of text: `read_row` asks
     system: str | None = None
     unused: list[str] = field(default_factory=list)  # columns, and parts of them
+    tests: str = ""
 
 
 def read_row(record: dict) -> Row:
@@ -64,6 +66,12 @@ def read_row(record: dict) -> Row:
         )
     row, used = found
     there = [key for key, value in values.items() if value not in EMPTY]
+    for name in TESTS:
+        lines = values.get(name) or []
+        lines = [lines] if isinstance(lines, str) else lines
+        if lines and isinstance(lines, list) and all(isinstance(line, str) for line in lines):
+            row.tests, row.format = "\n".join(lines), f"{row.format} + {name}"
+            used.append(name)
     row.unused += [str(columns[key]) for key in there if key not in used]
     texts = [text for turn in row.turns for text in turn]
     texts += [row.system] if row.system is not None else []
@@ -240,9 +248,10 @@ def read(
 ) -> Seen:
     """Put the rows of a file or folder (a Path) or a Hub dataset (a name) into an empty database.
 
-    They become posts without scores and authors, whose ids are their numbers and whose question is
-    the conversation in JSON. Rows to validate with, of a split or of the source `held`, have the
-    tag HELD. What is no row is put into quarantine, in `folder`. Raises DataError.
+    They become posts without scores and authors, whose ids are their numbers, whose title is their
+    tests and whose question is the conversation in JSON. Rows to validate with, of a split or of
+    the source `held`, have the tag HELD. What is no row is put into quarantine, in `folder`.
+    Raises DataError.
     """
     (parts, others), (given, more) = parts_of(source), parts_of(held) if held else ([], [])
     seen, quarantine, number = Seen([*others, *more]), Quarantine(folder), 0
@@ -254,7 +263,7 @@ def read(
             seen.systems.update([row.system] if row.system else [])
             seen.held += part.split == HELD
             turns = json.dumps({"system": row.system, "turns": row.turns})
-            database.execute(INSERT["questions"], (number, None, None, "", turns))
+            database.execute(INSERT["questions"], (number, None, None, row.tests, turns))
             database.execute(INSERT["answers"], (number, None, None, number, ""))
             if part.split == HELD:
                 database.execute(INSERT["tags"], (number, HELD))

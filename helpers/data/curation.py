@@ -206,6 +206,8 @@ def save(rows: pa.Table, train: np.ndarray, held: np.ndarray, draft: Path) -> No
     from datasets.fingerprint import generate_random_fingerprint
 
     rows = rows.select(SCHEMA.names).cast(SCHEMA)
+    if not any(rows["tests"].to_pylist()):
+        rows = rows.drop_columns("tests")
     folders.need_space(draft, rows.nbytes, "saving the dataset")
     # With a fingerprint of its own: for one, datasets would read all rows.
     dataset = datasets.Dataset(rows, fingerprint=generate_random_fingerprint())

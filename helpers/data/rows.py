@@ -18,6 +18,7 @@ SCHEMA = pa.schema(
         **dict.fromkeys(NUMBERS, pa.int64()),
         **dict.fromkeys(("url", "licence"), pa.string()),
         "tags": pa.list_(pa.string()),
+        "tests": pa.string(),  # of rows of one's own that bring some
         "group": pa.int64(),  # is known when all rows have been compared
     }
 )
@@ -71,6 +72,7 @@ def training_row(
         "completion": completion,
         "url": posts.url.format(**pair),
         "licence": posts.licence,
+        "tests": "" if posts.is_html else pair["title"],
     }
 
 

@@ -327,13 +327,14 @@ def test_an_answer_is_the_rows_whatever_case_spaces_and_punctuation(one, other, 
     assert evaluation.same_text(one, other) == same
 
 
-def own_dataset(config, answers):
+def own_dataset(config, answers, **more):
     """A run's dataset of rows of one's own, all of them held out as well."""
     rows = [
         {
             "prompt": prompts.render_prompt(f"What is tram {number}?", "You know our trams."),
             "completion": prompts.render_completion(answer),
             "question_score": None,
+            **more,
         }
         for number, answer in enumerate(answers)
     ]
@@ -358,6 +359,16 @@ def test_held_out_rows_of_ones_own_are_asked_beside_level_1(tiny_config, capsys)
     right, wrong = (Answer("", text, 1, True) for text in ("Red.", "It is red"))
     assert evaluation.score(right, asked[0], "off").passes
     assert evaluation.score(wrong, asked[0], "off").passes is False
+
+
+def test_rows_that_bring_tests_are_judged_by_them(tiny_config, capsys):
+    own_dataset(tiny_config, ["```python\nadd = sum\n```"] * 2, tests="assert add([1, 2]) == 3")
+    asked = problem_sets.own_problems(tiny_config, 1)[0]
+    assert (asked.tests, asked.answer) == ("assert add([1, 2]) == 3", "")
+    assert "if its code passes the row's tests" in capsys.readouterr().out
+    right, wrong = (Answer("", f"```python\nadd = {name}\n```", 1, True) for name in ("sum", "max"))
+    assert evaluation.score(right, asked, "limits-only").passes
+    assert evaluation.score(wrong, asked, "limits-only").passes is False
 
 
 def test_long_answers_of_ones_own_are_compared_by_their_loss(tiny_config, capsys):

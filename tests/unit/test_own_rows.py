@@ -598,3 +598,21 @@ def test_trl_takes_the_masks_of_several_turns(tmp_path, tokenizer, tiny_model_di
         for labels in batch["labels"].tolist():
             graded = [label for label in labels if label != prompts.IGNORED_LABEL]
             assert tokenizer.decode(graded) in wanted and len(graded) < len(labels) / 1.2
+
+
+@pytest.mark.parametrize("tests", ["assert f() == 1", ["assert f() == 1", "assert f() != 2"]])
+def test_tests_of_a_row_are_kept_for_notebook_06(tests, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{**row, "tests": tests} for row in ROWS])
+    config = config_of(path, tmp_path)
+    curate(config)
+    found = saved(config)["train"][0]
+    assert found["tests"] == (tests if isinstance(tests, str) else "\n".join(tests))
+
+
+def test_what_is_no_test_is_named_as_not_used_and_no_tests_need_no_column(tmp_path):
+    assert read_row({**ROWS[0], "tests": 3}).unused == ["tests"]
+    assert read_row({**ROWS[0], "tests": [1]}).unused == ["tests"]
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    config = config_of(path, tmp_path)
+    curate(config)
+    assert "tests" not in saved(config)["train"][0]
