@@ -138,7 +138,7 @@ def answer_all(
     temperature above 0 samples, from `config.seed` on: a prompt given twice has two answers.
     """
     torch.manual_seed(config.seed)
-    options = _options(tokenizer, config.max_new_tokens, temperature)
+    options = _options(model, tokenizer, config.max_new_tokens, temperature)
     encoded = [prompts.encode_prompt(tokenizer, text) for text in rendered_prompts]
     by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     tokens = max(map(len, encoded), default=0) + config.max_new_tokens
@@ -149,7 +149,7 @@ def answer_all(
         ids = {"input_ids": [encoded[i] for i in batch]}
         inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
         for i, written in zip(batch, _new_tokens(model, inputs, options), strict=True):
-            answers[i] = _answer(rendered_prompts[i], written, tokenizer)
+            answers[i] = _answer(rendered_prompts[i], written, tokenizer, options["eos_token_id"])
     return [answers[i] for i in range(len(rendered_prompts))], time.perf_counter() - start
 
 
@@ -159,7 +159,7 @@ def _new_tokens(model, inputs, options: dict) -> list[list[int]]:
     Keys and values go on from chunk to chunk, so that no token is computed twice.
     """
     ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], None
-    start, end = ids.shape[1], options["eos_token_id"]
+    start, ends = ids.shape[1], torch.tensor(options["eos_token_id"], device=ids.device)
     limit = start + options["max_new_tokens"]
     rows, found = list(range(len(ids))), {}
     while rows:
@@ -172,7 +172,7 @@ def _new_tokens(model, inputs, options: dict) -> list[list[int]]:
             **settings,
         )
         ids, cache = output.sequences, output.past_key_values
-        ended = (ids[:, start:] == end).any(1) | (ids.shape[1] >= limit)
+        ended = torch.isin(ids[:, start:], ends).any(1) | (ids.shape[1] >= limit)
         found |= {rows[i]: ids[i, start:].tolist() for i in range(len(rows)) if ended[i]}
         going = (~ended).nonzero().flatten()
         rows = [rows[i] for i in going.tolist()]
@@ -200,19 +200,21 @@ def stream(model, tokenizer, rendered_prompt: str, max_new_tokens: int):
     """Yield an answer piece by piece, as it is generated; the generator returns the Answer."""
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = torch.tensor([prompts.encode_prompt(tokenizer, rendered_prompt)], device=model.device)
-    options = {"attention_mask": torch.ones_like(ids), **_options(tokenizer, max_new_tokens)}
+    options = _options(model, tokenizer, max_new_tokens)
     result = Future()
 
     def generate():
         try:
-            result.set_result(model.generate(ids, streamer=streamer, **options))
+            given = {"attention_mask": torch.ones_like(ids), "streamer": streamer}
+            result.set_result(model.generate(ids, **given, **options))
         except Exception as error:  # raised again below; without an end the reader waits for ever
             result.set_exception(error)
             streamer.end()
 
     Thread(target=generate, daemon=True).start()
     yield from streamer
-    return _answer(rendered_prompt, result.result()[0, ids.shape[1] :].tolist(), tokenizer)
+    written = result.result()[0, ids.shape[1] :].tolist()
+    return _answer(rendered_prompt, written, tokenizer, options["eos_token_id"])
 
 
 def ask(config: Config, which: str, question: str = LINKED_LIST_PROMPT):
@@ -227,19 +229,29 @@ def ask(config: Config, which: str, question: str = LINKED_LIST_PROMPT):
         measure.free_memory()
 
 
-def _options(tokenizer, max_new_tokens: int, temperature: float = 0.0) -> dict:
+def end_tokens(model, tokenizer) -> list[int]:
+    """The ids that end an answer: EOS, and what the model's own chat ends a turn with.
+
+    Llama 3 and Gemma 3, for two, name theirs in generation_config.json.
+    """
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *own} - {None})
+
+
+def _options(model, tokenizer, max_new_tokens: int, temperature: float = 0.0) -> dict:
     options = {
         "max_new_tokens": max_new_tokens,
         "do_sample": temperature > 0,
         "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": end_tokens(model, tokenizer),
     }
     return {**options, "temperature": temperature, "top_k": 0} if temperature > 0 else options
 
 
-def _answer(prompt: str, ids: list[int], tokenizer) -> Answer:
-    """Cut the padding that follows EOS and decode what is left."""
-    stopped = tokenizer.eos_token_id in ids
-    ids = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
+def _answer(prompt: str, ids: list[int], tokenizer, ends: list[int]) -> Answer:
+    """Cut what follows the first of the tokens that end an answer, and decode what is left."""
+    places = [place for place, token in enumerate(ids) if token in ends]
+    stopped, ids = bool(places), ids[: min(places, default=len(ids))]
     text = prompts.read_completion(tokenizer.decode(ids, skip_special_tokens=True))
     return Answer(prompt, text, len(ids), stopped)

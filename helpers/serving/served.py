@@ -24,7 +24,7 @@ class Served:
         if inference.template_of(config, which) == "llama2":
             tokenizer.chat_template = prompts.chat_template(self.system)
             self.marks |= {*prompts.MARKERS}
-        eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        eos, pad = inference.end_tokens(self.model, tokenizer), tokenizer.pad_token_id
         self.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
 
     def generate(self, generation_config: GenerationConfig, **inputs):

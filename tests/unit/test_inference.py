@@ -9,6 +9,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import GenerationConfig
 
 from helpers import prompts
 from helpers.answers import inference
@@ -104,15 +105,15 @@ def test_a_streamed_answer_is_the_same_text(model, tokenizer, config):
 def test_an_answer_ends_at_eos_and_says_whether_it_did(tokenizer):
     ids = tokenizer("done", add_special_tokens=False)["input_ids"]
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    stopped = inference._answer("q", [*ids, end, pad, pad], tokenizer)
+    stopped = inference._answer("q", [*ids, end, pad, pad], tokenizer, [end])
     assert (stopped.text, stopped.tokens, stopped.stopped) == ("done", len(ids), True)
-    assert inference._answer("q", ids, tokenizer).stopped is False
+    assert inference._answer("q", ids, tokenizer, [tokenizer.eos_token_id]).stopped is False
 
 
 def test_an_answer_keeps_its_indentation(tokenizer):
     answer = "    x = 0\n    y = x + 1"
     ids = tokenizer(prompts.render_completion(answer), add_special_tokens=False)["input_ids"]
-    assert inference._answer("q", ids, tokenizer).text == answer
+    assert inference._answer("q", ids, tokenizer, [tokenizer.eos_token_id]).text == answer
 
 
 def test_an_unknown_model_name_is_named(config):
@@ -276,6 +277,7 @@ def test_control_tokens_that_a_user_types_are_text(tokenizer):
 
 def test_what_the_models_are_given_has_one_bos_and_no_eos(tokenizer, config):
     class Model:
+        generation_config = GenerationConfig()
         device, given = torch.device("cpu"), []
 
         def generate(self, input_ids, attention_mask, streamer=None, **options):
@@ -318,6 +320,7 @@ def test_a_chat_prompt_has_the_control_tokens_of_its_template_alone(tokenizer):
 
 def test_an_error_of_the_model_ends_the_stream(tokenizer):
     class Broken:
+        generation_config = GenerationConfig()
         device = torch.device("cpu")
 
         def generate(self, ids, **options):
@@ -360,3 +363,20 @@ def test_a_bos_that_the_tokenizer_does_not_write_stays_in_the_chat(tokenizer):
     ids = prompts.encode_prompt(other, begun)
     assert ids[0] == tokenizer.bos_token_id
     assert ids == prompts.encode_prompt(tokenizer, begun.removeprefix(tokenizer.bos_token))
+
+
+def test_an_answer_ends_where_the_models_own_chat_ends_a_turn(tokenizer, tiny_config):
+    model = loading.load_model(tiny_config, quantized=False).float()
+    asked = ["hello", "[INST] How are you? [/INST]"]
+    before, _ = inference.answer_all(model, tokenizer, asked, tiny_config)
+    model.generation_config.eos_token_id = [
+        tokenizer.eos_token_id,
+        *(tokenizer(answer.text, add_special_tokens=False).input_ids[3] for answer in before),
+    ]
+    after, _ = inference.answer_all(model, tokenizer, asked, tiny_config)
+    assert all(answer.stopped and answer.tokens <= 3 for answer in after)
+    streamed = iter(inference.stream(model, tokenizer, asked[0], 12))
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(streamed)
+    assert end.value.value.stopped and end.value.value.tokens <= 3
