@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterator
 
 import psutil
+import torch
 
 from helpers import own_template, prompts
 from helpers.config import Config
@@ -115,9 +116,12 @@ def _of_memory(config: Config, shape) -> tuple[str, str]:
         needed, there = estimate(shape, run).total / 1e9, psutil.virtual_memory().total / 1e9
         says = f"a step takes {needed:,.1f} GB on this CPU, which has {there:,.1f}"
         return ("yes", says) if needed < there else ("no", f"{says}: choose a smaller model")
-    plans = {size: plan.for_card(shape, run, size * 2**30) for size in CARDS}
+    yours = torch.cuda.is_available()
+    cards = [torch.cuda.mem_get_info()[1] // 2**30] if yours else CARDS
+    plans = {size: plan.for_card(shape, run, size * 2**30) for size in cards}
     fitting = [f"fits {size} GB: {each.advice}" for size, each in plans.items() if each.fits]
-    none = f"a step fits no card of up to {CARDS[-1]} GB: {plans[CARDS[-1]].advice}"
+    where = f"your card of {cards[0]} GB" if yours else f"any card of up to {cards[-1]} GB"
+    none = f"a step does not fit {where}: {plans[cards[-1]].advice}"
     return ("yes", fitting[0]) if fitting else ("no", none)
 
 

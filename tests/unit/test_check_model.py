@@ -1,5 +1,6 @@
 """`check-model`: what stops a model is said from its config and tokenizer, a sentence each."""
 
+import dataclasses
 import json
 
 import pytest
@@ -107,6 +108,17 @@ def test_a_model_without_weights_goes_through(save_shape, capsys):
     text = capsys.readouterr().out
     assert "03  memory     yes   fits " in text
     assert "beside q_proj, k_proj" in text and text.endswith("goes through all six lessons\n")
+
+
+@pytest.mark.parametrize(
+    ("gib", "says"), [(24, "fits 24 GB: "), (1, "does not fit your card of 1")]
+)
+def test_the_card_that_is_there_is_the_one_that_is_asked(save_shape, monkeypatch, gib, says):
+    monkeypatch.setattr(check_model.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(check_model.torch.cuda, "mem_get_info", lambda: (0, gib * 2**30))
+    config = dataclasses.replace(save_shape("Llama", "llama2_7b"), fast_path=False)
+    answer, sentence = check_model._of_memory(config, loading.load_shape(config.model_name))
+    assert answer == ("no" if gib == 1 else "yes") and says in sentence
 
 
 def test_a_layer_of_phi_is_trained_under_its_own_names(save_shape):
