@@ -13,8 +13,8 @@ from helpers.config import PROJECT_DIR
 from helpers.runs.lessons import notebooks
 
 MODULE_LINES, FUNCTION_LINES, README_LINES = 350, 40, 150
-# These two only ever go down: to 6,500 lines, and to 60 names.
-PACKAGE_LINES, NAMES_OF_NOTEBOOKS = 11_380, 64
+# These two only ever go down: to 7,000 lines, and to 60 names at most.
+PACKAGE_LINES, NAMES_OF_NOTEBOOKS = 11_246, 60
 
 PACKAGE = PROJECT_DIR / "helpers"
 MODULES = sorted(PACKAGE.rglob("*.py"))
