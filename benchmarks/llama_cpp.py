@@ -48,7 +48,7 @@ OWN_TYPES = ("Q4_K_M", "Q4_1", "Q5_K_M")
 def worker(python: str, **request) -> dict:
     """What llama.cpp answers; -P, else its package is not found behind this module's name."""
     command = [python, "-P", str(WORKER)]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, encoding="utf-8")
     if done.returncode:
         raise RuntimeError(f"llama.cpp's process ended with: {done.stderr[-2000:]}")
     return json.loads(done.stdout)

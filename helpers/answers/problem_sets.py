@@ -80,10 +80,10 @@ def own_problems(config: Config, most: int) -> list[Problem]:
     answers = [prompts.first_answer(tokenizer, r["prompt"], r["completion"]) for r in chosen]
     short = statistics.median(map(len, answers)) <= SHORT
     how = "their answers are long, so they are compared by their loss"
-    if tested := any(row.get("tests") for row in chosen):
-        how = "an answer is right if its code passes the row's tests"
-    elif short:
+    if short:
         how = "an answer is right if it is the row's, whatever case, punctuation and spaces"
+    if tested := sum(bool(row.get("tests")) for row in chosen):
+        how = f"{tested} have tests, which the answer's code must pass; of the others {how}"
     print(f"part {OWN!r}: {len(chosen)} of your {len(rows)} held-out rows; {how}")
     return [
         Problem(
@@ -92,7 +92,7 @@ def own_problems(config: Config, most: int) -> list[Problem]:
             part=OWN,
             row=row["prompt"],
             tests=row.get("tests") or "",
-            answer="" if tested or not short else answer,
+            answer="" if row.get("tests") or not short else answer,
         )
         for number, (row, answer) in enumerate(zip(chosen, answers, strict=True))
     ]

@@ -3,8 +3,6 @@
 The HTML is read by a parser everywhere, and by Chromium where there is one.
 """
 
-from types import SimpleNamespace
-
 import nbformat
 import pandas as pd
 import pytest
@@ -104,9 +102,7 @@ def test_nothing_is_lost_by_making_it_visible():
 @pytest.mark.parametrize("name", ["terminal", "direction", "null", "half"])
 def test_an_answer_sends_nothing_to_the_terminal_but_text(monkeypatch, capsys, name):
     monkeypatch.setattr(inference, "ask", lambda *arguments: iter(HOSTILE[name]))
-    command_line._ask(
-        SimpleNamespace(profile="smoke", run_dir=None, p=[], model="tuned", question="q")
-    )
+    assert command_line.main(["ask", "tuned", "q", "--profile", "smoke"]) == 0
     assert capsys.readouterr().out == visible(HOSTILE[name]) + "\n"
 
 

@@ -51,7 +51,7 @@ def test_a_command_takes_parameters_and_a_run_folder(called, tmp_path, command):
 
 def test_the_recipes_take_a_run_folder_too(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(recipes, "compare", lambda parameters, *_: seen.append(parameters) or [])
+    monkeypatch.setattr(recipes, "compare", lambda given, *_: seen.append(given) or {"runs": []})
     command = ["--profile", "smoke", "--max-steps", "3"]
     recipes.main(command)
     recipes.main([*command, "--run-dir", str(tmp_path), "-p", "LORA_R", "4"])

@@ -38,7 +38,7 @@ def nameless(code):
 def _is_nameless(call):
     keywords = {word.arg: ast.unparse(word.value) for word in call.keywords}
     owner, _, name = ast.unparse(call.func).rpartition(".")
-    if "encoding" in keywords or owner in ("os", "folders"):
+    if "encoding" in keywords or owner in ("os", "folders", "webbrowser"):
         return False
     if name in ("read_text", "write_text") and owner:
         return len(call.args) == (name == "write_text")
@@ -64,6 +64,7 @@ def test_what_names_no_encoding_is_found():
         "path.open('wb')",
         "path.read_text('utf-8')",
         "os.open('a', 0)",
+        "webbrowser.open('a')",
     ):
         assert nameless(code) == []
 

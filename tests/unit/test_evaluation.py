@@ -365,7 +365,7 @@ def test_rows_that_bring_tests_are_judged_by_them(tiny_config, capsys):
     own_dataset(tiny_config, ["```python\nadd = sum\n```"] * 2, tests="assert add([1, 2]) == 3")
     asked = problem_sets.own_problems(tiny_config, 1)[0]
     assert (asked.tests, asked.answer) == ("assert add([1, 2]) == 3", "")
-    assert "if its code passes the row's tests" in capsys.readouterr().out
+    assert "1 have tests, which the answer's code must pass" in capsys.readouterr().out
     right, wrong = (Answer("", f"```python\nadd = {name}\n```", 1, True) for name in ("sum", "max"))
     assert evaluation.score(right, asked, "limits-only").passes
     assert evaluation.score(wrong, asked, "limits-only").passes is False
