@@ -90,8 +90,9 @@ def of_shape(config: Config, shape, tokenizer) -> Iterator[Finding]:
     says = f"{sizes.layers} of {shape.model_type!r}, {weights:,.2f} billion weights; beside"
     yield "03", "layers", "yes", f"{says} {targets} {trained:,.1f} million are trained"
     yield "03", "embedding", *_of_embedding(shape, tokenizer)
-    yield "03", "memory", *_of_memory(config, shape)
     why = why_not_fast(config)
+    taken = dataclasses.replace(config, fast_path=config.fast_path and not why)
+    yield "03", "memory", *_of_memory(taken, shape)
     says = f"it trains without the fast path, {why}, and you need do nothing"
     yield "04", "fast path", *(("no", says) if why else ("yes", "FAST_PATH = True takes it"))
     yield "05", "merge", "yes", f"takes {2 * weights:,.1f} GB in memory, and as much on the disk"
@@ -110,8 +111,7 @@ def _of_embedding(shape, tokenizer) -> tuple[str, str]:
 
 
 def _of_memory(config: Config, shape) -> tuple[str, str]:
-    fast = config.fast_path and not why_not_fast(config)
-    run = Run.from_config(dataclasses.replace(config, fast_path=fast))
+    run = Run.from_config(config)
     if run.device == "cpu":
         needed, there = estimate(shape, run).total / 1e9, psutil.virtual_memory().total / 1e9
         says = f"a step takes {needed:,.1f} GB on this CPU, which has {there:,.1f}"
