@@ -4,26 +4,28 @@ Its static twin is the loss figure that notebook 04 draws afterwards; run headle
 lines say the same.
 """
 
-import itertools
 import time
 
 import ipywidgets
 import matplotlib.pyplot as plt
+import pandas as pd
 from IPython import get_ipython
 from IPython.display import display
 from transformers import TrainerCallback
 
 from helpers.view import plots, widgets
 
-SECONDS_BETWEEN_PICTURES = 10.0  # drawing one takes a fifth of a second, from the training
-PANELS = (
-    ("Training loss", "nats per token"),
-    ("Validation loss", "nats per token"),
-    ("Learning rate", ""),
-    ("Gradient norm", ""),
-    ("Speed", "tokens per s"),
-    ("Memory", "GiB"),
-)
+SECONDS_BETWEEN_PICTURES = 20.0  # drawing one takes a few tenths of a second, from the training
+LOGGED = ("step", "loss", "eval_loss", "learning_rate", "grad_norm")  # at some steps
+MEASURED = ("tokens", "seconds", "memory_bytes")  # at each step
+PANELS = {
+    "loss": ("Training loss", "nats per token"),
+    "eval_loss": ("Validation loss", "nats per token"),
+    "learning_rate": ("Learning rate", ""),
+    "grad_norm": ("Gradient norm", ""),
+    "speed": ("Speed", "tokens per s"),
+    "memory": ("Memory", "GiB"),
+}
 
 
 def show(trainer) -> None:
@@ -44,74 +46,25 @@ class LiveChart(TrainerCallback):
 
     def __init__(self):
         self.view = ipywidgets.HTML("The chart begins with the first numbers of the training.")
-        self.drawn, self.began = float("-inf"), None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.began, self.first_step = time.perf_counter(), state.global_step
+        self.drawn = float("-inf")
 
     def on_log(self, args, state, control, **kwargs):
-        # The evaluation before the first step is logged too, and then nothing has begun.
-        if self.began and time.perf_counter() - self.drawn >= SECONDS_BETWEEN_PICTURES:
-            self.draw(state)
+        if time.perf_counter() - self.drawn >= SECONDS_BETWEEN_PICTURES:
+            self.on_train_end(args, state, control)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.draw(state)
-
-    def draw(self, state) -> None:
         """Show what the log holds now, and say it in words, which are also the picture's text."""
-        found = [*zip(PANELS, curves(state.log_history), strict=True)]
-        newest = [
-            f"{title.lower()} {points[-1][1]:.4g} {unit}".strip()
-            for (title, unit), points in found
-            if points
-        ]
-        words = ", ".join([f"step {state.global_step} of {state.max_steps}", *newest])
-        words = f"{words}; {self._time_left(state)}."
-        picture = widgets.image_html(_picture(found), f"Training so far: {words}")
-        self.view.value = f"<p>{words}</p>{picture}"
+        log = pd.DataFrame(state.log_history, columns=[*LOGGED, *MEASURED]).set_index("step")
+        log = log.assign(speed=log.tokens / log.seconds, memory=log.memory_bytes / widgets.GIB)
+        words = [f"step {state.global_step} of {state.max_steps}"]
+        figure, axes = plt.subplots(2, 3, figsize=(9, 4), dpi=72)
+        for axis, (name, (title, unit)) in zip(axes.flat, PANELS.items(), strict=True):
+            points = log[name].dropna()
+            axis.plot(points, ".-", color=plots.BLUE)
+            axis.set(title=title, xlabel="optimizer step", ylabel=unit or "no unit")
+            words += [f"{title.lower()} {value:.4g} {unit}".strip() for value in points[-1:]]
+        left = (state.max_steps - state.global_step) * log.seconds.mean()
+        said = ", ".join(words) + f"; {left:.0f} s of steps left."
+        picture = widgets.image_html(widgets.figure_png(figure), f"Training so far: {said}")
+        self.view.value = f"<p>{said}</p>{picture}"
         self.drawn = time.perf_counter()
-
-    def _time_left(self, state) -> str:
-        """From the steps of this process, with the evaluations and checkpoints between them."""
-        taken, left = state.global_step - self.first_step, state.max_steps - state.global_step
-        if not taken or not left:
-            return "done" if not left else "time left not known yet"
-        seconds = (time.perf_counter() - self.began) / taken * left
-        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
-
-
-def _picture(found: list[tuple[tuple[str, str], list]]) -> bytes:
-    """A panel for each (title, unit) and its (step, value) pairs, as PNG."""
-    figure, axes = plt.subplots(2, 3, figsize=(9, 4), dpi=72, layout="none")  # twice as fast
-    figure.subplots_adjust(0.08, 0.12, 0.98, 0.92, wspace=0.45, hspace=0.6)
-    for axis, ((title, unit), points) in zip(axes.flat, found, strict=True):
-        steps, values = zip(*points, strict=True) if points else ((), ())
-        axis.plot(steps, values, ".-", color=plots.BLUE)
-        axis.set(title=title, xlabel="optimizer step", ylabel=unit or "no unit")
-    return widgets.figure_png(figure)
-
-
-def curves(history: list[dict]) -> list[list[tuple[int, float]]]:
-    """For each of PANELS its (step, value) pairs, from the trainer's log, which has every step."""
-    steps = [entry for entry in history if "tokens" in entry]
-    named = ("loss", "eval_loss", "learning_rate", "grad_norm")
-    found = [
-        [(entry["step"], float(entry[name])) for entry in history if name in entry]
-        for name in named
-    ]
-    memory = [(item["step"], item["memory_bytes"] / widgets.GIB) for item in steps]
-    return [*found, speeds(history, steps), memory]
-
-
-def speeds(history: list[dict], steps: list[dict]) -> list[tuple[int, float]]:
-    """(step, tokens per second since the log line before), evaluations not counted."""
-    ends = [entry["step"] for entry in history if "loss" in entry]
-    parts = [
-        (last, [item for item in steps if first < item["step"] <= last])
-        for first, last in itertools.pairwise([0, *ends])
-    ]
-    return [
-        (last, sum(item["tokens"] for item in part) / sum(item["seconds"] for item in part))
-        for last, part in parts
-        if part
-    ]

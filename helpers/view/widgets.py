@@ -1,10 +1,8 @@
 """Views with a control to move, made of what ipywidgets 7.7 and 8.1 share.
 
-Each view has a static twin: the same figure, drawn by the same function for a few fixed settings.
-A notebook shows both, for a page without a kernel shows no widget. A view holds its picture as an
-`<img>` with alt text in an `HTML` widget (`Image` has no alt text), so moving the control adds
-nothing to the notebook's output. Whatever comes from data or a model is escaped. No lesson lives
-here.
+Each has a static twin that its notebook shows too, for a page without a kernel shows no widget. A
+picture is an `<img>` with alt text in an `HTML` widget, since an `Image` has no alt text. Whatever
+comes from data or a model is escaped.
 """
 
 import base64
@@ -15,13 +13,10 @@ from io import BytesIO
 import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.artist import Artist
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 
 from helpers.view import plots
-from helpers.view.text_views import answer_html, badges_html, dataset_page, escaped
+from helpers.view.text_views import dataset_page, escaped, verdicts
 
 GIB = 2**30
 
@@ -40,16 +35,25 @@ def image_html(png: bytes, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
+def followed(draw: Callable[..., str], *controls) -> ipywidgets.VBox:
+    """The controls above the HTML that `draw` makes of their values, anew when one is moved."""
+    page = ipywidgets.HTML()
+
+    def redraw(change=None):
+        page.value = draw(*(control.value for control in controls))
+
+    for control in controls:
+        control.observe(redraw, names="value")
+    redraw()
+    return ipywidgets.VBox([*controls, page])
+
+
 def rank_figure(matrix: np.ndarray, truncate: Callable, ranks: Sequence[int]) -> Figure:
     """A picture (height, width) cut to some ranks, above its singular values and its errors.
 
     `truncate(matrix, rank)` gives the matrix of that rank; the marks are its measured errors, the
-    line is what the singular values predict. ValueError for a rank outside 1..min(height, width).
+    line is what the singular values predict.
     """
-    if not all(1 <= rank <= min(matrix.shape) for rank in ranks):
-        raise ValueError(
-            f"ranks {list(ranks)} must lie in 1..{min(matrix.shape)} for shape {matrix.shape}"
-        )
     figure = plt.figure(figsize=(7, 4))
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.5))
     pictures = {"original": matrix, **{f"rank {rank}": truncate(matrix, rank) for rank in ranks}}
@@ -71,71 +75,33 @@ def rank_figure(matrix: np.ndarray, truncate: Callable, ranks: Sequence[int]) ->
 
 
 def rank_slider(matrix: np.ndarray, truncate: Callable, start: int = 8) -> ipywidgets.VBox:
-    """A slider that redraws `rank_figure` for one rank; its twin is `rank_figure` for four."""
+    """A slider for the rank to which a picture is cut; its twin is `rank_figure`."""
     slider = ipywidgets.IntSlider(
         value=start, min=1, max=min(matrix.shape), description="rank", continuous_update=False
     )
-    figure, image = rank_figure(matrix, truncate, [start]), ipywidgets.HTML()
-    _, picture, spectrum, error = figure.axes
-    point, mark = spectrum.lines[-1], error.lines[-1]
-    draw_over = _background(figure, [picture, point, mark])
-    singular_values = np.linalg.svd(matrix, compute_uv=False)
 
-    def redraw(change=None):
-        rank, cut = slider.value, truncate(matrix, slider.value)
+    def draw(rank: int) -> str:
+        cut, buffer = truncate(matrix, rank), BytesIO()
+        large = np.kron(cut, np.ones((3, 3)))  # each number as 3 x 3 pixels
+        plt.imsave(buffer, large, format="png", cmap="gray", vmin=matrix.min(), vmax=matrix.max())
         lost = 100 * np.linalg.norm(matrix - cut) / np.linalg.norm(matrix)
-        picture.images[0].set_data(cut)
-        picture.set_title(f"rank {rank}")
-        point.set_data([rank], [singular_values[rank - 1]])
-        mark.set_data([rank], [lost])
-        alt = f"The picture beside its cut to rank {rank}, which loses {lost:.1f} % of the norm."
-        image.value = image_html(draw_over(), alt)
+        said = f"The picture cut to rank {rank}, which loses {lost:.1f} % of the norm."
+        return f"<p>{said}</p>{image_html(buffer.getvalue(), said)}"
 
-    slider.observe(redraw, names="value")
-    redraw()
-    return ipywidgets.VBox([slider, image])
+    return followed(draw, slider)
 
 
-def _background(figure: Figure, moving: Sequence[Artist]) -> Callable[[], bytes]:
-    """Draw all of a figure but its moving artists once; the function returned adds them, as PNG.
-
-    A step takes 10 ms so, and 170 ms with a new figure. pyplot forgets the figure.
-    """
-    plt.close(figure)
-    canvas = FigureCanvasAgg(figure)
-    for artist in moving:
-        artist.set_animated(True)  # that is, not drawn with the rest
-    canvas.draw()
-    background = canvas.copy_from_bbox(figure.bbox)
-
-    def draw_over() -> bytes:
-        canvas.restore_region(background)
-        for artist in moving:
-            figure.draw_artist(artist)
-        buffer = BytesIO()
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-        # Not by imsave, which adds an alpha channel and takes longer.
-        Image.fromarray(pixels).save(buffer, "png", compress_level=1)
-        return buffer.getvalue()
-
-    return draw_over
-
-
-def fit_figure(steps: dict[str, dict[str, int]], cards: Sequence[int], title="") -> Figure:
-    """For each step (name -> part -> bytes) its parts, laid end to end, and its card, in bytes."""
-    figure, axes = plt.subplots(1, len(steps), figsize=(7, 3.2), sharey=True, squeeze=False)
-    for axis, (name, parts), card in zip(axes[0], steps.items(), cards, strict=True):
-        sizes = np.array(list(parts.values())) / GIB
-        ends = np.cumsum(sizes)
-        axis.barh(list(parts), sizes, left=ends - sizes, color=plots.BLUE)
-        for place, (size, end) in enumerate(zip(sizes, ends, strict=True)):
-            axis.annotate(f" {size:.2f}", (end, place), va="center", fontsize=9)
-        axis.axvline(card / GIB, color=plots.RED, linestyle="--")
-        axis.set(title=f"{name}: {ends[-1]:.1f} GiB", xlabel="memory (GiB); dashed: the card")
-        axis.set_xlim(0, 1.25 * max(card / GIB, ends[-1]))
-    figure.suptitle(title, fontsize=11)
-    axes[0][0].set_ylabel("part of the step")
-    axes[0][0].invert_yaxis()
+def plan_figure(title: str, parts: dict[str, int], card: int) -> Figure:
+    """The parts of a step (name -> bytes) laid end to end, and the card's room in bytes."""
+    figure, axis = plt.subplots()
+    sizes = np.array(list(parts.values())) / GIB
+    ends = np.cumsum(sizes)
+    bars = axis.barh(list(parts), sizes, left=ends - sizes, color=plots.BLUE)
+    axis.bar_label(bars, [f"{size:.2f}" for size in sizes], padding=3)
+    axis.axvline(card / GIB, color=plots.RED, linestyle="--")
+    axis.set(title=f"{title}: {ends[-1]:.1f} GiB", xlabel="memory (GiB); dashed: the card")
+    axis.set(ylabel="part of the step", xlim=(0, 1.25 * max(card / GIB, ends[-1])))
+    axis.invert_yaxis()
     return figure
 
 
@@ -143,7 +109,7 @@ def will_it_fit(models: dict, cards: dict[str, int], plan: Callable) -> ipywidge
     """Sliders for a model (name -> its shape) and a card (name -> bytes), and the plan for both.
 
     `plan(shape, bytes)` says whether the model `fits`, its `advice`, and its `estimate` in `parts`,
-    which are drawn. Its twin is `fit_figure`.
+    which are drawn. Its twin is the table of plans in notebook 03.
     """
     # Not menus: JupyterLab takes the arrow keys of a menu to move between cells. The choice stands
     # in the sentence, for beside a slider it would be cut off.
@@ -152,20 +118,15 @@ def will_it_fit(models: dict, cards: dict[str, int], plan: Callable) -> ipywidge
         ipywidgets.SelectionSlider(options=list(names), description=what, **style)
         for what, names in (("model", models), ("card", cards))
     )
-    image, sentence = ipywidgets.HTML(), ipywidgets.HTML()
 
-    def redraw(change=None):
-        found = plan(models[model.value], cards[card.value])
-        advice = ("fits: " if found.fits else "does not fit: ") + found.advice
-        name = f"{model.value} on {card.value}"
-        png = figure_png(fit_figure({name: found.estimate.parts}, [cards[card.value]]))
-        image.value = image_html(png, f"Predicted memory of {model.value}, {advice}")
-        sentence.value = html.escape(f"{name} {advice}")
+    def draw(name: str, size: str) -> str:
+        found = plan(models[name], cards[size])
+        advice = f"{'fits' if found.fits else 'does not fit'}: {found.advice}"
+        png = figure_png(plan_figure(f"{name} on {size}", found.estimate.parts, cards[size]))
+        image = image_html(png, f"Predicted memory of {name}, {advice}")
+        return f"<p>{html.escape(f'{name} on {size} {advice}')}</p>{image}"
 
-    for slider in (model, card):
-        slider.observe(redraw, names="value")
-    redraw()
-    return ipywidgets.VBox([ipywidgets.HBox([model, card]), sentence, image])
+    return followed(draw, model, card)
 
 
 def side_by_side(
@@ -186,17 +147,12 @@ def side_by_side(
     def answer(clicked=None):
         button.disabled = True
         try:
-            for column in columns.values():
-                column.value = ""
             for name, stream in answerers.items():
-                text, marks = f"{name}\n\n", ""
+                text = f"{name}\n\n"
                 columns[name].value = escaped(f"{text}(the model is being loaded)")
                 for piece in stream(field.value):
-                    if isinstance(piece, str):
-                        text += piece
-                    else:
-                        marks = badges_html(piece)
-                    columns[name].value = answer_html(text) + marks
+                    text += piece if isinstance(piece, str) else f"\n\n{verdicts(piece)}"
+                    columns[name].value = escaped(text)
         except Exception as error:  # raised again, but in a callback it would reach a log only
             columns[name].value = escaped(f"{name} gave no answer: {error}")
             raise
@@ -212,14 +168,5 @@ def dataset_browser(rows, sources: Sequence[str], tokenizer) -> ipywidgets.VBox:
 
     `sources` holds the raw HTML of each row's answer, "" where there is none.
     """
-    slider = ipywidgets.IntSlider(
-        value=0, min=0, max=len(rows) - 1, description="row", continuous_update=False
-    )
-    page = ipywidgets.HTML()
-
-    def redraw(change=None):
-        page.value = dataset_page(rows[slider.value], sources[slider.value], tokenizer)
-
-    slider.observe(redraw, names="value")
-    redraw()
-    return ipywidgets.VBox([slider, page])
+    slider = ipywidgets.IntSlider(max=len(rows) - 1, description="row", continuous_update=False)
+    return followed(lambda place: dataset_page(rows[place], sources[place], tokenizer), slider)

@@ -33,19 +33,3 @@ def test_the_road_has_a_box_for_each_lesson_and_the_current_one_is_dark(shown):
     assert metadata["alt"].endswith("You are at 03.")
     assert plt.get_fignums() == open_before
     assert list(plots.STOPS) == [path.name[:2] for path in notebooks()]
-
-
-def test_the_road_alone_marks_no_lesson(shown):
-    plots.road()
-    assert "You are at" not in shown[0][1]["alt"]
-
-
-def test_a_lesson_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="no lesson is numbered '07': choose one of 01, 02"):
-        plots.road("07")
-
-
-def test_alt_text_that_says_too_little_is_refused():
-    with pytest.raises(ValueError, match="'a figure' says too little"):
-        plots.show(plt.figure(), "a figure")
-    plt.close()

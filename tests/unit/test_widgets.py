@@ -1,13 +1,10 @@
 """The views: each redraws when its control moves, and its static twin draws the same settings."""
 
-import base64
 import re
-from io import BytesIO
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from pygments.styles import get_style_by_name
 from selectolax.lexbor import LexborHTMLParser
 
 from helpers.answers.evaluation import Score
@@ -36,21 +33,9 @@ def test_slider_redraws_the_picture_and_leaves_no_figure_open(picture):
     slider.value = 9
     assert PNG_AS_DATA in before and PNG_AS_DATA in image.value
     assert image.value != before
-    assert 'alt="The picture beside its cut to rank 9' in image.value
+    assert 'alt="The picture cut to rank 9' in image.value
     assert plt.get_fignums() == open_before
     assert (slider.min, slider.max) == (1, 12)
-
-
-def pixels(png):
-    return plt.imread(BytesIO(png), format="png")[..., :3]
-
-
-def test_slider_shows_what_its_twin_shows(picture):
-    slider, image = widgets.rank_slider(picture, truncate, start=3).children
-    slider.value = 9
-    shown = base64.b64decode(image.value.split("base64,")[1].rstrip('">'))
-    twin = widgets.figure_png(widgets.rank_figure(picture, truncate, [9]))
-    assert np.array_equal(pixels(shown), pixels(twin))
 
 
 def test_slider_moved_back_shows_the_same_picture(picture):
@@ -76,36 +61,26 @@ def test_twin_marks_the_measured_error_on_the_predicted_line(picture):
     plt.close(figure)
 
 
-@pytest.mark.parametrize("rank", [0, 13])
-def test_rank_out_of_range_is_named(picture, rank):
-    with pytest.raises(ValueError, match=rf"\[{rank}\] must lie in 1..12"):
-        widgets.rank_figure(picture, truncate, [rank])
-
-
 def test_every_part_of_a_step_has_a_bar_of_its_own_and_its_size_beside_it():
     parts = {"weights": 3 * predict.GIB, "logits": 0, "activations": predict.GIB // 2}
-    figure = widgets.fit_figure(
-        {"small": parts, "large": parts}, [4 * predict.GIB, 8 * predict.GIB]
-    )
-    for axis, card in zip(figure.axes, (4, 8), strict=True):
-        assert [label.get_text() for label in axis.texts] == [" 3.00", " 0.00", " 0.50"]
-        assert [bar.get_x() for bar in axis.patches] == [0, 3, 3]
-        assert axis.lines[0].get_xdata()[0] == card < axis.get_xlim()[1]
-    assert figure.axes[1].get_title() == "large: 3.5 GiB"
-    plt.close(figure)
+    axis = widgets.plan_figure("small", parts, 4 * predict.GIB).axes[0]
+    assert [label.get_text() for label in axis.texts] == ["3.00", "0.00", "0.50"]
+    assert [bar.get_x() for bar in axis.patches] == [0, 3, 3]
+    assert axis.lines[0].get_xdata()[0] == 4 < axis.get_xlim()[1]
+    assert axis.get_title() == "small: 3.5 GiB"
+    plt.close(axis.figure)
 
 
 def test_will_it_fit_follows_its_sliders():
     shapes = {size: architecture.llama2_config(size) for size in ("7B", "70B")}
     cards = {f"{size} GB": size * predict.GIB for size in (8, 24)}
     view = widgets.will_it_fit(shapes, cards, lambda *pair: for_card(pair[0], steps.Run(), pair[1]))
-    sliders, sentence, image = view.children
-    model, card = sliders.children
-    before = image.value
-    assert sentence.value.startswith("7B on 8 GB fits: ")
+    model, card, page = view.children
+    before = page.value
+    assert before.startswith("<p>7B on 8 GB fits: ")
     model.value, card.value = "70B", "24 GB"
-    assert sentence.value.startswith("70B on 24 GB does not fit: ")
-    assert image.value != before and "memory of 70B" in image.value
+    assert page.value.startswith("<p>70B on 24 GB does not fit: ")
+    assert PNG_AS_DATA in page.value and "memory of 70B" in page.value
 
 
 def test_browser_pages_and_shows_markup_as_text(tokenizer):
@@ -134,54 +109,11 @@ def test_side_by_side_streams_every_answer_as_text():
     assert len(set(seen)) == 3, "each piece is shown as it comes"
 
 
-CODED = """1. Import <it>.
-
-```python
-import os  # "a" & <b>
-
-
-def add(a, b=1):
-\treturn f"{a}" + b'\\x00'
-```
-
-Done, `a < b`.
-```python
-cut = "off"""
-
-
-def text_of(html):
-    return LexborHTMLParser(html).body.text()
-
-
-def test_fenced_code_is_coloured_and_no_character_changes():
-    html = text_views.answer_html(CODED)
-    assert text_of(html) == CODED
-    assert html.startswith("<pre ") and "font-family:monospace" in html
-    coloured = LexborHTMLParser(html).css("span[style^=color]")
-    assert {"import", "def", "return"} <= {node.text() for node in coloured}
-    assert not [node for node in coloured if "cut" in node.text() or "Done" in node.text()]
-    assert "class=" not in html, "GitHub and the report have no style sheet for it"
-
-
-@pytest.mark.parametrize("code", ["", "\n\n", "\n  x = 1\n\n", "<b>no Python</b> $ ? \\\n"])
-def test_blocks_keep_their_blank_lines_and_what_is_no_python(code):
-    text = f"```\n{code}```\n````python\n```\n{code}````"
-    assert text_of(text_views.answer_html(text)) == text
-
-
 def luminance(colour):
     """Relative luminance of #rrggbb, as WCAG 2 defines it."""
     parts = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def test_every_colour_of_code_can_be_read_on_its_own_background():
-    background = re.search(r"background:(#\w{6})", text_views.CODE)[1]
-    colours = {f"#{look['color']}" for _, look in get_style_by_name(text_views.CODE_STYLE)}
-    for colour in colours - {"#None", "#"}:
-        contrast = (luminance(background) + 0.05) / (luminance(colour) + 0.05)
-        assert contrast >= 4.5, colour
 
 
 @pytest.fixture
@@ -200,16 +132,16 @@ def shown(monkeypatch):
 def test_scores_stand_under_each_answer_in_words(shown):
     bad = Score(False, False, False, False)
     good = Score(True, True, True, None)
-    bundle = shown("Why?", "because", CODED, [bad, good])
+    bundle = shown("Why?", "because", "so", [bad, good])
     left, right = LexborHTMLParser(bundle["text/html"]).css("td")
-    lacking = ["\u2717 hit the limit", "\u2717 no code that parses", "\u2717 no steps"]
-    lacking.append("\u2717 fails its tests")
-    having = ["\u2713 stops by itself", "\u2713 code that parses", "\u2713 explains in steps"]
-    having.append("- not tested")
-    assert left.text().endswith(" ".join(lacking)) and right.text().endswith(" ".join(having))
+    lacking = "\u2717 hit the limit, \u2717 no code that parses, \u2717 no steps, "
+    lacking += "\u2717 fails its tests"
+    having = "\u2713 stops by itself, \u2713 code that parses, \u2713 explains in steps, "
+    having += "- not tested"
+    assert left.text().endswith(lacking) and right.text().endswith(having)
     base, tuned = bundle["text/plain"].split("\n\n-- tuned\n")
-    assert base == f"Why?\n\n-- base\nbecause\n{', '.join(lacking)}"
-    assert tuned == f"{CODED}\n{', '.join(having)}"
+    assert base == f"Why?\n\n-- base\nbecause\n\n{lacking}"
+    assert tuned == f"so\n\n{having}"
     assert "\u2717" not in shown("Why?", "because", "so")["text/html"], "none without scores"
 
 
@@ -231,15 +163,13 @@ def test_learned_tokens_are_told_without_colour():
     assert ground == line, "and there is none"
 
 
-def test_side_by_side_ends_with_the_score_and_colours_code():
+def test_side_by_side_ends_with_the_score():
     score = Score(True, True, False, None)
-    answerers = {"tuned": lambda question: ["```python\n", "def f(): pass\n", "```", score]}
-    _, button, columns = widgets.side_by_side(answerers).children
+    _, button, columns = widgets.side_by_side({"tuned": lambda question: ["so", score]}).children
     button.click()
-    html = columns.children[0].value
-    assert text_of(html).startswith("tuned\n\n```python\ndef f(): pass\n```")
-    assert text_of(html).endswith("\u2717 no steps - not tested")
-    assert '<span style="color' in html
+    text = LexborHTMLParser(columns.children[0].value).body.text()
+    assert text.startswith("tuned\n\nso\n\n\u2713 stops")
+    assert text.endswith("\u2717 no steps, - not tested")
 
 
 def test_side_by_side_shows_an_error_and_can_be_used_again():
