@@ -51,7 +51,7 @@ def main(folder: str) -> None:
     source.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
     given = {"DATA_SOURCE": str(source), "SYSTEM_MESSAGE": SYSTEM_MESSAGE, "RUN_DIR": str(place)}
     # All orders are cast in one mould, so only copies count as duplicates.
-    given |= {"NEAR_DUPLICATE_SIMILARITY": 1.0, "MAX_STEPS": 60}
+    given |= {"NEAR_DUPLICATE_SIMILARITY": 1.0, "MAX_STEPS": 40}
     start = time.perf_counter()
     runner.run("demo", parameters=given)
     minutes = (time.perf_counter() - start) / 60

