@@ -63,7 +63,7 @@ def is_installed() -> bool:
 
 def pip(*arguments: str) -> None:
     """Run pip in `.venv`; SetupError with the way out when it fails."""
-    command = [str(VENV_PYTHON), "-m", "pip", "install", "--quiet", *arguments]
+    command = [str(VENV_PYTHON), "-m", "pip", "install", "--quiet", "--no-compile", *arguments]
     if subprocess.run(command, cwd=PROJECT).returncode != 0:
         raise SetupError(
             f"`pip install {' '.join(arguments)}` failed; its own message stands above. If the "
