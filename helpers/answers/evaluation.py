@@ -1,7 +1,6 @@
 """What an answer is worth: does it stop, hold code that parses, go in steps, pass its tests?
 
-Each score is a yes or no for each problem. Intervals and paired tests stand in notebook 06. An
-answer to a row of one's own passes if it is that row's answer.
+Each score is a yes or no for each problem. Intervals and paired tests stand in notebook 06.
 """
 
 import dataclasses
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from scipy.stats import binomtest
 
@@ -51,25 +51,17 @@ class Score:
     part: str = ""  # to which the problem belongs
 
 
-# -- One answer.
-
-
 def score(answer: Answer, problem: Problem | None, level: str) -> Score:
-    """Score one answer. Its code runs only in the sandbox, at a level of `sandbox.LEVELS`."""
-    code = code_of(answer.text)
-    readable, passes = parses(code), None
+    """Score one answer. Its code runs only in the sandbox, at one of its levels."""
+    code, passes = code_of(answer.text), None
+    readable = parses(code)
     if problem and problem.answer:
         passes = same_text(answer.text, problem.answer)
     elif problem and problem.tests and level != "off":
         solution = f"{problem.preamble}\n{code}"
         passes = readable and sandbox.run_tests(solution, problem.tests, level).passed
-    return Score(
-        stops=answer.stopped,
-        parses=readable,
-        steps=explains_in_steps(answer.text),
-        passes=passes,
-        part=problem.part if problem else "",
-    )
+    steps, part = explains_in_steps(answer.text), problem.part if problem else ""
+    return Score(answer.stopped, readable, steps, passes, part)
 
 
 def score_all(answers: list[Answer], problems: list[Problem], level: str) -> list[Score]:
@@ -78,8 +70,7 @@ def score_all(answers: list[Answer], problems: list[Problem], level: str) -> lis
     Where the kernel counts the processes of all sandboxes together, more would reach the limit of
     one (`sandbox_supervisor.TASKS`), and right answers would fail.
     """
-    if level != "off":
-        sandbox.level(level)  # raises where it cannot be had, before any work
+    sandbox.level(level)  # raises where it cannot be had, before any work
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda pair: score(*pair, level), zip(answers, problems, strict=True)))
 
@@ -118,65 +109,49 @@ def explains_in_steps(text: str) -> bool:
     return len(numbered) >= 2 or len(set(SEQUENCE_WORD.findall(prose))) >= 2
 
 
-# -- Many answers.
-
-
 def rates(scores: list[Score], which: str) -> dict[str, float]:
     """Shares from 0 to 1 under the names of the metrics file: stop_rate_<which> and so on.
 
     The pass rate of each part comes besides, as pass_rate_<part>_<which>, and of rows of one's own
     as own_match_rate_<which>. What was not judged is left out.
     """
-    ladder = [score for score in scores if score.part != OWN]
-    found = {
-        f"{name}_rate_{which}": share([getattr(score, field) for score in scores])
-        for name, field in RATES.items()
-    }
-    found[f"pass_rate_{which}"] = share([score.passes for score in ladder])
-    for part in dict.fromkeys(score.part for score in scores if score.part):
-        name = f"own_match_rate_{which}" if part == OWN else f"pass_rate_{part}_{which}"
-        found[name] = share([score.passes for score in scores if score.part == part])
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def share(values: list[bool | None]) -> float | None:
-    """The share of yes among scores that were taken; None where none was."""
-    taken = [value for value in values if value is not None]
-    return sum(taken) / len(taken) if taken else None
+    table = pd.DataFrame(scores)
+    judged = table[[*RATES.values()]].astype(float)
+    found = {f"{name}_rate_{which}": judged[field].mean() for name, field in RATES.items()}
+    found[f"pass_rate_{which}"] = judged.passes[table.part != OWN].mean()
+    for part, share in judged.passes.groupby(table.part, sort=False).mean().items():
+        name = "own_match_rate" if part == OWN else f"pass_rate_{part}"
+        found[f"{name}_{which}"] = share
+    return {name: value for name, value in found.items() if pd.notna(value)}
 
 
 def metrics(answers: dict, scores: dict, seconds: dict, tests: list[dict], losses: dict) -> dict:
     """What notebook 06 records: of each model by its name, of paired tests, and of `losses`."""
-    found: dict = {"problems": len(scores["tuned"])}
-    parts = Counter(score.part for score in scores["tuned"])
-    own = parts.pop(OWN, 0)
-    found |= {f"problems_{part}": count for part, count in parts.items()}
+    asked = Counter(score.part for score in scores["tuned"])
+    found: dict = {"problems": asked.total()}
+    found |= {f"problems_{part}": count for part, count in asked.items() if part != OWN}
     for which, judged in scores.items():
-        if len(judged) < found["problems"]:
+        if len(judged) < asked.total():
             found[f"problems_{which}"] = len(judged)
         found |= rates(judged, which)
         tokens = sum(answer.tokens for answer in answers[which])
         found[f"{which}_tokens_per_second"] = tokens / seconds[which]
+    against = {test["from"]: test["p"] for test in tests if test["to"] == "tuned"}
     if any(score.passes is not None for score in scores["tuned"]):
-        against = {test["from"]: test["p"] for test in tests if test["to"] == "tuned"}
         found |= {f"pass_p_value_{which}": value for which, value in against.items()}
-    if own:
-        found |= {"own_rows": own} | _own_losses(**losses["held-out rows"])
-    if "own_match_rate_tuned" in found:  # by matches rather than by loss
-        found["own_p_value"] = against["base"]
+    if OWN in asked:
+        base, tuned = losses["held-out rows"].values()
+        wins = [after < before for before, after in zip(base, tuned, strict=True)]
+        by_loss = binomtest(sum(wins), len(wins)).pvalue  # by chance, the sign test
+        found |= {
+            "own_rows": asked[OWN],
+            "own_loss_base": statistics.mean(base),
+            "own_loss_tuned": statistics.mean(tuned),
+            "own_win_rate": statistics.mean(wins),
+            "own_p_value": against["base"] if "own_match_rate_tuned" in found else by_loss,
+        }
     before, after = map(statistics.mean, losses["general text"].values())
     return found | {"forgetting_loss_before": before, "forgetting_loss_after": after}
-
-
-def _own_losses(base: list[float], tuned: list[float]) -> dict:
-    """Means, how often the tuned model's is lower, and how likely so by chance (sign test)."""
-    wins = sum(after < before for before, after in zip(base, tuned, strict=True))
-    found = {"own_loss_base": statistics.mean(base), "own_loss_tuned": statistics.mean(tuned)}
-    chance = binomtest(wins, len(base)).pvalue
-    return found | {"own_win_rate": wins / len(base), "own_p_value": chance}
-
-
-# -- Asking for them.
 
 
 def usable_sandbox(config: Config) -> Config:
@@ -192,7 +167,7 @@ def usable_sandbox(config: Config) -> Config:
 def ask_ladder(
     model, tokenizer, config: Config, problems, template: str = "chat", temperature: float = 0.0
 ) -> list[Score]:
-    """A loaded model's answers to problems, scored: for benchmarks. Raises as `requests` does.
+    """A loaded model's answers to problems, scored. Raises as `inference.requests` does.
 
     template: "chat" or "llama2". For pass@k give each problem k times, and a temperature.
     """
@@ -209,6 +184,16 @@ def ask(config: Config, which: str, problems: list[Problem]):
     return answers, score_all(answers, problems, config.sandbox), seconds
 
 
+def answerer(config: Config, which: str) -> Callable[[str], Iterator]:
+    """Asks one of MODELS, for `widgets.side_by_side`: gives the answer and then its Score."""
+
+    def answer(question: str):
+        (given,), _ = inference.answer_alone(config, which, [question])
+        yield from (given.text, score(given, None, "off"))
+
+    return answer
+
+
 def losses(config: Config) -> dict[str, dict[str, list[float]]]:
     """Loss of the base and the tuned model on held-out rows, and on GENERAL_FILE's paragraphs.
 
@@ -218,32 +203,18 @@ def losses(config: Config) -> dict[str, dict[str, list[float]]]:
     tokenizer, model = loading.load_tokenizer(config.model_name), inference.load(config, "tuned")
     rows = held_out(config)[: config.evaluation_problems[0]]
     with model.disable_adapter():
-        before = _losses(model, tokenizer, rows)
-    both = zip(before, _losses(model, tokenizer, rows), strict=True)
+        base = _losses(model, tokenizer, rows)
+    tuned = _losses(model, tokenizer, rows)
     del model
     measure.free_memory()
-    in_rows, general = ({"base": base, "tuned": tuned} for base, tuned in both)
-    return {"held-out rows": in_rows, "general text": general}
+    return {name: {"base": base[name], "tuned": tuned[name]} for name in base}
 
 
 @torch.no_grad()
-def _losses(model, tokenizer, rows: list[dict]) -> tuple[list[float], list[float]]:
-    """Of each row's answer, and of each paragraph."""
-    paragraphs = GENERAL_FILE.read_text("utf-8").strip().split("\n\n")
-    ids = [tokenizer(" ".join(text.split()))["input_ids"] for text in paragraphs]
-    batches = [torch.tensor([found], device=model.device) for found in ids]
-    general = [model(input_ids=batch, labels=batch).loss.item() for batch in batches]
-    return [known_answers(model, tokenizer, [row])[1] for row in rows], general
-
-
-def answerer(config: Config, which: str) -> Callable[[str], Iterator]:
-    """Asks one of MODELS, for `widgets.side_by_side`: gives the answer in pieces, then its Score.
-
-    The model is loaded when it is asked and in memory only while it answers.
-    """
-
-    def answer(question: str):
-        given = yield from inference.ask(config, which, question)
-        yield score(given, None, "off")
-
-    return answer
+def _losses(model, tokenizer, rows: list[dict]) -> dict[str, list[float]]:
+    found = {"held-out rows": [known_answers(model, tokenizer, [row])[1] for row in rows]}
+    found["general text"] = []
+    for paragraph in GENERAL_FILE.read_text("utf-8").strip().split("\n\n"):
+        ids = torch.tensor([tokenizer(" ".join(paragraph.split())).input_ids], device=model.device)
+        found["general text"].append(model(input_ids=ids, labels=ids).loss.item())
+    return found

@@ -1,17 +1,14 @@
-"""Answers: many prompts in batches, or one streamed. Greedy, so that a second run agrees."""
+"""Answers to prompts, in batches. Greedy, so that a second run agrees."""
 
 import dataclasses
 import time
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 
 import torch
-from transformers import TextIteratorStreamer
 
 from helpers import prompts
-from helpers.config import LINKED_LIST_PROMPT, SYSTEM_MESSAGE, Config
+from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.data import curation_note
 from helpers.merging import merging
 from helpers.merging.adapter_folder import check_adapter
@@ -21,7 +18,7 @@ from helpers.model import architecture, loading, measure
 # Who can be asked: the base in 16 bits and in 4, each in the chat template that it brings; the base
 # in 4 bits in that of the training; with the adapter; merged by notebook 05; and that in 4 bits.
 MODELS = ("base_chat", "base_chat_4bit", "base", "tuned", "merged", "requantized")
-OF_THE_ARTICLE = {"llama2": "base", "new_model": "tuned"}
+MERGED = MODELS[-2:]
 CHUNK = 32  # tokens between two looks at which answers have ended
 
 
@@ -42,17 +39,15 @@ def results(config: Config) -> tuple[Path, Path, str]:
 
 
 def load(config: Config, which: str):
-    """One of MODELS or OF_THE_ARTICLE, else ValueError.
+    """One of MODELS, else ValueError.
 
     What the GPU has no room for in 16 bits answers on the CPU, where 4-bit weights are unpacked
     once and not for every token: the same numbers in less time. "merged" keeps the bits that it was
     saved in. "base_chat_4bit" has all linear layers in 4 bits, whatever KEEP_IN_16BIT says.
     """
-    which = OF_THE_ARTICLE.get(which, which)
     if which not in MODELS:
-        known = ", ".join((*MODELS, *OF_THE_ARTICLE))
-        raise ValueError(f"no model is called {which!r}: choose one of {known}")
-    merged = check_merged(config) if which in ("merged", "requantized") else None
+        raise ValueError(f"no model is called {which!r}: choose one of {', '.join(MODELS)}")
+    merged = check_merged(config) if which in MERGED else None
     if which == "merged":
         return merging.load_merged(config)
     if which == "base_chat":
@@ -71,16 +66,15 @@ def load(config: Config, which: str):
 
 def system_message(config: Config, which: str) -> str:
     """The one to ask one of MODELS with: that of its training, unless SYSTEM_MESSAGE is given."""
-    merged = which in ("merged", "requantized")
-    return curation_note.system_message(config, config.merged_dir if merged else config.adapter_dir)
+    folder = config.merged_dir if which in MERGED else config.adapter_dir
+    return curation_note.system_message(config, folder)
 
 
 def asked_of(config: Config, which: str, tokenizer, texts: list[str], rows=()) -> list[str]:
     """Requests as one of MODELS is asked them: in its template, with its system message.
 
-    `rows` are prompts of training rows, which are asked as they are or, with their own system
-    message, in the template that the base brings. A text that has none, "", is then a problem in
-    Python, and gets the course's.
+    `rows` are the texts' training prompts, "" for a problem in Python, which then has the course's
+    system message. A row is asked as it is; in the template that the base brings, by its own words.
     """
     template = template_of(config, which)
     system = SYSTEM_MESSAGE if any(rows) else system_message(config, which)
@@ -129,9 +123,7 @@ def requests(tokenizer, texts: list[str], system: str, template: str) -> list[st
 
 
 @torch.no_grad()
-def answer_all(
-    model, tokenizer, rendered_prompts: list[str], config: Config, temperature: float = 0.0
-):
+def answer_all(model, tokenizer, asked: list[str], config: Config, temperature: float = 0.0):
     """Answer prompts in batches of similar length; returns (answers in the order given, seconds).
 
     Padding goes to the left, so that every prompt of a batch ends where its answer begins. A
@@ -139,18 +131,18 @@ def answer_all(
     """
     torch.manual_seed(config.seed)
     options = _options(model, tokenizer, config.max_new_tokens, temperature)
-    encoded = [prompts.encode_prompt(tokenizer, text) for text in rendered_prompts]
+    encoded = [prompts.encode_prompt(tokenizer, text) for text in asked]
     by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    tokens = max(map(len, encoded), default=0) + config.max_new_tokens
-    rows = rows_at_a_time(model, tokens, config.generation_batch_size)
+    longest = max(map(len, encoded), default=0) + config.max_new_tokens
+    rows = rows_at_a_time(model, longest, config.generation_batch_size)
     answers, start = {}, time.perf_counter()
     for first in range(0, len(by_length), rows):
         batch = by_length[first : first + rows]
         ids = {"input_ids": [encoded[i] for i in batch]}
         inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
         for i, written in zip(batch, _new_tokens(model, inputs, options), strict=True):
-            answers[i] = _answer(rendered_prompts[i], written, tokenizer, options["eos_token_id"])
-    return [answers[i] for i in range(len(rendered_prompts))], time.perf_counter() - start
+            answers[i] = _answer(asked[i], written, tokenizer, options["eos_token_id"])
+    return [answers[i] for i in range(len(asked))], time.perf_counter() - start
 
 
 def _new_tokens(model, inputs, options: dict) -> list[list[int]]:
@@ -160,27 +152,20 @@ def _new_tokens(model, inputs, options: dict) -> list[list[int]]:
     """
     ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], None
     start, ends = ids.shape[1], torch.tensor(options["eos_token_id"], device=ids.device)
-    limit = start + options["max_new_tokens"]
-    rows, found = list(range(len(ids))), {}
+    limit, rows, found = start + options["max_new_tokens"], list(range(len(ids))), {}
     while rows:
         settings = options | {"max_new_tokens": min(CHUNK, limit - ids.shape[1])}
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            return_dict_in_generate=True,
-            **settings,
-        )
+        settings |= {"past_key_values": cache, "return_dict_in_generate": True}
+        output = model.generate(ids, attention_mask=mask, **settings)
         ids, cache = output.sequences, output.past_key_values
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
         ended = torch.isin(ids[:, start:], ends).any(1) | (ids.shape[1] >= limit)
-        found |= {rows[i]: ids[i, start:].tolist() for i in range(len(rows)) if ended[i]}
+        found |= {row: ids[i, start:].tolist() for i, row in enumerate(rows) if ended[i]}
         going = (~ended).nonzero().flatten()
-        rows = [rows[i] for i in going.tolist()]
+        rows, ids, mask = [rows[i] for i in going.tolist()], ids[going], mask[going]
         if rows:
-            seen = torch.ones_like(ids[:, mask.shape[1] :])
-            ids, mask = ids[going], torch.cat([mask, seen], 1)[going]
             cache.batch_select_indices(going)
-    return [found[row] for row in range(len(found))]
+    return [found[row] for row in sorted(found)]
 
 
 def rows_at_a_time(model, tokens: int, most: int) -> int:
@@ -194,39 +179,6 @@ def rows_at_a_time(model, tokens: int, most: int) -> int:
     each = 1.5 * architecture.cache_bytes(model.config, tokens, model.dtype.itemsize)
     room = measure.free_bytes(model.device) - merging.WORK_BYTES
     return max(1, min(most, int(room / each)))
-
-
-def stream(model, tokenizer, rendered_prompt: str, max_new_tokens: int):
-    """Yield an answer piece by piece, as it is generated; the generator returns the Answer."""
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ids = torch.tensor([prompts.encode_prompt(tokenizer, rendered_prompt)], device=model.device)
-    options = _options(model, tokenizer, max_new_tokens)
-    result = Future()
-
-    def generate():
-        try:
-            given = {"attention_mask": torch.ones_like(ids), "streamer": streamer}
-            result.set_result(model.generate(ids, **given, **options))
-        except Exception as error:  # raised again below; without an end the reader waits for ever
-            result.set_exception(error)
-            streamer.end()
-
-    Thread(target=generate, daemon=True).start()
-    yield from streamer
-    written = result.result()[0, ids.shape[1] :].tolist()
-    return _answer(rendered_prompt, written, tokenizer, options["eos_token_id"])
-
-
-def ask(config: Config, which: str, question: str = LINKED_LIST_PROMPT):
-    """Yield the answer of one of MODELS piece by piece; the generator returns the Answer."""
-    tokenizer = loading.load_tokenizer(config.model_name)
-    (prompt,) = asked_of(config, OF_THE_ARTICLE.get(which, which), tokenizer, [question])
-    model = load(config, which)
-    try:
-        return (yield from stream(model, tokenizer, prompt, config.max_new_tokens))
-    finally:
-        del model
-        measure.free_memory()
 
 
 def end_tokens(model, tokenizer) -> list[int]:

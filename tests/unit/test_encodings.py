@@ -120,7 +120,8 @@ ASK = """
 import sys
 from helpers import __main__
 from helpers.answers import inference
-inference.ask = lambda *arguments: iter(["caf\\u00e9, ", "done"])
+answer = inference.Answer("q", "caf\\u00e9, done", 9, True)
+inference.answer_alone = lambda *arguments: ([answer], 1.0)
 sys.exit(__main__.main(["ask", "base"]))
 """
 

