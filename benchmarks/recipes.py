@@ -22,6 +22,7 @@ Without --output it writes results/recipes.json.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import shutil
