@@ -115,7 +115,7 @@ def _execute(options) -> None:
         case "run":
             _run(options)
         case "verify":
-            count = _load("runs.manifest").verify(Path(options.run_dir))
+            count = _load("runs.provenance").verify(Path(options.run_dir))
             print(f"{count} files as the manifest records them")
         case "ask":
             asked = _config(options), options.model, [options.question]

@@ -5,11 +5,10 @@ A folder is sealed when it is complete: SHA256SUMS lists its files, in the form 
 checked.
 """
 
-import contextlib
+import functools
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -35,53 +34,32 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def files(folder: Path, patterns: Iterable[str] = ("**/*",)) -> dict[str, Path]:
-    """The files below a folder that match one of the patterns, by name, in order.
-
-    Left out is what others add later: hidden files, caches of datasets, and cards (*.md).
-    """
-    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    names = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {name: names[name] for name in sorted(names) if _is_lasting(name)}
+def remembered(path: Path) -> str:
+    """`sha256`, which reads a file again only when its size or one of its times is another."""
+    status = path.stat()
+    return _sha256_at(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _is_lasting(name: str) -> bool:
-    added = name.endswith(".md") or Path(name).match("cache-*.arrow")
-    return not added and "/." not in f"/{name}"
+@functools.cache
+def _sha256_at(path: Path, *marks: int) -> str:
+    return sha256(path)
 
 
 def hashes(
     folder: Path, patterns: Iterable[str] = ("**/*",), of: Callable[[Path], str] = sha256
 ) -> dict[str, str]:
-    """SHA-256 of each of `files`, by name."""
-    return {name: of(path) for name, path in files(folder, patterns).items()}
+    """SHA-256 of the files below a folder that match one of the patterns, by name, in order.
 
-
-class Remembered:
-    """`sha256` that reads a file again only when its size or one of its times is another.
-
-    A file that was changed less than two seconds ago is not remembered: not every clock of a disk
-    tells two changes in one second apart. What is known stands in the file `store`.
+    Left out is what others add later: hidden files, caches of datasets, and cards (*.md).
     """
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {name: of(names[name]) for name in sorted(names) if _is_lasting(name)}
 
-    def __init__(self, store: Path):
-        self.store, self.known = store, {}
-        with contextlib.suppress(ArtefactError):  # without it every file is read again
-            self.known = read_json(store, "")
 
-    def __call__(self, path: Path) -> str:
-        status, now = path.stat(), time.time_ns()
-        marks = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-        *known, found = self.known.get(str(path), [None])
-        if known != marks:
-            found = sha256(path)
-            if now - max(status.st_mtime_ns, status.st_ctime_ns) > 2e9:
-                self.known[str(path)] = [*marks, found]
-        return found
-
-    def save(self) -> None:
-        """Write down what is known, for the next process."""
-        folders.write_text(self.store, json.dumps(self.known) + "\n")
+def _is_lasting(name: str) -> bool:
+    added = name.endswith(".md") or Path(name).match("cache-*.arrow")
+    return not added and "/." not in f"/{name}"
 
 
 def seal(folder: Path) -> None:
@@ -122,8 +100,8 @@ def record_metrics(config: Config, lesson: str, metrics: dict) -> Path:
 
     Raises ConfigError for a value that is no finite number.
     """
-    good = {n: v for n, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}
-    if bad := {name: metrics[name] for name in metrics if name not in good}:
+    bad = {name: value for name, value in metrics.items() if not _is_number(value)}
+    if bad:
         raise ConfigError(f"metrics of notebook {lesson} must be finite numbers: {bad}")
     path = folders.writable(config.metrics_dir) / f"{lesson}.json"
     return folders.write_text(path, json.dumps(metrics, indent=1) + "\n")
@@ -138,9 +116,13 @@ def read_metrics(config: Config) -> dict[str, dict]:
     for path in sorted(config.metrics_dir.glob("[0-9][0-9].json")):
         metrics[path.stem] = read_json(path, again(path.stem))
         for name, value in metrics[path.stem].items():
-            if not isinstance(value, int | float):
+            if not _is_number(value):
                 raise ArtefactError(f"{path} says {name} is {value!r}: {again(path.stem)}")
     return metrics
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def again(notebook: str) -> str:

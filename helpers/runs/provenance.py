@@ -1,4 +1,4 @@
-"""What a notebook ran with: taken before it runs, and kept in the executed notebook.
+"""What a notebook ran with: kept in the executed notebook, and gathered in manifest.json.
 
 Its record holds the parameters that were given, the settings they came to, environment, versions,
 the SHA-256 of all that the notebook `read`, and afterwards of what it `wrote`. A file has the path
@@ -9,19 +9,21 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import nbformat
+
 from helpers.config import PROJECT_DIR, Config
-from helpers.data.formats import ENDINGS, holds_rows
 from helpers.data.sources import local_path
 from helpers.model.hub import NOT_HERE, identity
+from helpers.runs import folders, lessons
 from helpers.runs.environment import environment
-from helpers.runs.inventory import hashes
+from helpers.runs.inventory import hashes, read_json, remembered
 from helpers.runs.lessons import code_hash, executed_paths, notebooks
 
 KEY = "ran_with"  # in the metadata of an executed notebook
+MANIFEST = "manifest.json"
 # What lessons leave in the run folder for later ones, and which files of the project they read.
 RESULTS = {"02": ("dataset/**/*",), "04": ("adapter/**/*",), "05": ("merged/**/*", "gguf/**/*")}
 MEASURED = ("qlora_step_memory", "layers_in_16bit")
@@ -33,77 +35,72 @@ PROJECT_FILES = {
     "05": ("data/problems.jsonl", "benchmarks/results/qlora_step_memory.json"),
     "06": ("data/problems.jsonl", "data/general.txt"),
 }
-MODEL, DATA, BENCHMARKS = "MODEL_NAME/", "DATA_SOURCE/", "BENCHMARKS/"
-Sha256 = Callable[[Path], str]
 
 
-def taken_before(config: Config, source: Path, parameters: dict, sha256: Sha256) -> dict:
+class ManifestError(ValueError):
+    """A run folder is not as its manifest says. The message names everything that differs."""
+
+
+def taken_before(config: Config, source: Path, parameters: dict) -> dict:
     """The record of a notebook that is about to run."""
     return {
         "parameters": {name: parameters[name] for name in parameters if name != "RUN_DIR"},
         "settings": settings_of(config),
         "environment": environment(),
         "versions": versions(),
-        "read": read_by(settings_of(config), config.run_dir, source, sha256),
+        "read": read_by(settings_of(config), config.run_dir, source),
     }
 
 
-def completed(record: dict, config: Config, source: Path, notebook, sha256: Sha256) -> dict:
+def completed(record: dict, config: Config, source: Path, notebook) -> dict:
     """The record of a notebook that ran to its end, with the model it fetched and what it wrote."""
-    now = read_by(record["settings"], config.run_dir, source, sha256)
-    fetched = {name: now[name] for name in now if name.startswith(MODEL)}
-    before = {
-        name: found
-        for name, found in record["read"].items()
-        if not (name.startswith(MODEL) and found == NOT_HERE)
-    }
-    written = written_by(config.run_dir, source.name, sha256)
-    written[f"executed/{source.name}"] = cells_hash(notebook)
-    return {**record, "read": fetched | before, "wrote": written}
+    before = {name: found for name, found in record["read"].items() if found != NOT_HERE}
+    read = read_by(record["settings"], config.run_dir, source) | before
+    wrote = written_by(config.run_dir, source.name)
+    wrote[f"executed/{source.name}"] = cells_hash(notebook)
+    return {**record, "read": read, "wrote": wrote}
 
 
 def settings_of(config: Config) -> dict:
     """The settings of a Config as JSON has them, but for the folder: a run can be moved."""
     settings = dataclasses.asdict(config)
     del settings["run_dir"]
-    return json.loads(json.dumps(settings, default=str))
+    return json.loads(json.dumps(settings))
 
 
-def read_by(settings: dict, run_dir: Path, source: Path, sha256: Sha256) -> dict[str, str]:
+def read_by(settings: dict, run_dir: Path, source: Path) -> dict[str, str]:
     """What a notebook reads, by name: its SHA-256, or how else a version of it is known."""
     number = source.name[:2]
     found = {f"notebooks/{path.name}": code_hash(path) for path in notebooks() if path <= source}
     patterns = ("helpers/**/*.py", *PROJECT_FILES.get(number, ()))
-    found |= hashes(PROJECT_DIR, patterns, sha256)
+    found |= hashes(PROJECT_DIR, patterns, remembered)
     if number == "02":
-        for place in filter(None, (settings["data_source"], settings.get("validation_source"))):
-            found |= _below(DATA, data_source(place, sha256))
-        own = filter(Path.is_file, (Path(name).expanduser() for name in settings["benchmarks"]))
-        found |= _below(BENCHMARKS, {path.name: sha256(path) for path in own})
+        for name in filter(None, (settings["data_source"], settings["validation_source"])):
+            found |= _below("DATA_SOURCE", data(name))
+        for name in settings["benchmarks"]:
+            found |= _below("BENCHMARKS", data(name))
     if number > "01":  # 01 takes the embedded model, whose SHA-256 the code demands
-        found |= _below(MODEL, identity(settings["model_name"], sha256))
+        found |= _below("MODEL_NAME", identity(settings["model_name"], remembered))
     earlier = [pattern for other in RESULTS if other < number for pattern in RESULTS[other]]
-    return found | hashes(run_dir, earlier, sha256)
+    return found | hashes(run_dir, earlier, remembered)
 
 
 def _below(parameter: str, found: dict[str, str]) -> dict[str, str]:
-    return {parameter + name: value for name, value in found.items()}
+    return {f"{parameter}/{name}": value for name, value in found.items()}
 
 
-def data_source(source: str, sha256: Sha256) -> dict[str, str]:
+def data(source: str) -> dict[str, str]:
     """SHA-256 of the files of a data source, or its name where it is not on this disk."""
     place = local_path(source)
-    if not place.is_dir():
-        return {place.name: sha256(place)} if place.is_file() else {source: NOT_HERE}
-    written = [written for ending in ENDINGS for written in (ending, ending.upper())]
-    own = ["**/*.arrow", *(f"**/*{ending}" for ending in written)]
-    return hashes(place, own if holds_rows(place) else ["*.csv"], sha256)
+    if place.is_dir():
+        return hashes(place, of=remembered)
+    return {place.name: remembered(place)} if place.is_file() else {source: NOT_HERE}
 
 
-def written_by(run_dir: Path, name: str, sha256: Sha256) -> dict[str, str]:
+def written_by(run_dir: Path, name: str) -> dict[str, str]:
     """SHA-256 of what a notebook of this name leaves for later ones, and of its numbers."""
     patterns = (*RESULTS.get(name[:2], ()), f"metrics/{name[:2]}.json")
-    return hashes(run_dir, patterns, sha256)
+    return hashes(run_dir, patterns, remembered)
 
 
 def cells_hash(notebook) -> str:
@@ -122,7 +119,7 @@ def records_in(run_dir: Path) -> dict[str, dict]:
     return {name: record for name, record in found.items() if record}
 
 
-def why_unfinished(config: Config, source: Path, sha256: Sha256) -> str:
+def why_unfinished(config: Config, source: Path) -> str:
     """Why a notebook has to run, in words; "" when all is as it was, and what it wrote is there."""
     final, draft, failed = executed_paths(config, source)
     if not final.exists() or draft.exists() or failed.exists():
@@ -133,7 +130,7 @@ def why_unfinished(config: Config, source: Path, sha256: Sha256) -> str:
     then, now = ({n.upper(): v for n, v in s.items()} for s in (record["settings"], settings))
     wrong = [
         *differences(then, now),
-        *differences(record["read"], read_by(settings, config.run_dir, source, sha256)),
+        *differences(record["read"], read_by(settings, config.run_dir, source)),
         *(f"{name} is gone" for name in record["wrote"] if not (config.run_dir / name).exists()),
     ]
     return wrong[0] if wrong else ""
@@ -156,15 +153,46 @@ def _difference(name: str, recorded: dict, found: dict) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The installed version of each package that requirements.txt names."""
+    """The version of each package of requirements.txt that is installed: Colab has not all."""
     lines = (PROJECT_DIR / "requirements.txt").read_text("utf-8").splitlines()
     names = [found[0] for line in lines if (found := re.match(r"[\w.-]+(?===)", line))]
-    return {name: installed_version(name) for name in names}
+    return {name: installed for name in names if (installed := _version(name))}
 
 
-def installed_version(name: str) -> str:
-    """Colab has neither JupyterLab nor the test suite: "not installed" ends no run."""
+def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return ""
+
+
+def write_manifest(run_dir: Path) -> Path:
+    """Gather manifest.json from the records in the finished notebooks, and nothing of today."""
+    found = records_in(run_dir)
+    finished = {name: found[name] for name in found if not name.endswith(".failed.ipynb")}
+    text = json.dumps({"notebooks": finished}, indent=1) + "\n"
+    return folders.write_text(run_dir / MANIFEST, text)
+
+
+def verify(run_dir: Path) -> int:
+    """The number of files that the notebooks wrote, all of them as recorded.
+
+    Raises ManifestError, which names what is gone, changed or new among what they read and wrote,
+    and which versions are others here; ArtefactError where there is no manifest.
+    """
+    records = read_json(run_dir / MANIFEST, "`python -m helpers run` writes it")["notebooks"]
+    wrong = [text for name in records for text in _wrong(run_dir, name, records[name])]
+    if wrong:
+        said = "; ".join(dict.fromkeys(wrong))
+        raise ManifestError(f"{run_dir} differs from its manifest: {said}")
+    return len({name for record in records.values() for name in record["wrote"]})
+
+
+def _wrong(run_dir: Path, name: str, record: dict) -> list[str]:
+    """What is no longer as the record of one notebook says."""
+    wrote = written_by(run_dir, name)
+    if (executed := run_dir / "executed" / name).exists():
+        wrote[f"executed/{name}"] = cells_hash(nbformat.read(executed, as_version=4))
+    read = read_by(record["settings"], run_dir, lessons.NOTEBOOKS_DIR / name)
+    now = {"read": read, "wrote": wrote, "versions": versions()}
+    return [text for part in now for text in differences(record[part], now[part])]

@@ -1,6 +1,5 @@
 """What is committed of one real run: the notebooks' outputs, and what lesson 01 opens with."""
 
-import functools
 import json
 import re
 from pathlib import Path
@@ -9,7 +8,7 @@ import nbformat
 
 from helpers.config import PROJECT_DIR, Config, ConfigError
 from helpers.runs import folders, provenance
-from helpers.runs.inventory import read_metrics, sha256
+from helpers.runs.inventory import read_metrics
 from helpers.runs.lessons import code_hash, notebooks
 
 FIRST_LOOK = PROJECT_DIR / "benchmarks" / "results" / "first_look.json"
@@ -19,10 +18,8 @@ ASKED = {
     "base": "base in 4 bits, asked in Llama 2's form",
     "tuned": "tuned: base in 4 bits with the adapter",
 }
-LEVELS = ("1", "2", "3")
-# The text twin of text_views.show_side_by_side, and the line of scores that may end both answers.
-PAIR = r"(?P<question>.*?)\n\n-- base\n(?P<base>.*?){0}\n\n-- tuned\n(?P<tuned>.*){0}"
-SCORES = r"\n[\u2713\u2717] [^\n]*"
+# The text twin of text_views.show_side_by_side, without scores.
+PAIR = r"(?P<question>.*?)\n\n-- base\n(?P<base>.*?)\n\n-- tuned\n(?P<tuned>.*)"
 
 
 def record(config: Config) -> None:
@@ -31,9 +28,8 @@ def record(config: Config) -> None:
     Kept: results, figures, printed text. Removed: stderr, widget views, papermill's traces.
     Raises ConfigError, before any is written, when one of them would run again today.
     """
-    once = functools.cache(sha256)  # most notebooks read the same model and helpers
     for source in notebooks():
-        if reason := provenance.why_unfinished(config, source, once):
+        if reason := provenance.why_unfinished(config, source):
             said = f"{source.name} would not be recorded as it ran ({reason}), so none is"
             raise ConfigError(f"{said}: run it again first")
     for source in notebooks():
@@ -72,18 +68,19 @@ def write_first_look(config: Config, path: Path = FIRST_LOOK) -> Path:
 
     Raises ConfigError when it shows no pair, or has not recorded a rate.
     """
-    source = notebooks("06")[0]
-    executed, found = config.executed_dir / source.name, read_metrics(config).get("06", {})
-    wanted = [name for who in ASKED for name in _rate_names(who).values()]
-    shown = _first_pair(executed) if executed.exists() else {}
-    missing = [name for name in wanted if name not in found]
+    executed = config.executed_dir / notebooks("06")[0].name
+    metrics, shown = read_metrics(config).get("06", {}), _first_pair(executed)
+    names = {f"passes, level {level}": f"pass_rate_level{level}" for level in (1, 2, 3)}
+    names["stops by itself"] = "stop_rate"
+    wanted = [f"{name}_{who}" for who in ASKED for name in names.values()]
+    missing = [name for name in wanted if name not in metrics]
     if missing or not shown:
         said = ", no ".join(missing) or "pair of answers"
         raise ConfigError(
             f"notebook 06 of {config.run_dir} shows no {said}: run it to its end first"
         )
     rows = [
-        {"who": words, **{column: found[name] for column, name in _rate_names(who).items()}}
+        {"who": words, **{column: metrics[f"{name}_{who}"] for column, name in names.items()}}
         for who, words in ASKED.items()
     ]
     record = provenance.record_in(executed)
@@ -92,18 +89,12 @@ def write_first_look(config: Config, path: Path = FIRST_LOOK) -> Path:
     return folders.write_text(path, json.dumps(look, indent=1) + "\n")
 
 
-def _rate_names(who: str) -> dict[str, str]:
-    """The columns of the table in lesson 01, and the metric behind each."""
-    levels = {f"passes, level {level}": f"pass_rate_level{level}_{who}" for level in LEVELS}
-    return {**levels, "stops by itself": f"stop_rate_{who}"}
-
-
 def _first_pair(executed: Path) -> dict[str, str]:
     """The question and both answers that notebook 06 shows side by side first; or {}."""
-    for cell in nbformat.read(executed, as_version=4).cells:
+    cells = nbformat.read(executed, as_version=4).cells if executed.exists() else []
+    for cell in cells:
         for output in cell.get("outputs", []) if "side_by_side(" in cell.source else []:
             text = output.get("data", {}).get("text/plain", "")
-            for scores in (SCORES, ""):
-                if found := re.fullmatch(PAIR.format(scores), text, re.DOTALL):
-                    return found.groupdict()
+            if found := re.fullmatch(PAIR, text, re.DOTALL):
+                return found.groupdict()
     return {}

@@ -1,8 +1,7 @@
 """What a run comes to: its headline numbers, and report.html, one page to send to a colleague.
 
 The page holds everything it shows: pictures are taken from the executed notebooks, numbers from
-metrics/, every text is escaped, and its policy forbids scripts and anything from elsewhere. Beside
-it lie the executed notebooks as pages of their own.
+metrics/, every text is escaped, and its policy forbids scripts and anything from elsewhere.
 """
 
 import base64
@@ -13,7 +12,6 @@ from pathlib import Path
 import jinja2
 import nbformat
 from markupsafe import Markup, escape
-from nbconvert import HTMLExporter
 
 from helpers.config import PROJECT_DIR, Config
 from helpers.runs import folders
@@ -22,8 +20,7 @@ from helpers.runs.provenance import records_in, settings_of
 from helpers.runs.scores import models_asked, score_rows
 from helpers.view.safe_text import visible
 
-KL = "kl_merged_"  # begins the metrics of notebook 05 that compare merges
-COUNTS = ("raw_questions", "raw_answers", "kept_pairs", "train_rows", "validation_rows")
+DRAWN = {"02": "Data", "04": "Training", "05": "Merging", "06": "Answers of all models"}
 ROAD = "The six lessons"  # begins the alternative text of the drawing that each lesson has
 README_PICTURE = PROJECT_DIR / "notebooks" / "images" / "base_and_tuned.png"
 
@@ -53,22 +50,21 @@ HEADLINES = (
 def headline_rows(config: Config) -> list[tuple[str, str, str]]:
     """(lesson, what it is, value as text) for every headline number that has been recorded."""
     metrics = read_metrics(config)
-    found = [
-        (lesson, label, metrics[lesson][name])
+    return [
+        (lesson, label, _number(metrics[lesson][name]))
         for lesson, name, label in HEADLINES
         if name in metrics.get(lesson, {})
     ]
-    return [
-        (lesson, label, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
-        for lesson, label, value in found
-    ]
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def write_report(config: Config, stopped: str = "") -> Path:
-    """Write report.html, and each executed notebook as a page; `stopped` says why a run ended."""
-    shown = {"sections": sections(config), "pages": _notebook_pages(config)}
-    text = TEMPLATE.render(profile=config.profile, stopped=stopped, **shown)
-    return folders.write_text(config.run_dir / "report.html", text + "\n")
+    """Write report.html; `stopped` says why a run ended."""
+    page = TEMPLATE.render(profile=config.profile, stopped=stopped, sections=sections(config))
+    return folders.write_text(config.run_dir / "report.html", page + "\n")
 
 
 def _shown(value) -> Markup:
@@ -94,26 +90,23 @@ class Section:
 def sections(config: Config) -> list[Section]:
     """The parts of the page, in order."""
     metrics, records = read_metrics(config), [*records_in(config.run_dir).values()]
-    environment = _over_all([record["environment"] for record in records])
-    data, kl, scores = (metrics.get(lesson, {}) for lesson in ("02", "05", "06"))
-    counts = [(name.replace("_", " "), f"{data[name]:,}") for name in COUNTS if name in data]
-    merges = [(n.removeprefix(KL), f"{kl[n]:.4f}") for n in kl if n.startswith(KL)]
-    merged, models = ("merged into", "KL to the unmerged model (nats)"), models_asked(scores)
-    rated = score_rows(scores, models)
-    shown = (
+    models = models_asked(metrics.get("06", {}))
+    scores = score_rows(metrics.get("06", {}), models)
+    drawn = [Section(title, figures=_figures(config.executed_dir, n)) for n, title in DRAWN.items()]
+    pairs = [
         output["text/plain"]
         for source, output, _ in _outputs(config.executed_dir, "06")
         if "side_by_side(" in source and "text/html" in output
-    )
-    figures = {number: _figures(config.executed_dir, number) for number in ("02", "04", "05", "06")}
+    ]
+    numbers = [(n, name, _number(v)) for n in metrics for name, v in metrics[n].items()]
+    environment = _over_all([record["environment"] for record in records])
     return [
         Section("Headline numbers", ("notebook", "what", "value"), headline_rows(config)),
         Section("Recipe", ("setting", "article", "this run"), recipe_rows(records)),
-        Section("Data", ("data", "count"), counts, figures["02"]),
-        Section("Training", figures=figures["04"]),
-        Section("Merging", merged, merges, figures["05"]),
-        Section("Scores, with 95 % intervals", ("share of answers that", *models), rated),
-        Section("Answers", figures=figures["06"], text=next(shown, "")),
+        *drawn,
+        Section("Scores, with 95 % intervals", ("share of answers that", *models), scores),
+        Section("Answers", text=(pairs or [""])[0]),
+        Section("All numbers", ("notebook", "name", "value"), numbers),
         Section("Environment", ("what", "value"), [*environment.items()]),
     ]
 
@@ -154,18 +147,6 @@ def _figures(folder: Path, number: str) -> list[tuple[str, str]]:
         for _, data, metadata in _outputs(folder, number)
         if "image/png" in data and not metadata["image/png"]["alt"].startswith(ROAD)
     ]
-
-
-def _notebook_pages(config: Config) -> list[Path]:
-    """Each executed notebook as a page of its own; those that are up to date stay."""
-    exporter = HTMLExporter(template_name="lab", embed_images=True)
-    executed = sorted(config.executed_dir.glob("[0-9][0-9]_*.ipynb"))
-    for path in executed:
-        page = path.with_suffix(".html")
-        if not page.exists() or page.stat().st_mtime < path.stat().st_mtime:
-            body, _ = exporter.from_notebook_node(nbformat.read(path, as_version=4))
-            folders.write_text(page, body)
-    return [path.with_suffix(".html") for path in executed]
 
 
 def readme_picture() -> bytes:

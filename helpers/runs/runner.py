@@ -15,8 +15,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config as Traits
 
 from helpers.config import Config
-from helpers.runs import folders, manifest, provenance
-from helpers.runs.inventory import Remembered
+from helpers.runs import folders, provenance
 from helpers.runs.lessons import executed_paths, notebooks
 from helpers.runs.report import write_report
 
@@ -32,6 +31,7 @@ BAR = "{desc:34} {percentage:3.0f}% |{bar:24}| {elapsed}"
 # What a run of `demo` leaves (600 MB, measured) and its drafts. A large model's weights are counted
 # when they are saved.
 RUN_BYTES = 1_000_000_000
+ENDINGS = (PapermillExecutionError, DeadKernelError, CellTimeoutError, KeyboardInterrupt)
 
 
 class RunStopped(RuntimeError):
@@ -63,7 +63,7 @@ def run(profile, run_dir=None, only=None, first=None, parameters=None, timeout=N
             _run_in_order(config, chosen, forced, given, timeout or CELL_TIMEOUT_SECONDS)
         except RunStopped as stop:
             stopped = stop
-        manifest.write(config.run_dir)
+        provenance.write_manifest(config.run_dir)
         write_report(config, str(stopped or ""))
     if stopped:
         raise stopped
@@ -72,38 +72,41 @@ def run(profile, run_dir=None, only=None, first=None, parameters=None, timeout=N
 
 def _run_in_order(config: Config, chosen, forced, parameters: dict, timeout: float) -> None:
     folders.writable(config.executed_dir)
-    sha256 = Remembered(config.run_dir / "hashes.json")
     for source in chosen:
-        reason = provenance.why_unfinished(config, source, sha256)
-        sha256.save()
+        reason = provenance.why_unfinished(config, source)
         if not reason and source not in forced:
             print(f"{source.stem}: finished already")
             continue
         if source not in forced and executed_paths(config, source)[0].exists():
             print(f"{source.stem} runs again: {reason}")
-        record = provenance.taken_before(config, source, parameters, sha256)
-        _execute(config, source, parameters, timeout, record, sha256)
+        _execute(config, source, parameters, timeout)
 
 
-def _execute(config: Config, source: Path, parameters: dict, timeout: float, record: dict, sha256):
+def _execute(config: Config, source: Path, parameters: dict, timeout: float) -> None:
     """Run one notebook into executed/: under its own name if it succeeds, else as <name>.failed."""
     final, draft, failed = executed_paths(config, source)
-    for stale in (failed, failed.with_suffix(".html")):
-        stale.unlink(missing_ok=True)
+    failed.unlink(missing_ok=True)
+    record, error = provenance.taken_before(config, source, parameters), None
     try:
         with folders.full_disk_said(final):
             _papermill(source, draft, parameters, timeout)
-            notebook = nbformat.read(draft, as_version=4)
-            _check_reached_the_end(notebook, source)
-            record = provenance.completed(record, config, source, notebook, sha256)
-            notebook.metadata[provenance.KEY] = record
-            nbformat.write(notebook, draft)
-    except (PapermillExecutionError, DeadKernelError, CellTimeoutError, KeyboardInterrupt) as error:
+    except ENDINGS as ended:
         if not draft.exists():
             raise
-        started = _settle(draft, record)
+        error = ended
+    notebook = nbformat.read(draft, as_version=4)
+    # sys.exit(0) in a cell is a success to papermill, and the cells after it never run.
+    if error or not all(c.execution_count for c in notebook.cells if c.cell_type == "code"):
+        place = _settle(notebook, source)
+        notebook.metadata[provenance.KEY] = record
+        nbformat.write(notebook, draft)
         draft.replace(failed)
-        raise _stop(source, started, error, timeout) from error
+        exit_code, reason = _why(error, timeout)
+        raise RunStopped(f"{source.stem}, {place}: {reason}", exit_code) from error
+    record = provenance.completed(record, config, source, notebook)
+    notebook.metadata[provenance.KEY] = record
+    with folders.full_disk_said(final):
+        nbformat.write(notebook, draft)
     draft.replace(final)
 
 
@@ -121,51 +124,37 @@ def _papermill(source: Path, draft: Path, parameters: dict, timeout: float) -> N
     )
 
 
-def _settle(path: Path, record: dict) -> list:
-    """Correct what papermill wrote of an ended run, which marks cells that never ran as completed.
+def _settle(notebook, source: Path) -> str:
+    """Mark what never ran as pending, where papermill says completed; in words, the last that ran.
 
-    Returns the code cells that ran, in order; papermill gives those a start time, and no others.
+    That is its number in the source notebook and its first line. papermill gives the cells that
+    ran a start time, and no others.
     """
-    notebook = nbformat.read(path, as_version=4)
-    notebook.metadata[provenance.KEY] = record
-    started = [c for c in notebook.cells if c.metadata.get("papermill", {}).get("start_time")]
-    for cell in notebook.cells:
-        if "papermill" in cell.metadata and cell not in started:
+    cells = [cell for cell in notebook.cells if "papermill" in cell.metadata]
+    started = [cell for cell in cells if cell.metadata.papermill.get("start_time")]
+    for cell in cells:
+        if cell not in started:
             cell.metadata.papermill["status"] = "pending"
-    if started:
-        started[-1].metadata.papermill["status"] = "failed"
-    nbformat.write(notebook, path)
-    return started
-
-
-def _stop(source: Path, started: list, error: BaseException, timeout: float) -> RunStopped:
-    """RunStopped with the notebook, the cell that was running, and what happened to it."""
-    exit_code, reason = 1, "its kernel died, most likely for want of memory"
-    if isinstance(error, PapermillExecutionError):
-        reason = f"{error.ename}: {error.evalue}"
-    elif isinstance(error, CellTimeoutError):
-        reason = f"it ran longer than the limit of {timeout:.0f} seconds"
-    elif isinstance(error, KeyboardInterrupt):
-        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
-        exit_code = 128 + number
-        reason = f"stopped by {number.name}; the same command goes on from this notebook"
-    return RunStopped(f"{source.stem}, {_last_cell(source, started)}: {reason}", exit_code)
-
-
-def _last_cell(source: Path, started: list) -> str:
-    """Number (in the source notebook) and first line of the cell that was running."""
     if not started:
         return "before its first cell"
+    last = started[-1]
+    last.metadata.papermill["status"] = "failed"
     identifiers = [cell.id for cell in nbformat.read(source, as_version=4).cells]
     # The cell that papermill injects is in no source; it follows the one tagged "parameters".
-    place = identifiers.index(started[-1].id) if started[-1].id in identifiers else "of parameters"
-    return f"cell {place} ({started[-1].source.strip().splitlines()[0]})"
+    number = identifiers.index(last.id) if last.id in identifiers else "of parameters"
+    return f"cell {number} ({last.source.strip().splitlines()[0]})"
 
 
-def _check_reached_the_end(notebook, source: Path) -> None:
-    """Raise RunStopped if a cell called sys.exit(0), which papermill takes for success."""
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    missing = [cell for cell in cells if cell.execution_count is None]
-    if missing:
-        first_line = missing[0].source.strip().splitlines()[0]
-        raise RunStopped(f"{source.stem} ended before its cell ({first_line}) ran")
+def _why(error: BaseException | None, timeout: float) -> tuple[int, str]:
+    """The exit code of a run that stopped, and what happened to the cell that was running."""
+    if isinstance(error, PapermillExecutionError):
+        return 1, f"{error.ename}: {error.evalue}"
+    if isinstance(error, CellTimeoutError):
+        return 1, f"it ran longer than the limit of {timeout:.0f} seconds"
+    if isinstance(error, KeyboardInterrupt):
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+        said = f"stopped by {number.name}; the same command goes on from this notebook"
+        return 128 + number, said
+    if error is None:
+        return 1, "it left the notebook by sys.exit"
+    return 1, "its kernel died, most likely for want of memory"

@@ -138,7 +138,6 @@ def test_a_dead_kernel_is_named_and_no_later_cell_looks_done(tmp_path):
     assert statuses(executed / "01_one.failed.ipynb") == [*done, "failed", "pending", "pending"]
     report = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "The run stopped:" in report and "01_one, cell 3 (import os, signal)" in report
-    assert "executed/01_one.failed.html" in report and "executed/01_one.html" not in report
 
 
 def test_a_cell_over_its_limit_is_named_and_its_kernel_is_gone(tmp_path):
@@ -167,4 +166,4 @@ def test_a_failed_second_run_keeps_what_the_first_one_executed(tmp_path):
     # It is not taken for finished: what it left in the run folder may be half of the second run.
     run_notebooks(tmp_path / "notebooks", tmp_path / "run")
     assert (config.executed_dir / "01_one.ipynb").read_bytes() != before
-    assert sorted(os.listdir(config.executed_dir)) == ["01_one.html", "01_one.ipynb"]
+    assert sorted(os.listdir(config.executed_dir)) == ["01_one.ipynb"]

@@ -13,7 +13,7 @@ import pytest
 
 from helpers.__main__ import main
 from helpers.config import PROJECT_DIR, Config, ConfigError
-from helpers.runs import inventory, lessons, manifest, provenance, recording, runner
+from helpers.runs import inventory, lessons, provenance, recording, runner
 from tests.faults.staging import folder_hashes, record_cell, run_notebooks, write_notebook
 
 CURATE = """from helpers.config import Config
@@ -130,9 +130,7 @@ def test_rows_of_a_benchmark_are_read_too(stage, tmp_path):
     given = {**stage.given, "BENCHMARKS": ["problems", str(rows)]}
     config = Config.from_parameters({"PROFILE": "smoke", **given})
     source = stage.notebooks / "02_two.ipynb"
-    found = provenance.read_by(
-        provenance.settings_of(config), config.run_dir, source, inventory.sha256
-    )
+    found = provenance.read_by(provenance.settings_of(config), config.run_dir, source)
     assert found["BENCHMARKS/own.jsonl"] == inventory.sha256(rows)
 
 
@@ -218,62 +216,37 @@ def test_a_model_that_the_notebook_fetches_is_in_its_record(stage, monkeypatch):
     known = iter(["not on this disk", "commit", "commit"])
     monkeypatch.setattr(provenance, "identity", lambda name, sha256: {name: next(known)})
     config = Config.from_parameters({"PROFILE": "smoke", **stage.given})
-    source, sha256 = stage.notebooks / "02_two.ipynb", inventory.sha256
-    record = provenance.taken_before(config, source, {}, sha256)
+    source = stage.notebooks / "02_two.ipynb"
+    record = provenance.taken_before(config, source, {})
     executed = nbformat.read(stage.run_dir / "executed" / source.name, as_version=4)
-    record = provenance.completed(record, config, source, executed, sha256)
+    record = provenance.completed(record, config, source, executed)
     assert record["read"][f"MODEL_NAME/{config.model_name}"] == "commit"
 
 
 def test_a_data_source_of_the_hub_is_known_by_its_name_before_and_after(stage):
     stage.given["DATA_SOURCE"] = "somebody/rows"
     config = Config.from_parameters({"PROFILE": "smoke", **stage.given})
-    source, sha256 = stage.notebooks / "02_two.ipynb", inventory.sha256
-    record = provenance.taken_before(config, source, {}, sha256)
+    source = stage.notebooks / "02_two.ipynb"
+    record = provenance.taken_before(config, source, {})
     executed = nbformat.read(stage.run_dir / "executed" / source.name, as_version=4)
-    record = provenance.completed(record, config, source, executed, sha256)
+    record = provenance.completed(record, config, source, executed)
     assert record["read"]["DATA_SOURCE/somebody/rows"] == "not on this disk"
 
 
 # -- Hashes that are remembered.
 
 
-def hashed(monkeypatch):
-    """The files that are read to be hashed, as they are."""
-    read, sha256 = [], inventory.sha256
-    monkeypatch.setattr(inventory, "sha256", lambda path: read.append(path.name) or sha256(path))
-    return read
-
-
 def test_a_file_is_read_again_only_when_its_marks_changed(tmp_path, monkeypatch):
-    read, path, store = hashed(monkeypatch), tmp_path / "weights", tmp_path / "hashes.json"
+    read, path, sha256 = [], tmp_path / "weights", inventory.sha256
+    monkeypatch.setattr(inventory, "sha256", lambda path: read.append(path.name) or sha256(path))
     path.write_text("one", encoding="utf-8")
-    monkeypatch.setattr(time, "time_ns", lambda: path.stat().st_ctime_ns + 3_000_000_000)
-    first = inventory.Remembered(store)
-    assert first(path) == first(path) and read == ["weights"]
-    first.save()
-    again = inventory.Remembered(store)
-    again(path)
+    assert inventory.remembered(path) == inventory.remembered(path) == sha256(path)
     assert read == ["weights"]
     status = path.stat()
+    time.sleep(0.01)  # a step of the clock of most disks
     path.write_text("two", encoding="utf-8")  # of the same size, and its time set back
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert again(path) == inventory.sha256(path) != first.known[str(path)][-1]
-
-
-def test_what_was_changed_a_moment_ago_is_not_remembered(tmp_path, monkeypatch):
-    read, path = hashed(monkeypatch), tmp_path / "weights"
-    path.write_text("one", encoding="utf-8")
-    sha256 = inventory.Remembered(tmp_path / "hashes.json")
-    sha256(path), sha256(path)
-    assert read == ["weights", "weights"]
-
-
-def test_damaged_memory_is_no_memory(tmp_path):
-    (tmp_path / "hashes.json").write_text("{", encoding="utf-8")
-    (tmp_path / "weights").touch()
-    remembered = inventory.Remembered(tmp_path / "hashes.json")
-    assert remembered(tmp_path / "weights") == inventory.sha256(tmp_path / "weights")
+    assert inventory.remembered(path) == sha256(path)
 
 
 # -- The manifest.
@@ -357,7 +330,7 @@ def test_everything_that_differs_is_named_at_once(stage, edit, capsys):
     [
         ("read", "helpers/prompts.py", "0" * 64, "helpers/prompts.py has changed"),
         ("versions", "torch", "1.0", "torch was 1.0 and is 2."),
-        ("versions", "no-such-package", "1.0", "no-such-package was 1.0 and is not installed"),
+        ("versions", "no-such-package", "1.0", "no-such-package is gone"),
         ("read", "MODEL_NAME/model.safetensors", "0" * 64, "MODEL_NAME/model.safetensors has chan"),
     ],
 )
@@ -366,8 +339,8 @@ def test_other_code_versions_or_weights_are_named(stage, part, name, value, mess
     record = json.loads(path.read_text("utf-8"))
     record["notebooks"]["04_four.ipynb"][part][name] = value
     path.write_text(json.dumps(record), encoding="utf-8")
-    with pytest.raises(manifest.ManifestError, match=message):
-        manifest.verify(stage.run_dir)
+    with pytest.raises(provenance.ManifestError, match=message):
+        provenance.verify(stage.run_dir)
 
 
 def test_an_edited_output_is_named(stage):
@@ -376,20 +349,20 @@ def test_an_edited_output_is_named(stage):
     notebook.cells[-1].outputs = []
     notebook.cells[0].source = "# Better"
     nbformat.write(notebook, path)
-    with pytest.raises(manifest.ManifestError, match="executed/01_one.ipynb has changed"):
-        manifest.verify(stage.run_dir)
+    with pytest.raises(provenance.ManifestError, match="executed/01_one.ipynb has changed"):
+        provenance.verify(stage.run_dir)
 
 
 def test_what_datasets_caches_and_an_upload_adds_is_no_difference(stage):
     (stage.run_dir / "dataset" / "train" / "cache-1a2b.arrow").touch()
     (stage.run_dir / "merged").mkdir()
     (stage.run_dir / "merged" / "README.md").touch()
-    assert manifest.verify(stage.run_dir) == 8
+    assert provenance.verify(stage.run_dir) == 8
 
 
 def test_a_folder_without_a_manifest_says_what_writes_it(tmp_path):
-    with pytest.raises(manifest.ManifestError, match="manifest.json is missing: `python -m help"):
-        manifest.verify(tmp_path)
+    with pytest.raises(inventory.ArtefactError, match="manifest.json cannot .*`python -m helpers"):
+        provenance.verify(tmp_path)
 
 
 # -- Recording.

@@ -9,7 +9,7 @@ import pytest
 from datasets import load_from_disk
 
 from helpers.config import PROBLEMS_FILE
-from helpers.runs import inventory, lessons, manifest, runner
+from helpers.runs import inventory, lessons, provenance, runner
 from tests.conftest import watch_the_network
 from tests.walking import CellFailed, walk
 
@@ -135,7 +135,6 @@ def test_the_executed_notebooks_and_the_report_are_there(smoke):
     names = sorted(path.name for path in smoke.executed_dir.glob("*.ipynb"))
     assert names == [path.name for path in lessons.notebooks()]
     report = (smoke.run_dir / "report.html").read_text("utf-8")
-    assert all(name.replace(".ipynb", ".html") in report for name in names)
     assert "level 1 passed, tuned" in report
 
 
@@ -158,7 +157,7 @@ def test_the_token_of_the_environment_is_in_no_file(smoke):
 
 
 def test_the_run_is_as_its_manifest_says(smoke):
-    assert manifest.verify(smoke.run_dir) > 20
+    assert provenance.verify(smoke.run_dir) > 20
 
 
 def test_a_second_run_finds_everything_finished(smoke, capsys):

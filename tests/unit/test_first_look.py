@@ -6,7 +6,6 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from helpers.answers.evaluation import Score
 from helpers.config import Config, ConfigError
 from helpers.runs import inventory, lessons, recording
 from helpers.runs.provenance import KEY, settings_of
@@ -18,19 +17,18 @@ METRICS = {
     "pass_rate_level2_tuned": 0.75,
 }
 ANSWERS = ("Why?\n\nSay it.", "Because:\n\n-- so", "1. So.\n\n✓ done")
-GOOD, BAD = Score(*[True] * 4), Score(*[False] * 4)
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run folder as notebook 06 leaves it: call it with the pair's scores, and the metrics."""
+    """A run folder as notebook 06 leaves it: call it with the metrics."""
     config = Config.from_profile("demo", run_dir=tmp_path)
     config.executed_dir.mkdir()
 
-    def leave(*scores, metrics=METRICS, show=True):
+    def leave(metrics=METRICS, show=True):
         bundles = []
         monkeypatch.setattr(text_views, "display", lambda data, raw: bundles.append(data))
-        text_views.show_side_by_side(*ANSWERS, scores)
+        text_views.show_side_by_side(*ANSWERS)
         outputs = [new_output("display_data", bundles[0])] if show else []
         cell = new_code_cell("text_views.show_side_by_side(*pair)", outputs=outputs)
         about = {"hardware": "2 cores", "date": "2026-01-02"}
@@ -43,9 +41,8 @@ def run(tmp_path, monkeypatch):
     return leave
 
 
-@pytest.mark.parametrize("scores", [(), (BAD, GOOD)])
-def test_it_holds_the_pair_that_was_shown_and_the_rates(run, tmp_path, scores):
-    path = recording.write_first_look(run(*scores), tmp_path / "look.json")
+def test_it_holds_the_pair_that_was_shown_and_the_rates(run, tmp_path):
+    path = recording.write_first_look(run(), tmp_path / "look.json")
     look = json.loads(path.read_text("utf-8"))
     assert (look["question"], look["base"], look["tuned"]) == ANSWERS
     assert [row["who"] for row in look["rates"]] == list(recording.ASKED.values())

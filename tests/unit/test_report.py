@@ -72,8 +72,8 @@ def test_shows_figures_answers_and_the_recipe(page):
     assert page.count(PNG) == 2 and "the road" not in page
     assert "Reverse a list." in page
     assert "<td>learning_rate</td><td>0.0002</td><td>0.003</td>" in page
-    assert "<td>raw questions</td><td>780</td>" in page
-    assert "<td>4bit</td><td>0.7640</td>" in page
+    assert "<td>raw_questions</td><td>780</td>" in page
+    assert "<td>kl_merged_4bit</td><td>0.764</td>" in page
 
 
 def test_scores_come_with_wilson_intervals(page):
