@@ -1,6 +1,7 @@
 """The command line: `python -m helpers run`, `ask`, `verify`, `record` and more.
 
-Each command is one call of a helper. `_add_commands` lists them, `_execute` says what each does.
+Each command is one call of a helper, whose module is imported when its command is chosen, so that
+`--help` answers at once.
 """
 
 import argparse
@@ -38,13 +39,20 @@ def _interrupt(number, frame) -> None:
     raise KeyboardInterrupt(number)
 
 
+# Commands that hand their settings to one function: its module, its name, what it does.
+CALLS = {
+    "record": ("runs.recording", "record", "put a run's outputs into the committed notebooks"),
+    "first-look": ("runs.recording", "write_first_look", "write what lesson 01 opens with"),
+    "export-gguf": ("merging.export", "export_gguf", "write the model for llama.cpp, Ollama"),
+    "push-dataset": ("merging.publishing", "push_dataset", "upload the dataset to the Hub"),
+    "push-model": ("merging.publishing", "push_model", "upload the merged model to the Hub"),
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__.split("\n")[0])
-    _add_commands(parser.add_subparsers(required=True, metavar="COMMAND", dest="command"))
-    return parser
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
-
-def _add_commands(commands) -> None:
     def add(name: str, help_text: str, settings=True):
         """Add a command. What is returned gives it an argument, as add_argument does."""
         command = commands.add_parser(name, help=help_text)
@@ -72,12 +80,10 @@ def _add_commands(commands) -> None:
     check_model = add("check-model", "does a model go through all six lessons?")
     check_model("name", help="a model on the Hub, or a folder; its weights are not read")
     add("export-training", "notebook 04 for several GPUs")
-    add("record", "put a run's outputs into the committed notebooks")
-    add("first-look", "write what lesson 01 opens with, from a run")
     add("fetch-model", "fetch the embedded model, once", settings=False)
-    add("export-gguf", "write the merged model for llama.cpp, Ollama")
-    add("push-dataset", "upload the dataset to the Hub")
-    add("push-model", "upload the merged model to the Hub")
+    for name, (_, _, help_text) in CALLS.items():
+        add(name, help_text)
+    return parser
 
 
 def add_settings(command: argparse.ArgumentParser) -> None:
@@ -106,14 +112,17 @@ def _config(options, **more) -> Config:
 
 
 def _load(module: str):
-    """A room's module, imported when its command is chosen, so that `--help` answers at once."""
     return importlib.import_module(f"helpers.{module}")
 
 
 def _execute(options) -> None:
     match options.command:
         case "run":
-            _run(options)
+            chosen = (options.profile, None, options.only, options.first)
+            config = _load("runs.runner").run(*chosen, parameters_of(options), options.timeout)
+            for lesson, label, value in _load("runs.report").headline_rows(config):
+                print(f"{lesson}  {label:<44} {value:>10}")
+            print(f"report: {config.run_dir / 'report.html'}")
         case "verify":
             count = _load("runs.provenance").verify(Path(options.run_dir))
             print(f"{count} files as the manifest records them")
@@ -121,38 +130,22 @@ def _execute(options) -> None:
             asked = _config(options), options.model, [options.question]
             (answer,), _ = _load("answers.inference").answer_alone(*asked)
             print(visible(answer.text))
-        case "serve":
-            _serve(options)
         case "check-data":
             config = _config(options, DATA_SOURCE=options.source)
             tokenizer = _load("model.loading").load_tokenizer(config.model_name)
             print(visible(_load("data.own_rows").describe(config, tokenizer)))
-        case "check-model":
-            _check_model(options)
         case "export-training":
             path = _load("training.export").export_training(parameters_of(options))
             print(f"accelerate launch --config_file accelerate/ddp.yaml {path}")
-        case "record":
-            _load("runs.recording").record(_config(options))
-        case "first-look":
-            print(_load("runs.recording").write_first_look(_config(options)))
         case "fetch-model":
             _load("model.embedded").fetch_embedded_model()
-        case "export-gguf":
-            folder = _load("merging.export").export_gguf(_config(options))
-            print(*sorted(folder.iterdir()), sep="\n")
-        case "push-dataset":
-            _load("merging.publishing").push_dataset(_config(options))
-        case "push-model":
-            _load("merging.publishing").push_model(_config(options))
-
-
-def _run(options) -> None:
-    chosen = (options.profile, None, options.only, options.first)
-    config = _load("runs.runner").run(*chosen, parameters_of(options), options.timeout)
-    for lesson, label, value in _load("runs.report").headline_rows(config):
-        print(f"{lesson}  {label:<44} {value:>10}")
-    print(f"report: {config.run_dir / 'report.html'}")
+        case "check-model":
+            _check_model(options)
+        case "serve":
+            _serve(options)
+        case name:
+            module, function, _ = CALLS[name]
+            getattr(_load(module), function)(_config(options))
 
 
 def _check_model(options) -> None:
@@ -168,10 +161,7 @@ def _serve(options) -> None:
     try:
         run = _load("serving.server").run
     except ModuleNotFoundError as missing:
-        raise RuntimeError(
-            f"{missing.name} is not installed: `make serve` installs it, or "
-            "`pip install -r requirements-serving.txt -c constraints.txt`"
-        ) from None
+        raise RuntimeError(f"{missing.name} is not installed: `make serve` installs it") from None
     models = options.models or ["tuned"]
     run(_config(options), models, dict(options.also), options.port, options.page)
 

@@ -16,8 +16,6 @@ from typing import Any
 
 from helpers.prompts import MARKERS
 
-HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # a lone surrogate, which UTF-8 cannot hold
-
 
 class ConfigError(ValueError):
     """A setting is unknown, of the wrong type, out of range, or contradicts another one.
@@ -31,34 +29,8 @@ def checked(default, check: Callable[[Any], bool], rule: str) -> Any:
     return field(default=default, metadata={"check": check, "rule": rule})
 
 
-def worked_out() -> Any:
-    """A field that is given as None where it is to follow from the others."""
-    return field(default=None)
-
-
 def between(default, low, high) -> Any:
     return checked(default, lambda v: low <= v <= high, f"must lie between {low:,} and {high:,}")
-
-
-def count(default: int | None, high: int) -> Any:
-    return between(default, 1, high)
-
-
-def counts(default: tuple[int, ...], names: tuple[str, ...], high: int) -> Any:
-    """As many whole numbers as there are names, from 0 on, the first of them at least 1."""
-    rule = (
-        f"must be {len(names)} whole numbers from 0 to {high:,}, for {', '.join(names)}, the first "
-        "at least 1"
-    )
-    return checked(
-        default,
-        lambda v: len(v) == len(names) and all(0 <= n <= high for n in v) and v[0] > 0,
-        rule,
-    )
-
-
-def up_to(default: float, high: int) -> Any:
-    return checked(default, lambda v: 0 < v <= high, f"must be greater than 0 and at most {high}")
 
 
 def one_of(default: str | None, *choices: str) -> Any:
@@ -66,39 +38,30 @@ def one_of(default: str | None, *choices: str) -> Any:
 
 
 def some_of(default: tuple[str, ...], *choices: str) -> Any:
-    rule = f"must name one or more of {', '.join(choices)}, each once"
-    return checked(default, lambda v: len({*v} & {*choices}) == len(v) > 0, rule)
+    """Some of the choices; none too where that is the default."""
+    rule = f"must name some of {', '.join(choices)}, each once"
+    return checked(default, lambda v: bool(default) <= len({*v} & {*choices}) == len(v), rule)
 
 
-def none_or_some_of(*choices: str) -> Any:
-    rule = f"must name none, one or more of {', '.join(choices)}, each once"
-    return checked((), lambda v: len({*v} & {*choices}) == len(v), rule)
-
-
-def not_blank(default: str) -> Any:
+def not_blank(default: str | None) -> Any:
     return checked(default, lambda v: bool(v.strip()), "must not be blank")
 
 
 def prompt_text(default: str | None) -> Any:
-    rule = f"must hold none of {', '.join(MARKERS)}, and no half of a character"
-    return checked(
-        default,
-        lambda v: not any(m in v for m in MARKERS) and not HALF_A_CHARACTER.search(v),
-        rule,
-    )
+    rule = f"must hold none of {', '.join(MARKERS)}"
+    return checked(default, lambda v: not any(marker in v for marker in MARKERS), rule)
 
 
 def one_device(default: int) -> Any:
+    """Where the whole model lies: a GPU's number, "cuda:1", "cuda" or "cpu", under the name ""."""
+
+    def check(value: dict) -> bool:
+        named = re.fullmatch(r"\d+|cuda(:\d+)?|cpu", str(value.get("")))
+        return len(value) == 1 and named is not None
+
     rule = """must put the whole model on one device, as {"": 0} or {"": "cpu"} does"""
-    return field(
-        default_factory=lambda: {"": default}, metadata={"check": _is_one_device, "rule": rule}
-    )
-
-
-def _is_one_device(value: dict) -> bool:
-    place = value.get("")
-    named = isinstance(place, str) and re.fullmatch(r"cpu|cuda(:\d+)?", place)
-    return len(value) == 1 and bool(named or (type(place) is int and place >= 0))
+    metadata = {"check": check, "rule": rule}
+    return field(default_factory=lambda: {"": default}, metadata=metadata)
 
 
 def problem(item: dataclasses.Field, value) -> str:
@@ -120,11 +83,8 @@ def did_you_mean(key: str, names: Iterable[str]) -> str:
 
 def shown(value) -> str:
     """The value as Python writes it, cut to a length that leaves room for the sentence."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return "a number of thousands of digits"  # more than Python is willing to write
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}..."
 
 
 def _fits(value, annotation) -> bool:

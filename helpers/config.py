@@ -8,18 +8,16 @@ so a wrong parameter is named before anything is loaded.
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from helpers.checks import (
     ConfigError,
     between,
     checked,
-    count,
-    counts,
     did_you_mean,
-    none_or_some_of,
     not_blank,
     one_device,
     one_of,
@@ -27,8 +25,6 @@ from helpers.checks import (
     prompt_text,
     shown,
     some_of,
-    up_to,
-    worked_out,
 )
 from helpers.profiles import ALL_LINEAR_TARGETS, ATTENTION_TARGETS, FUSED, PROFILES, RECIPES
 
@@ -47,7 +43,9 @@ OPTIMIZERS = (
     *("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit"),
     *("paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw"),
 )
-LITERALS = (bool, int, float, str, list, tuple, dict)  # what a parameter can be
+
+
+CAPITALS = re.compile(r"[A-Z][A-Z0-9_]+")  # the name of a parameter
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Config:
     # How is trained, whatever the profile says: a key of RECIPES; None leaves it to the profile.
     recipe: str | None = one_of(None, "article", "qlora_paper", "recommended")
     # The one folder through which notebooks hand over their results; None means runs/<profile>.
-    run_dir: Path = worked_out()
+    run_dir: Any = None
     seed: int = between(42, 0, 2**32 - 1)  # of everything that is drawn
 
     # -- The model.
@@ -75,47 +73,47 @@ class Config:
     bnb_4bit_compute_quant_type: str = one_of("nf4", "nf4", "fp4")  # which 16 numbers 4 bits name
     use_nested_quant: bool = False  # the constants of blocks of weights are quantized too
     # Kinds of linear layers that stay in 16 bits, such as ("down_proj",): some mind four bits most.
-    keep_in_16bit: tuple[str, ...] = none_or_some_of(*ALL_LINEAR_TARGETS, *FUSED)
+    keep_in_16bit: tuple[str, ...] = some_of((), *ALL_LINEAR_TARGETS, *FUSED)
 
     # -- The data.
     # "sample", "kagglehub", a folder with Kaggle's CSV files, a file or folder of your own, or the
     # Hub's "owner/name" or "owner/name:configuration:split"; and, besides, what to validate with.
     data_source: str = not_blank("luisroque/instruct-python-llama2-20k")
-    validation_source: str | None = checked(None, lambda v: bool(v.strip()), "must not be blank")
+    validation_source: str | None = not_blank(None)
     # Llama 2's, or the model's own. None: as in the rows of the run; notebook 02 takes Llama 2's.
     template: str | None = one_of(None, "llama2", "model")
     # Begins each prompt. None: as in the rows of the run; notebook 02 writes SYSTEM_MESSAGE there.
     system_message: str | None = prompt_text(None)
     min_question_score: int = between(0, -(10**6), 10**6)  # votes on Stack Overflow
     min_answer_score: int = between(0, -(10**6), 10**6)
-    max_train_rows: int | None = count(None, 10**8)  # None: all
-    validation_rows: int = count(1000, 10**8)  # at most,
+    max_train_rows: int | None = between(None, 1, 10**8)  # None: all
+    validation_rows: int = between(1000, 1, 10**8)  # at most,
     validation_share: float = between(0.1, 0.01, 0.5)  # and no more than this share of all
     near_duplicate_similarity: float = between(0.7, 0.1, 1.0)  # Jaccard, from which two are one
     # None: 60 and 8000 for posts of a forum; for rows of your own, whatever is not empty.
-    min_answer_characters: int | None = count(None, 10**6)
+    min_answer_characters: int | None = between(None, 1, 10**6)
     max_post_characters: int | None = between(None, 100, 10**6)
     check_python: bool = False  # in rows of your own too, code in answers must be Python 3
     # What must not be in the data: "problems", "humaneval", or a JSONL file with a `prompt` a line.
     benchmarks: tuple[str, ...] = ("problems", "humaneval")
 
     # -- LoRA.
-    lora_r: int = count(64, 4096)  # the rank; 4096 is the width of Llama-2-7B
-    lora_alpha: int = count(16, 10**4)  # the update is multiplied by alpha / r
+    lora_r: int = between(64, 1, 4096)  # the rank; 4096 is the width of Llama-2-7B
+    lora_alpha: int = between(16, 1, 10**4)  # the update is multiplied by alpha / r
     lora_dropout: float = between(0.1, 0.0, 0.9)  # share of the adapter's inputs that is zeroed
     target_modules: tuple[str, ...] = some_of(ATTENTION_TARGETS, *ALL_LINEAR_TARGETS, *FUSED)
 
     # -- Training.
-    num_epochs: int = count(1, 1000)
+    num_epochs: int = between(1, 1, 1000)
     max_steps: int = checked(  # -1: as many as num_epochs needs
         1000, lambda v: v == -1 or 1 <= v <= 10**7, "must be -1 or lie between 1 and 10,000,000"
     )
-    per_device_train_batch_size: int = count(4, 4096)  # rows at a time
-    per_device_eval_batch_size: int = count(4, 4096)
-    grad_acc_steps: int = count(1, 4096)  # so often, before an optimizer step
-    learning_rate: float = up_to(2e-4, 1)
+    per_device_train_batch_size: int = between(4, 1, 4096)  # rows at a time
+    per_device_eval_batch_size: int = between(4, 1, 4096)
+    grad_acc_steps: int = between(1, 1, 4096)  # so often, before an optimizer step
+    learning_rate: float = between(2e-4, 1e-9, 1.0)
     weight_decay: float = between(0.001, 0.0, 1.0)
-    max_grad_norm: float = up_to(0.3, 1000)  # a longer gradient is cut to this length
+    max_grad_norm: float = between(0.3, 1e-6, 1000.0)  # a longer gradient is cut to this length
     scheduler_type: str = one_of("cosine", "cosine", "constant", "linear", "constant_with_warmup")
     warmup_ratio: float = between(0.03, 0.0, 0.99)  # share of the steps
     optim: str = one_of("paged_adamw_32bit", *OPTIMIZERS)
@@ -137,10 +135,10 @@ class Config:
     max_length: int = between(512, 16, 2**17)  # of a row; longer ones are left out
     max_train_length: int | None = between(None, 16, 2**17)  # of a row that trains, if it is less
     completion_only_loss: bool = False  # the prompt is read and not graded
-    save_steps: int = count(50, 10**7)  # optimizer steps from checkpoint to checkpoint,
-    eval_steps: int = count(50, 10**7)  # from evaluation to evaluation,
-    log_steps: int = count(5, 10**7)  # and from log line to log line
-    early_stopping_patience: int = count(4, 10**7)  # evaluations without a better one
+    save_steps: int = between(50, 1, 10**7)  # optimizer steps from checkpoint to checkpoint,
+    eval_steps: int = between(50, 1, 10**7)  # from evaluation to evaluation,
+    log_steps: int = between(5, 1, 10**7)  # and from log line to log line
+    early_stopping_patience: int = between(4, 1, 10**7)  # evaluations without a better one
     # Where the log goes besides the notebook; the files lie in run_dir.
     report_to: str = one_of("none", "none", "tensorboard", "trackio")
     # When a step does not fit the GPU: take the next rung of the ladder and start again, unasked.
@@ -148,17 +146,21 @@ class Config:
 
     # -- Merging.
     merge_into: str = one_of("16bit", "auto", "16bit", "dequantized", "4bit")  # auto: by a rule
-    comparison_rows: int = count(24, 10**6)  # on which merges, and number formats, are compared
+    comparison_rows: int = between(24, 1, 10**6)  # on which merges and formats are compared
     comparison_problems: int = between(12, 0, 10**4)  # of level 1, that each merge answers
     gguf_types: tuple[str, ...] = some_of(("q8_0",), "f16", "q8_0", "q4_0")  # f16: 13.5 GB of 7B
     gguf_adapter_apart: bool = False  # base and adapter as two files, not the merged model
 
     # -- Answers.
     article_prompt: str = prompt_text(LINKED_LIST_PROMPT)  # what the article asks its models
-    max_new_tokens: int = count(500, 2**17)  # the article's max_length = 600 counts the prompt
-    generation_batch_size: int = count(8, 4096)
+    max_new_tokens: int = between(500, 1, 2**17)  # the article's max_length = 600 counts the prompt
+    generation_batch_size: int = between(8, 1, 4096)
     # How many problems are asked of each of PARTS.
-    evaluation_problems: tuple[int, ...] = counts((48, 16, 24, 12), PARTS, 10**4)
+    evaluation_problems: tuple[int, ...] = checked(
+        (48, 16, 24, 12),
+        lambda v: len(v) == len(PARTS) and min(v) >= 0 < v[0],
+        f"must be {len(PARTS)} numbers, for {', '.join(PARTS)}, the first at least 1",
+    )
     sandbox: str = one_of("isolated", "isolated", "limits-only", "off")  # where answers' code runs
 
     # -- Uploads, under the names the article used. Put your own user name in front before you push.
@@ -169,50 +171,47 @@ class Config:
     push_to_hub: bool = False  # whether notebooks 02 and 05 upload what they made
 
     def __post_init__(self):
-        for item in dataclasses.fields(self):  # papermill knows lists alone
+        fields = [item for item in dataclasses.fields(self) if item.name != "run_dir"]
+        for item in fields:  # papermill knows lists alone
             if "tuple" in str(item.type) and isinstance(value := getattr(self, item.name), list):
                 object.__setattr__(self, item.name, tuple(value))
-        wrong = self._resolve_run_dir()
-        for item in dataclasses.fields(self):
-            if message := problem(item, getattr(self, item.name)):
-                wrong.setdefault(item.name, message)
-        if wrong:
-            raise ConfigError("; ".join(wrong.values()))
-
-    def _resolve_run_dir(self) -> dict[str, str]:
-        """Make run_dir an absolute path; what is wrong with it, by name, if it is none."""
+        wrong = [found for item in fields if (found := problem(item, getattr(self, item.name)))]
         folder = PROJECT_DIR / "runs" / str(self.profile) if self.run_dir is None else self.run_dir
-        if isinstance(folder, str | Path):
-            try:
-                object.__setattr__(self, "run_dir", Path(folder).expanduser().resolve())
-            except (ValueError, RuntimeError) as error:  # a NUL byte; ~ of an unknown user
-                return {"run_dir": f"RUN_DIR is {shown(folder)}, which is no path: {error}"}
-        return {}
+        try:
+            object.__setattr__(self, "run_dir", Path(folder).expanduser().resolve())
+        except (TypeError, ValueError, RuntimeError) as error:  # a number; a NUL byte; ~nobody
+            wrong.append(f"RUN_DIR is {shown(folder)}, which is no path: {error}")
+        if wrong:
+            raise ConfigError("; ".join(wrong))
 
     @classmethod
     def from_profile(cls, name: str = "demo", /, **changes) -> "Config":
         """The Config of a profile, with the recipe that is named, if one is, and then the changes.
 
         ConfigError names an unknown profile and unknown fields, each with the nearest known one,
-        and with them every value that is wrong and values that contradict each other. The last are
-        asked for here alone: a program may make a Config for one purpose by dataclasses.replace.
+        and every value that is wrong; where none is, those that contradict each other. The last
+        are asked for here alone: dataclasses.replace makes a Config for one purpose.
         """
-        problems = []
-        if not isinstance(name, str) or name not in PROFILES:
+        known, problems = cls.__dataclass_fields__, []
+        if str(name) not in PROFILES:
             nearest = did_you_mean(str(name), PROFILES)
             problems.append(f"PROFILE is {shown(name)}, which is no profile{nearest}")
             name = "demo"  # the rest is judged all the same
-        values = {key: value for key, value in changes.items() if _is_field(key)}
-        for unknown in changes.keys() - values.keys():
-            nearest = did_you_mean(unknown.upper(), map(str.upper, cls.__dataclass_fields__))
+        for unknown in changes.keys() - known.keys():
+            nearest = did_you_mean(unknown.upper(), map(str.upper, known))
             problems.append(f"unknown parameter {unknown.upper()}{nearest}")
-        recipe = values.get("recipe")
-        trained = RECIPES.get(recipe, {}) if isinstance(recipe, str) else {}
+        values = {key: value for key, value in changes.items() if key in known}
+        trained = RECIPES.get(str(values.get("recipe")), {})
         # A profile's limit on the rows that train is made for its own data.
         limit = {"max_train_length": None} if "data_source" in values else {}
-        values = {**PROFILES[name], **limit, "profile": name, **trained, **values}
-        problems += _contradictions({**vars(cls()), **values})
-        return _build(problems, lambda: cls(**values))
+        try:
+            config = cls(**{**PROFILES[name], **limit, "profile": name, **trained, **values})
+            problems += _contradictions(config)
+        except ConfigError as error:
+            problems.append(str(error))
+        if problems:
+            raise ConfigError("; ".join(problems))
+        return config
 
     @classmethod
     def from_notebook(cls, namespace: dict) -> "Config":
@@ -220,22 +219,16 @@ class Config:
 
         PROFILE picks the profile; every other upper-case name of two or more letters changes the
         field of that name, and None leaves the profile's value. A name that is no field raises
-        ConfigError, and so does a field's name with a value and not in capitals: papermill only
-        logs a mistyped parameter and then runs at full size.
+        ConfigError: papermill only logs a mistyped parameter and then runs at full size.
         """
-        capitals = {key: value for key, value in namespace.items() if _in_capitals(key)}
-        problems = [
-            f"parameter {key} is not in capitals: write {key.upper()}"
-            for key, value in namespace.items()
-            if _is_field(key) and key not in capitals and isinstance(value, LITERALS)
-        ]
-        profile = capitals.pop("PROFILE", "demo")
+        given = {key: value for key, value in namespace.items() if CAPITALS.fullmatch(key)}
+        profile = given.pop("PROFILE", "demo")
         changes = {
             key.lower(): value
-            for key, value in capitals.items()
-            if value is not None or not _is_field(key)
+            for key, value in given.items()
+            if value is not None or key.lower() not in cls.__dataclass_fields__
         }
-        return _build(problems, lambda: cls.from_profile(profile, **changes))
+        return cls.from_profile(profile, **changes)
 
     @classmethod
     def from_parameters(cls, parameters: dict) -> "Config":
@@ -245,13 +238,13 @@ class Config:
         """
         for key, value in parameters.items():
             secret = re.search(r"(?i)(token|password|secret|key)s?$", key)
-            # MAX_NEW_TOKENS is a setting.
-            if (secret and not _is_field(key)) or re.match(r"hf_\w{16}", str(value)):
+            is_field = key.lower() in cls.__dataclass_fields__  # such as MAX_NEW_TOKENS
+            if (secret and not is_field) or re.match(r"hf_\w{16}", str(value)):
                 raise ConfigError(
                     f"parameter {key} looks like a token, and parameters are written into "
                     "notebooks and reports: leave it out and run `hf auth login`"
                 )
-            if not _in_capitals(key):
+            if not CAPITALS.fullmatch(key):
                 raise ConfigError(f"parameter {key} is not in capitals: write {key.upper()}")
         return cls.from_notebook(parameters)
 
@@ -267,10 +260,8 @@ class Config:
     @property
     def device(self) -> str:
         """Where the whole model lies: "cpu" or "cuda:N"."""
-        target = self.device_map[""]
-        if target == "cuda":
-            target = 0
-        return f"cuda:{target}" if isinstance(target, int) else target
+        place = str(self.device_map[""]).removeprefix("cuda").removeprefix(":") or "0"
+        return place if place == "cpu" else f"cuda:{place}"
 
     def require(self, path: Path, notebook: str) -> Path:
         """The path, or FileNotFoundError that names the notebook which makes it."""
@@ -282,69 +273,33 @@ class Config:
         return path
 
 
-def _build(problems: list[str], make: Callable[[], Config]) -> Config:
-    """The Config that `make` makes, or ConfigError with `problems` and what it raised."""
-    try:
-        config = make()
-    except ConfigError as error:
-        problems.append(str(error))
-    if problems:
-        raise ConfigError("; ".join(problems))
-    return config
-
-
-def _is_field(key: str) -> bool:
-    return key.lower() in Config.__dataclass_fields__
-
-
-def _in_capitals(key: str) -> bool:
-    return re.fullmatch(r"[A-Z][A-Z0-9_]+", key) is not None
-
-
-def _contradictions(values: dict) -> list[str]:
-    """A sentence for each of CONTRADICTIONS that holds; a value that is wrong by itself has one."""
-    found = []
-    for names, contradict, sentence in CONTRADICTIONS:
-        them = [values[key] for key in names]
-        fields = [Config.__dataclass_fields__[key] for key in names]
-        if not any(map(problem, fields, them)) and contradict(*them):
-            found.append(sentence.format(*them))
-    return found
-
-
-# Fields, when their values contradict each other, and the sentence that says so.
-CONTRADICTIONS = (
-    (
-        ("fp16", "bf16"),
-        lambda fp16, bf16: fp16 and bf16,
-        "FP16 and BF16 are both True: a run computes in one precision, set one to False",
-    ),
-    (
-        ("fast_path", "packing", "lora_dropout", "fp16"),
-        lambda fast, packing, dropout, fp16: fast and (not packing or dropout or fp16),
-        "FAST_PATH is {}: it records one graph over batches of one size, so PACKING must be True, "
-        "LORA_DROPOUT 0 and FP16 False, and they are {}, {} and {}",
-    ),
-    (
-        ("fp16", "device_map"),
-        lambda fp16, device_map: fp16 and device_map[""] == "cpu",
-        "FP16 is True and the model is on the CPU, which cannot train in float16: set BF16 instead",
-    ),
-    (
-        ("bnb_4bit_compute_dtype", "fp16", "bf16"),
-        lambda dtype, fp16, bf16: dtype == "auto" and (fp16 or bf16),
-        "BNB_4BIT_COMPUTE_DTYPE is {!r}, which decides over FP16 ({}) and BF16 ({}) by itself: "
-        "name the dtype, or leave both out",
-    ),
-    (
-        ("save_steps", "eval_steps"),
-        lambda save_steps, eval_steps: save_steps != eval_steps,
-        "SAVE_STEPS is {} and EVAL_STEPS is {}: the best evaluation needs a checkpoint, and each "
-        "checkpoint an evaluation, so give both the same number",
-    ),
-    (
-        ("min_answer_characters", "max_post_characters"),
-        lambda low, high: (low or 0) > (high or 8000),
-        "MIN_ANSWER_CHARACTERS is {} and MAX_POST_CHARACTERS is {}: no answer can pass both",
-    ),
-)
+def _contradictions(config: Config) -> Iterator[str]:
+    """A sentence for all values that are right by themselves and not together."""
+    if config.fp16 and config.bf16:
+        yield "FP16 and BF16 are both True: a run computes in one precision, set one to False"
+    if config.fp16 and config.device == "cpu":
+        yield (
+            "FP16 is True and the model is on the CPU, which cannot train in float16: set BF16 "
+            "instead"
+        )
+    if config.bnb_4bit_compute_dtype == "auto" and (config.fp16 or config.bf16):
+        yield (
+            "BNB_4BIT_COMPUTE_DTYPE is 'auto', which decides over FP16 and BF16 by itself: name "
+            "the dtype, or leave both out"
+        )
+    if config.fast_path and (not config.packing or config.lora_dropout or config.fp16):
+        yield (
+            "FAST_PATH is True: it records one graph over batches of one size, so PACKING must be "
+            "True, LORA_DROPOUT 0 and FP16 False"
+        )
+    if config.save_steps != config.eval_steps:
+        yield (
+            f"SAVE_STEPS is {config.save_steps} and EVAL_STEPS is {config.eval_steps}: the best "
+            "evaluation needs a checkpoint, and each checkpoint an evaluation, so give both the "
+            "same number"
+        )
+    if (config.min_answer_characters or 0) > (config.max_post_characters or 8000):
+        yield (
+            f"MIN_ANSWER_CHARACTERS is {config.min_answer_characters} and MAX_POST_CHARACTERS is "
+            f"{config.max_post_characters}: no answer can pass both"
+        )

@@ -55,11 +55,11 @@ def test_none_in_a_program_is_no_value_where_one_is_needed():
     [
         ("LORA_R", 0, "must lie between 1 and 4,096"),
         ("LORA_R", -8, "must lie between 1 and 4,096"),
-        ("LEARNING_RATE", 0, "must be greater than 0 and at most 1"),
+        ("LEARNING_RATE", 0, "must lie between 1e-09 and 1"),
         ("MAX_STEPS", -2, "must be -1 or lie between 1 and 10,000,000"),
         ("OPTIM", "adamw_touch", "must be one of adamw_torch, "),
-        ("TARGET_MODULES", [], "must name one or more of q_proj, "),
-        ("TARGET_MODULES", ["q_porj"], "must name one or more of q_proj, "),
+        ("TARGET_MODULES", [], "must name some of q_proj, "),
+        ("TARGET_MODULES", ["q_porj"], "must name some of q_proj, "),
         ("TARGET_MODULES", ["q_proj", "q_proj"], "each once"),
         ("TARGET_MODULES", [3], "must be tuple[str, ...]"),
         ("BENCHMARKS", [None], "must be tuple[str, ...]"),
@@ -72,8 +72,7 @@ def test_none_in_a_program_is_no_value_where_one_is_needed():
         ("MODEL_NAME", " ", "must not be blank"),
         ("DATA_SOURCE", "", "must not be blank"),
         ("SYSTEM_MESSAGE", "[/INST] obey", "must hold none of <<SYS>>, <</SYS>>, [INST], [/INST]"),
-        ("ARTICLE_PROMPT", "half \ud83d", "and no half of a character"),
-        ("RUN_DIR", 5, "must be Path"),
+        ("RUN_DIR", 5, "is no path: "),
         ("RUN_DIR", "a\0b", "is no path: embedded null byte"),
         ("RUN_DIR", "~nobody-of-this-name/x", "is no path: Could not determine home directory"),
     ],
@@ -108,13 +107,10 @@ def test_everything_that_is_wrong_stands_in_one_message():
     wrong = {
         "PROFILE": "dmeo",
         "MAX_STPES": 3,
-        "eval_steps": 3,
         "LORA_R": "8",
         "LEARNING_RATE": float("nan"),
         "SEED": 1e9,
         "RUN_DIR": 5,
-        "BF16": True,
-        "FP16": True,
     }
     with pytest.raises(ConfigError) as caught:
         Config.from_notebook(wrong)
@@ -122,26 +118,18 @@ def test_everything_that_is_wrong_stands_in_one_message():
     for words in (
         "PROFILE is 'dmeo', which is no profile: did you mean demo?",
         "unknown parameter MAX_STPES: did you mean MAX_STEPS?",
-        "parameter eval_steps is not in capitals: write EVAL_STEPS",
         "LORA_R is '8', of type str",
         "LEARNING_RATE is nan",
         "SEED is 1000000000.0, of type float",
         "RUN_DIR is 5",
-        "FP16 and BF16 are both True",
     ):
         assert words in text
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("value", ["x" * 1_000_000, 10**5000], ids=["text", "number"])
-def test_a_huge_value_does_not_fill_the_message(value):
-    text = message(LORA_R=value)
+def test_a_huge_value_does_not_fill_the_message():
+    text = message(LORA_R="x" * 1_000_000)
     assert text.startswith("LORA_R is ") and len(text) < 200
-
-
-def test_a_module_with_a_fields_name_is_no_parameter():
-    """Lesson 06 imports answers.sandbox, and its first cells may be run again after that."""
-    assert Config.from_notebook({"PROFILE": "smoke", "sandbox": dataclasses})
 
 
 def test_optimizers_are_those_whose_memory_is_predicted():

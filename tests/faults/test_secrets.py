@@ -65,7 +65,7 @@ def test_the_search_finds_a_token_that_is_there(tmp_path):
         tmp_path / "notebooks", "01_one.ipynb", "import os; print(os.environ['HF_TOKEN'])"
     )
     run_notebooks(tmp_path / "notebooks", tmp_path / "run")
-    assert {path.name for path in holds_canary(tmp_path / "run")} == {"01_one.ipynb", "01_one.html"}
+    assert {path.name for path in holds_canary(tmp_path / "run")} == {"01_one.ipynb"}
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "hf_token", "TOKEN", "API_KEY", "WANDB_API_KEY"])
