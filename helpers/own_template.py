@@ -21,7 +21,6 @@ class TemplateError(ValueError):
 class Frame:
     """What a template writes around requests and answers."""
 
-    opening: str  # the first line before a system message; later ones may hold today's date
     closing: str  # behind a request; an answer follows
     before: str | None  # an answer, such as a space; None: more turns change those before
     ending: str  # behind an answer, up to the token that ends it
@@ -47,8 +46,12 @@ def chat_text(tokenizer, messages: Messages) -> str:
                 break
     else:
         raise TemplateError("the model's own chat template refuses the conversation")
-    writes_bos = tokenizer(["x"]).encodings[0].ids[0] == tokenizer.bos_token_id
-    return text.removeprefix(tokenizer.bos_token) if writes_bos else text
+    return text.removeprefix(tokenizer.bos_token) if begins_with_bos(tokenizer) else text
+
+
+def begins_with_bos(tokenizer) -> bool:
+    """Whether a tokenizer writes BOS in front of a text; Qwen 2's, for one, does not."""
+    return tokenizer(["x"]).encodings[0].ids[0] == tokenizer.bos_token_id
 
 
 def _rendered(tokenizer, messages: Messages) -> str:
@@ -76,12 +79,11 @@ def frame_of(tokenizer) -> Frame | None:
     added = tokenizer.added_tokens_decoder.values()
     special = frozenset(token.content for token in added if token.special)
     asked = chat_text(tokenizer, messages_of(SYSTEM, [(USER, None)]))
-    opening, closing = asked.partition(SYSTEM)[0].split("\n")[0], asked.partition(USER)[2]
     again = chat_text(tokenizer, messages_of(SYSTEM, [(USER, ANSWER), (USER, None)]))
     head, _, tail = again.partition(ANSWER)
     ends = [tail.index(text) + len(text) for text in special if text in tail]
     before = head.removeprefix(asked) if head.startswith(asked) else None
-    return Frame(opening, closing, before, tail[: min(ends, default=0)], special)
+    return Frame(asked.partition(USER)[2], before, tail[: min(ends, default=0)], special)
 
 
 def messages_of(system: str, turns) -> Messages:

@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from helpers.own_template import TemplateError, chat_row, chat_text, frame_of, messages_of
-from helpers.own_template import template_of as own_template_of
+from helpers import own_template
+from helpers.own_template import Frame, TemplateError, begins_with_bos, template_of
 
 OPEN_SYSTEM, CLOSE_SYSTEM = "<<SYS>>", "<</SYS>>"
 OPEN_USER, CLOSE_USER = "[INST]", "[/INST]"
@@ -44,7 +44,7 @@ def render_prompt(user: str, system: str, own=None) -> str:
     """
     if own is not None:
         user, system = without_blank_lines(user), without_blank_lines(system)
-        return chat_text(own, messages_of(system, [(user, None)]))
+        return own_template.chat_text(own, own_template.messages_of(system, [(user, None)]))
     user, system = _clean("user text", user), _clean("system message", system)
     return f"{OPEN_USER} {OPEN_SYSTEM}\n{system}\n{CLOSE_SYSTEM}\n\n{user} {CLOSE_USER}"
 
@@ -89,7 +89,9 @@ def render_row(conversation: Conversation, tokenizer, own: bool = False) -> tupl
     EOS, which trl adds. In the tokenizer's own chat template with `own`. Raises TemplateError.
     """
     if own:
-        return chat_row(tokenizer, without_blank_lines(conversation.system), conversation.turns)
+        return own_template.chat_row(
+            tokenizer, without_blank_lines(conversation.system), conversation.turns
+        )
     user, answer = conversation.turns[0]
     prompt = render_prompt(user, conversation.system)
     if len(conversation.turns) == 1:
@@ -142,12 +144,19 @@ def parse(text: str, bos: str = "", eos: str = "") -> Conversation:
     return conversation
 
 
+def frame_for(tokenizer, prompt: str) -> Frame:
+    """What stands around the texts of a row: Llama 2's template, or the model's own."""
+    first = prompt.removeprefix(tokenizer.bos_token or "")
+    if not first or first.startswith(OPEN_USER) or not template_of(tokenizer):
+        return Frame(CLOSE_USER, " ", tokenizer.eos_token, frozenset())
+    return own_template.frame_of(tokenizer)  # type: ignore[return-value]  # it has a template
+
+
 def first_answer(tokenizer, prompt: str, completion: str) -> str:
     """The first answer of a training row, without what ends it."""
     start, end = learned_parts(tokenizer, prompt, completion)[0]
     text = (prompt + completion + tokenizer.eos_token)[start:end].removesuffix(tokenizer.eos_token)
-    frame = None if prompt.startswith(OPENING) else frame_of(tokenizer)
-    return read_completion(text.removesuffix(frame.ending) if frame else text)
+    return read_completion(text.removesuffix(frame_for(tokenizer, prompt).ending))
 
 
 def question_in(prompt: str) -> str:
@@ -160,18 +169,16 @@ def learned_parts(tokenizer, prompt: str, completion: str) -> list[tuple[int, in
 
     Each with the token that ends it. Between them stand the later requests of a conversation.
     """
-    closing, ending = CLOSE_USER, tokenizer.eos_token
-    if prompt and not prompt.startswith(OPENING) and (frame := frame_of(tokenizer)):
-        closing, ending = frame.closing, frame.ending or ending
-    text, start = prompt + completion + tokenizer.eos_token, len(prompt)
+    frame, eos = frame_for(tokenizer, prompt), tokenizer.eos_token
+    text, start = prompt + completion + eos, len(prompt)
     parts: list[tuple[int, int]] = []
     while True:
-        end = text.find(ending, start)
-        request = text.find(closing, end) if end >= 0 else -1
+        end = text.find(frame.ending or eos, start)
+        request = text.find(frame.closing, end) if end >= 0 else -1
         if request < 0:
             return [*parts, (start, len(text))]
-        parts.append((start, end + len(ending)))
-        start = request + len(closing)
+        parts.append((start, end + len(frame.ending or eos)))
+        start = request + len(frame.closing)
 
 
 def encode(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
@@ -187,11 +194,6 @@ def encode(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
         start, end = (len(tokenizer(text[:end])["input_ids"]) for end in ends)
         labels[start:end] = input_ids[start:end]
     return {"input_ids": input_ids, "labels": labels}
-
-
-def begins_with_bos(tokenizer) -> bool:
-    """Whether a tokenizer writes BOS in front of a text; Qwen 2's, for one, does not."""
-    return tokenizer(["x"]).encodings[0].ids[0] == tokenizer.bos_token_id
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
@@ -217,63 +219,45 @@ def verify_rows(
     rows = iter(rows)
     while batch := list(itertools.islice(rows, batch_size)):
         wholes = tokenizer([p + c + tokenizer.eos_token for p, c in batch]).encodings
-        for (prompt, completion), whole in zip(batch, wholes, strict=True):
-            frame = None if prompt.startswith(OPENING) else frame_of(tokenizer)
-            if frame and prompt.startswith(frame.opening):
-                problems = _own_problems(tokenizer, frame, prompt, completion, whole)
-            else:
-                problems = _template_problems(tokenizer, prompt, completion)
-                problems += _token_problems(tokenizer, prompt, completion, whole)
-            yield len(whole), problems
+        for row, whole in zip(batch, wholes, strict=True):
+            yield len(whole), _problems(tokenizer, *row, whole)
 
 
-def _template_problems(tokenizer, prompt: str, completion: str) -> list[str]:
-    text, ends = prompt + completion, ("", "")
-    if tokenizer.eos_token in completion and completion.count(OPEN_USER):  # more turns follow
-        ends = _ends(tokenizer)
-        text = ends[0] + text + ends[1]
-    try:
-        parse(text, *ends)
-    except TemplateError as error:
-        return [f"template: {error}"]
-    if not prompt.endswith(CLOSE_USER):
-        return [f"template: the prompt ends in {prompt[-10:]!r} and not in {CLOSE_USER}"]
-    return []
-
-
-def _own_problems(tokenizer, frame, prompt: str, completion: str, whole) -> list[str]:
-    """What is wrong with a row in the model's own chat template."""
-    text, problems = prompt + completion + tokenizer.eos_token, []
-    for start, end in learned_parts(tokenizer, prompt, completion):
-        answer = text[start:end].removesuffix(tokenizer.eos_token).removesuffix(frame.ending)
-        held = [mark for mark in frame.special if mark in answer]
-        problems += [f"the special token {mark} stands in the text" for mark in sorted(held)]
+def _problems(tokenizer, prompt: str, completion: str, whole) -> list[str]:
+    """What is wrong with a row, of which `whole` is the `tokenizers.Encoding`."""
+    frame, parts = frame_for(tokenizer, prompt), learned_parts(tokenizer, prompt, completion)
+    text, problems = prompt + completion, []
     if not prompt.endswith(frame.closing):
-        problems.append(f"template: the prompt ends in {prompt[-10:]!r}, not in {frame.closing!r}")
-    return problems + _seam_problems(tokenizer, prompt, completion, whole)
+        tail = f"{prompt[-10:]!r} and not in {frame.closing}"
+        problems.append(f"template: the prompt ends in {tail}")
+    if frame.closing == CLOSE_USER:
+        problems += _llama2_problems(tokenizer, text, whole.ids, len(parts))
+    for start, end in parts:
+        answer = text[start:end].removesuffix(tokenizer.eos_token).removesuffix(frame.ending)
+        held = sorted(mark for mark in frame.special if mark in answer)
+        problems += [f"the special token {mark} stands in the text" for mark in held]
+    return problems + _seam_problems(tokenizer, text, parts, whole)
 
 
-def _token_problems(tokenizer, prompt: str, completion: str, whole) -> list[str]:
-    """What is wrong with the `tokenizers.Encoding` of a row: a BOS and an EOS for each turn."""
-    bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
-    ids, eos, problems = whole.ids, tokenizer.eos_token_id, []
-    turns = len(learned_parts(tokenizer, prompt, completion))
+def _llama2_problems(tokenizer, text: str, ids: list[int], turns: int) -> list[str]:
+    """What is wrong with a row in Llama 2's template: its tags, a BOS and an EOS for each turn."""
+    problems, (bos, eos) = [], _ends(tokenizer)
+    try:
+        parse(bos + text + eos, bos, eos)
+    except TemplateError as error:
+        problems.append(f"template: {error}")
     wanted = "exactly one" if turns == 1 else f"one for each of {turns} turns"
-    added = tokenizer.added_tokens_decoder
-    for token in sorted({*ids} & {*added} - {bos, eos}):
-        if added[token].special:
-            problems.append(f"the special token {added[token].content} stands in the text")
-    for name, token, place in (("BOS", bos, 0), ("EOS", eos, -1)):
-        if token is None:
-            continue
-        if ids.count(token) != turns:
+    bos_id, eos_id = tokenizer.bos_token_id if bos else None, tokenizer.eos_token_id
+    for name, token, place in (("BOS", bos_id, 0), ("EOS", eos_id, -1)):
+        if token is not None and (ids.count(token) != turns or ids[place] != token):
             problems.append(f"{ids.count(token)} {name} tokens, there must be {wanted}")
-        if ids[place] != token:
-            problems.append(f"the text does not {'end' if place else 'begin'} with {name}")
-    return problems + _seam_problems(tokenizer, prompt, completion, whole)
+    added = tokenizer.added_tokens_decoder
+    others = [added[token] for token in sorted({*ids} & {*added})]
+    held = [other.content for other in others if other.special and other.content not in (bos, eos)]
+    return problems + [f"the special token {mark} stands in the text" for mark in held]
 
 
-def _seam_problems(tokenizer, prompt: str, completion: str, whole) -> list[str]:
+def _seam_problems(tokenizer, text: str, parts, whole) -> list[str]:
     """What is wrong where an answer begins, and where it ends.
 
     What stands before need not be tokenized by itself: where one token ends at the seam and the
@@ -281,10 +265,10 @@ def _seam_problems(tokenizer, prompt: str, completion: str, whole) -> list[str]:
     Some tokenizers do not say where a space lies; then it is tokenized.
     """
     merged, unlearned = False, whole.ids[-1] != tokenizer.eos_token_id
-    for start, end in learned_parts(tokenizer, prompt, completion):
+    for start, end in parts:
         last, first = whole.char_to_token(start - 1), whole.char_to_token(start)
         if last is None or first is None:
-            alone = tokenizer([(prompt + completion)[:start]]).encodings[0].ids
+            alone = tokenizer([text[:start]]).encodings[0].ids
             merged, first = merged or whole.ids[: len(alone)] != alone, len(alone)
         merged = merged or last == first
         # The labels are the tokens of the answer: without its end no model would learn to stop.
@@ -310,7 +294,7 @@ def _clean(what: str, text: str) -> str:
 
 def template_text(tokenizer, own: bool = False) -> str:
     """The template as a dataset's note holds it: Llama 2's, or with `own` the model's."""
-    return own_template_of(tokenizer) if own else TEMPLATE
+    return template_of(tokenizer) if own else TEMPLATE
 
 
 TEMPLATES = ("llama2", "model")  # what TEMPLATE can be
