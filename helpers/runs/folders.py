@@ -7,7 +7,6 @@ what is not is found by the next run, which removes it.
 import contextlib
 import datetime
 import errno
-import json
 import os
 import re
 import shutil
@@ -29,17 +28,13 @@ class InUse(RuntimeError):
     """Another process writes there. The message names its pid and since when it runs."""
 
 
-class Unwritable(OSError):
-    """A folder cannot be made or written. The message names it and what to do."""
-
-
 def writable(folder: Path) -> Path:
-    """The folder, made if need be. Raises Unwritable."""
+    """The folder, made if need be. Raises OSError that says what to do."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
     except OSError as error:
-        raise Unwritable(
+        raise OSError(
             f"the run folder {folder} cannot be written ({error.strerror}): set RUN_DIR to a "
             "folder of your own"
         ) from error
@@ -64,7 +59,7 @@ def whole_folder(final: Path, needed: int = 0) -> Iterator[Path]:
     `needed` is its size in bytes, if known. Raises DiskFull, before or while it is written; InUse.
     """
     draft, earlier = (final.with_name(f".{final.name}.{state}") for state in ("partial", "earlier"))
-    with writing_in(final.parent), alone(final.parent, final.name):
+    with writing_in(final.parent):
         if earlier.exists() and not final.exists():  # killed between the two renames below
             earlier.rename(final)
         for left_over in (draft, earlier):
@@ -74,7 +69,6 @@ def whole_folder(final: Path, needed: int = 0) -> Iterator[Path]:
         try:
             with full_disk_said(final):
                 yield draft
-            follow_umask(draft)
             # Moved aside and not deleted in place: a folder that is half deleted looks complete.
             if final.exists():
                 final.rename(earlier)
@@ -82,13 +76,6 @@ def whole_folder(final: Path, needed: int = 0) -> Iterator[Path]:
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(earlier, ignore_errors=True)
-
-
-def follow_umask(folder: Path) -> None:
-    """Open the files below a folder to whom the umask opened it: safetensors does so to nobody."""
-    mode = folder.stat().st_mode & 0o666
-    for path in filter(Path.is_file, folder.rglob("*")):
-        path.chmod(mode)
 
 
 @contextlib.contextmanager
@@ -125,58 +112,41 @@ def write_text(path: Path, text: str) -> Path:
 
 
 @contextlib.contextmanager
-def alone(folder: Path, what: str) -> Iterator[None]:
-    """Hold `what` in a folder against other processes, in a with-statement. Raises InUse, at once.
-
-    The operating system drops the lock of a process that dies, whatever it dies of.
-    """
-    lock, owner = filelock.FileLock(writable(folder) / f".{what}.lock"), _owner(folder, what)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        found = _record(owner)
-        who = "process {pid}, which started at {started}" if found else "another process"
-        raise InUse(
-            f"{folder}: {what} is being written by {who.format(**found)}: wait until it ends, stop "
-            "it, or give this run another folder by RUN_DIR"
-        ) from error
-    try:
-        started = datetime.datetime.fromtimestamp(psutil.Process().create_time())
-        record = {"pid": os.getpid(), "started": started.isoformat(" ", "seconds")}
-        owner.write_text(json.dumps(record), encoding="utf-8")
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
-
-
-@contextlib.contextmanager
 def writing_in(folder: Path) -> Iterator[None]:
-    """Hold a whole folder while something is written in it, as the runner does. Raises InUse.
+    """Hold a folder against other processes, in a with-statement. Raises InUse, at once.
 
     What the holder itself calls or starts is let in: a run's kernels, and what a training saves.
+    The operating system drops the lock of a process that dies, whatever it dies of.
     """
+    lock = filelock.FileLock(writable(folder) / ".run.lock")
+    owner = folder / ".run.lock.pid"  # beside it: Windows lets nobody read a locked file
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(alone(folder, "run"))
-        except InUse:
-            own = [os.getpid(), *(process.pid for process in psutil.Process().parents())]
-            if _record(_owner(folder, "run")).get("pid") not in own:
-                raise
+            held.enter_context(lock.acquire(timeout=0))
+            held.callback(owner.unlink, missing_ok=True)
+            owner.write_text(str(os.getpid()), encoding="utf-8")
+        except filelock.Timeout as error:
+            holder, this = _process(owner), psutil.Process()
+            if holder not in [this, *this.parents()]:
+                raise InUse(_in_use(folder, holder)) from error
         yield
 
 
-def _owner(folder: Path, what: str) -> Path:
-    """Where it stands who holds a lock: beside it, for Windows lets nobody read a locked file."""
-    return folder / f".{what}.lock.json"
-
-
-def _record(owner: Path) -> dict:
-    """Who holds a lock, "pid" and "started"; nothing of one who just starts or just ends."""
+def _process(owner: Path) -> psutil.Process | None:
+    """The process whose id stands in a file; None of one who just starts or just ends."""
     try:
-        return json.loads(owner.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
+        return psutil.Process(int(owner.read_text("utf-8")))
+    except (OSError, ValueError, psutil.Error):
+        return None
+
+
+def _in_use(folder: Path, holder: psutil.Process | None) -> str:
+    who = "another process"
+    if holder:
+        started = datetime.datetime.fromtimestamp(holder.create_time())
+        who = f"process {holder.pid}, which started at {started:%Y-%m-%d %H:%M:%S}"
+    advice = "wait until it ends, stop it, or give this run another folder by RUN_DIR"
+    return f"{folder} is being written by {who}: {advice}"
 
 
 def public_name(name: str) -> str:

@@ -1,15 +1,14 @@
 """What a notebook ran with: kept in the executed notebook, and gathered in manifest.json.
 
-Its record holds the parameters that were given, the settings they came to, environment, versions,
-the SHA-256 of all that the notebook `read`, and afterwards of what it `wrote`. A file has the path
-that it has in the project or in the run folder; one that a parameter names stands below that name.
+Its record holds the parameters that were given, the settings they came to, hardware, versions, the
+SHA-256 of all that the notebook `read`, and afterwards of what it `wrote`. A file has the path that
+it has in the project or in the run folder; one that a parameter names stands below that name.
 """
 
 import dataclasses
 import hashlib
 import json
 import re
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import nbformat
@@ -47,7 +46,6 @@ def taken_before(config: Config, source: Path, parameters: dict) -> dict:
         "parameters": {name: parameters[name] for name in parameters if name != "RUN_DIR"},
         "settings": settings_of(config),
         "environment": environment(),
-        "versions": versions(),
         "read": read_by(settings_of(config), config.run_dir, source),
     }
 
@@ -138,32 +136,14 @@ def why_unfinished(config: Config, source: Path) -> str:
 
 def differences(recorded: dict, found: dict) -> list[str]:
     """A few words for each name whose value is not the recorded one."""
-    names = [name for name in {**recorded, **found} if recorded.get(name) != found.get(name)]
-    return [_difference(name, recorded, found) for name in sorted(names)]
-
-
-def _difference(name: str, recorded: dict, found: dict) -> str:
-    if name not in found:
-        return f"{name} is gone"
-    if name not in recorded:
-        return f"{name} is new"
-    if re.fullmatch("[0-9a-f]{64}", str(recorded[name])):
-        return f"{name} has changed"
-    return f"{name} was {recorded[name]} and is {found[name]}"
-
-
-def versions() -> dict[str, str]:
-    """The version of each package of requirements.txt that is installed: Colab has not all."""
-    lines = (PROJECT_DIR / "requirements.txt").read_text("utf-8").splitlines()
-    names = [found[0] for line in lines if (found := re.match(r"[\w.-]+(?===)", line))]
-    return {name: installed for name in names if (installed := _version(name))}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
+    said = [f"{name} is gone" for name in recorded.keys() - found.keys()]
+    said += [f"{name} is new" for name in found.keys() - recorded.keys()]
+    for name in recorded.keys() & found.keys():
+        then, now = recorded[name], found[name]
+        is_hash = re.fullmatch("[0-9a-f]{64}", str(then))
+        if then != now:
+            said.append(f"{name} " + ("has changed" if is_hash else f"was {then} and is {now}"))
+    return sorted(said)
 
 
 def write_manifest(run_dir: Path) -> Path:
@@ -194,5 +174,6 @@ def _wrong(run_dir: Path, name: str, record: dict) -> list[str]:
     if (executed := run_dir / "executed" / name).exists():
         wrote[f"executed/{name}"] = cells_hash(nbformat.read(executed, as_version=4))
     read = read_by(record["settings"], run_dir, lessons.NOTEBOOKS_DIR / name)
-    now = {"read": read, "wrote": wrote, "versions": versions()}
+    same = {name: record["environment"][name] for name in ("date", "hardware")}
+    now = {"read": read, "wrote": wrote, "environment": environment() | same}
     return [text for part in now for text in differences(record[part], now[part])]

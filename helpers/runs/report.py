@@ -5,8 +5,6 @@ metrics/, every text is escaped, and its policy forbids scripts and anything fro
 """
 
 import base64
-import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -26,10 +24,7 @@ README_PICTURE = PROJECT_DIR / "notebooks" / "images" / "base_and_tuned.png"
 
 # Lesson, metric, what a reader calls it: the headline numbers of a run, in order.
 HEADLINES = (
-    ("01", "lora_parameters", "numbers that LoRA trains in one layer"),
-    ("01", "full_parameters", "numbers in that layer"),
     ("02", "kept_pairs", "question-and-answer pairs kept"),
-    ("03", "bits_per_parameter", "bits per 4-bit parameter"),
     ("04", "trainable_percent", "percent of the weights trained"),
     ("04", "eval_loss_before", "validation loss before training"),
     ("04", "eval_loss_after", "validation loss after training"),
@@ -42,8 +37,6 @@ HEADLINES = (
     ("06", "pass_rate_level3_tuned", "level 3 passed, tuned"),
     ("06", "stop_rate_base_chat", "answers that stop by themselves, base"),
     ("06", "stop_rate_tuned", "answers that stop by themselves, tuned"),
-    ("06", "parse_rate_tuned", "answers with code that parses, tuned"),
-    ("06", "steps_rate_tuned", "answers explained in steps, tuned"),
 )
 
 
@@ -76,56 +69,41 @@ PAGE = Path(__file__).with_name("report.html.jinja").read_text("utf-8")
 TEMPLATE = jinja2.Template(PAGE, finalize=_shown, autoescape=True)
 
 
-@dataclasses.dataclass
-class Section:
-    """A part of the page. What is empty is left out, and a part with nothing in it too."""
+def sections(config: Config) -> list[dict]:
+    """The parts of the page, in order, each with a title; the page leaves out those without more.
 
-    title: str
-    heads: Sequence[str] = ()
-    rows: Sequence[Sequence] = ()
-    figures: Sequence[tuple[str, str]] = ()  # (alternative text, PNG in base 64)
-    text: str = ""
-
-
-def sections(config: Config) -> list[Section]:
-    """The parts of the page, in order."""
-    metrics, records = read_metrics(config), [*records_in(config.run_dir).values()]
+    That is `heads` and `rows` of a table, `figures` as (alternative text, PNG), or a `text`.
+    """
+    folder, metrics = config.executed_dir, read_metrics(config)
     models = models_asked(metrics.get("06", {}))
+    heads = ("share of answers that", *models)
     scores = score_rows(metrics.get("06", {}), models)
-    drawn = [Section(title, figures=_figures(config.executed_dir, n)) for n, title in DRAWN.items()]
     pairs = [
         output["text/plain"]
-        for source, output, _ in _outputs(config.executed_dir, "06")
+        for source, output, _ in _outputs(folder, "06")
         if "side_by_side(" in source and "text/html" in output
     ]
     numbers = [(n, name, _number(v)) for n in metrics for name, v in metrics[n].items()]
-    environment = _over_all([record["environment"] for record in records])
+    ran = [record["environment"].items() for record in records_in(config.run_dir).values()]
     return [
-        Section("Headline numbers", ("notebook", "what", "value"), headline_rows(config)),
-        Section("Recipe", ("setting", "article", "this run"), recipe_rows(records)),
-        *drawn,
-        Section("Scores, with 95 % intervals", ("share of answers that", *models), scores),
-        Section("Answers", text=(pairs or [""])[0]),
-        Section("All numbers", ("notebook", "name", "value"), numbers),
-        Section("Environment", ("what", "value"), [*environment.items()]),
+        _table("Headline numbers", ("notebook", "what", "value"), headline_rows(config)),
+        _table("Recipe", ("setting", "article", "this run"), recipe_rows(config)),
+        *({"title": title, "figures": _figures(folder, n)} for n, title in DRAWN.items()),
+        _table("Scores, with 95 % intervals", heads, scores),
+        {"title": "Answers", "text": (pairs or [""])[0]},
+        _table("All numbers", ("notebook", "name", "value"), numbers),
+        _table("Environment", ("what", "value"), (ran or [[]])[-1]),
     ]
 
 
-def _over_all(found: list[dict]) -> dict[str, str]:
-    """Each name with its value; where notebooks ran with different ones, with all of them."""
-    names = dict.fromkeys(name for values in found for name in values)
-    return {
-        name: ", ".join(dict.fromkeys(str(values[name]) for values in found if name in values))
-        for name in names
-    }
+def _table(title: str, heads: tuple, rows) -> dict:
+    return {"title": title, "heads": heads, "rows": [*rows]}
 
 
-def recipe_rows(records: list[dict]) -> list[tuple]:
-    """(setting, the article's value, that of the notebooks' records) for each that differs."""
-    article = _over_all([settings_of(Config.from_profile("article"))])
-    mine = _over_all([record["settings"] for record in records])
-    names = [name for name in mine if name != "profile" and mine[name] != article.get(name)]
-    return [(name, article.get(name, ""), mine[name]) for name in names]
+def recipe_rows(config: Config) -> list[tuple]:
+    """(setting, the article's value, this run's) for each that differs."""
+    article, mine = settings_of(Config.from_profile("article")), settings_of(config)
+    return [(name, article[name], mine[name]) for name in mine if mine[name] != article[name]]
 
 
 def _outputs(folder: Path, number: str) -> list[tuple[str, dict, dict]]:

@@ -28,9 +28,6 @@ CELL_TIMEOUT_SECONDS = 6 * 60 * 60
 # How long a kernel that is told to stop may take, to write a checkpoint for example.
 SHUTDOWN_SECONDS = 60
 BAR = "{desc:34} {percentage:3.0f}% |{bar:24}| {elapsed}"
-# What a run of `demo` leaves (600 MB, measured) and its drafts. A large model's weights are counted
-# when they are saved.
-RUN_BYTES = 1_000_000_000
 ENDINGS = (PapermillExecutionError, DeadKernelError, CellTimeoutError, KeyboardInterrupt)
 
 
@@ -49,16 +46,15 @@ def run(profile, run_dir=None, only=None, first=None, parameters=None, timeout=N
     """Execute the notebooks that are not finished, write report and manifest, return the Config.
 
     `only` runs one notebook, `first` runs it and all after it, whether finished or not. Raises
-    ConfigError, DiskFull or InUse before anything starts, RunStopped when a notebook does not end.
+    ConfigError or InUse before anything starts, RunStopped when a notebook does not end.
     """
     parameters = {"PROFILE": profile, "RUN_DIR": run_dir, **(parameters or {})}
     config = Config.from_parameters(parameters)
     given = {name: value for name, value in parameters.items() if value is not None}
     chosen = notebooks(only)
     forced = [path for path in chosen if only or (first and path >= notebooks(first)[0])]
-    folders.need_space(config.run_dir, RUN_BYTES, "a run")
     stopped = None
-    with folders.alone(config.run_dir, "run"):
+    with folders.writing_in(config.run_dir):
         try:
             _run_in_order(config, chosen, forced, given, timeout or CELL_TIMEOUT_SECONDS)
         except RunStopped as stop:
@@ -88,8 +84,7 @@ def _execute(config: Config, source: Path, parameters: dict, timeout: float) -> 
     failed.unlink(missing_ok=True)
     record, error = provenance.taken_before(config, source, parameters), None
     try:
-        with folders.full_disk_said(final):
-            _papermill(source, draft, parameters, timeout)
+        _papermill(source, draft, parameters, timeout)
     except ENDINGS as ended:
         if not draft.exists():
             raise
@@ -103,10 +98,8 @@ def _execute(config: Config, source: Path, parameters: dict, timeout: float) -> 
         draft.replace(failed)
         exit_code, reason = _why(error, timeout)
         raise RunStopped(f"{source.stem}, {place}: {reason}", exit_code) from error
-    record = provenance.completed(record, config, source, notebook)
-    notebook.metadata[provenance.KEY] = record
-    with folders.full_disk_said(final):
-        nbformat.write(notebook, draft)
+    notebook.metadata[provenance.KEY] = provenance.completed(record, config, source, notebook)
+    nbformat.write(notebook, draft)
     draft.replace(final)
 
 

@@ -74,7 +74,6 @@ class SealCheckpoints(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         wait_for_all()  # each process of DDP adds its own random numbers
         if state.is_world_process_zero:
-            folders.follow_umask(folder_of_step(args, state))
             inventory.seal(folder_of_step(args, state))
 
 

@@ -99,7 +99,7 @@ def folder_hashes(folder: Path, pattern: str = "*") -> dict[str, str]:
 def left_over(folder: Path) -> list[str]:
     """Names below a folder that only an unfinished write has; locks may stay."""
     hidden = [path.name for path in folder.rglob(".*")]
-    return [name for name in hidden if not name.endswith((".lock", ".lock.json"))]
+    return [name for name in hidden if not name.endswith((".lock", ".lock.pid"))]
 
 
 def write_notebook(folder: Path, name: str, *sources: str) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from helpers.config import Config
 from helpers.merging import export
 from helpers.model import embedded, loading
-from helpers.runs import folders, lessons, runner
+from helpers.runs import folders, runner
 from tests.faults.staging import (
     folder_hashes,
     left_over,
@@ -140,35 +140,6 @@ def test_a_disk_that_fills_while_merging_keeps_the_earlier_merge(tiny_config, me
     assert text.startswith("merged could not be written whole")
     assert folder_hashes(tiny_config.merged_dir) == merged
     assert left_over(tiny_config.run_dir) == []
-
-
-# -- The runner.
-
-
-def test_a_run_says_need_and_room_before_it_starts(tmp_path, nearly_full, monkeypatch):
-    monkeypatch.setattr(runner, "_run_in_order", lambda *a: pytest.fail("notebooks were started"))
-    with pytest.raises(folders.DiskFull, match=r"a run needs 1,000.0 MB in .*, 0.4 MB are free"):
-        run_notebooks(lessons.NOTEBOOKS_DIR, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def run_job(folder):
-    run_notebooks(folder / "notebooks", folder / "run")
-
-
-@pytest.mark.slow
-def test_a_disk_that_fills_while_a_notebook_is_written(tmp_path):
-    large = "print('x' * 400_000)"
-    write_notebook(tmp_path / "notebooks", "01_one.ipynb", "print('small')")
-    write_notebook(tmp_path / "notebooks", "02_two.ipynb", large, "print('later')")
-    text = sentence(tmp_path, 300_000, run_job, tmp_path)
-    assert text.startswith("02_two.ipynb could not be written whole")
-    executed = tmp_path / "run" / "executed"
-    first = (executed / "01_one.ipynb").read_bytes()
-    assert [path.name for path in executed.glob("[0-9]*.ipynb")] == ["01_one.ipynb"]
-    assert start(run_job, tmp_path) == 0
-    assert (executed / "02_two.ipynb").exists() and left_over(tmp_path / "run") == []
-    assert (executed / "01_one.ipynb").read_bytes() == first
 
 
 def test_another_error_is_not_taken_for_a_full_disk(tmp_path):

@@ -259,7 +259,7 @@ def test_it_holds_what_each_notebook_ran_with(stage):
     assert record["parameters"] == {"PROFILE": "smoke", **stage.given}
     assert record["settings"]["max_steps"] == 7 and record["settings"]["lora_r"] == 64
     assert "CPU cores" in record["environment"]["hardware"]
-    assert record["versions"]["torch"].startswith("2.") and "trl" in record["versions"]
+    assert record["environment"]["torch"].startswith("2.") and "trl" in record["environment"]
     assert record["read"].keys() >= {
         *("notebooks/01_one.ipynb", "notebooks/04_four.ipynb", "helpers/training/safety.py"),
         *("dataset/train/data.arrow", "MODEL_NAME/model.safetensors"),
@@ -285,8 +285,6 @@ def test_one_notebook_with_a_parameter_leaves_the_others_theirs(stage):
     stage.run({"MAX_STEPS": 3}, only="04")
     found = stage.manifest()
     assert found.pop("04_four.ipynb")["settings"]["max_steps"] == 3 and found == others
-    report = (stage.run_dir / "report.html").read_text("utf-8")
-    assert "<td>max_steps</td><td>1000</td><td>7, 3</td>" in report
 
 
 def test_a_failed_notebook_has_its_record_too_and_is_not_in_the_manifest(stage):
@@ -329,8 +327,7 @@ def test_everything_that_differs_is_named_at_once(stage, edit, capsys):
     ("part", "name", "value", "message"),
     [
         ("read", "helpers/prompts.py", "0" * 64, "helpers/prompts.py has changed"),
-        ("versions", "torch", "1.0", "torch was 1.0 and is 2."),
-        ("versions", "no-such-package", "1.0", "no-such-package is gone"),
+        ("environment", "torch", "1.0", "torch was 1.0 and is 2."),
         ("read", "MODEL_NAME/model.safetensors", "0" * 64, "MODEL_NAME/model.safetensors has chan"),
     ],
 )

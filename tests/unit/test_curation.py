@@ -34,7 +34,6 @@ from helpers.data.split import choose_validation, find_leaks, row_pairs, validat
 from helpers.data.workers import spread_over
 from helpers.merging import publishing
 from helpers.merging.publishing import NotLoggedIn
-from helpers.runs import folders
 from tests.conftest import write_bos_twice
 from tests.faults.staging import left_over
 from tests.notebook_code import curate
@@ -699,7 +698,7 @@ def test_an_unwritable_run_folder(tmp_path):
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     config = Config.from_profile("demo", run_dir=tmp_path / "file" / "run")
     with pytest.raises(
-        folders.Unwritable,
+        OSError,
         match=r"run folder .*cannot be written \(Not a directory\): set RUN_DIR",
     ):
         curate(config)

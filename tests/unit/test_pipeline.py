@@ -65,7 +65,7 @@ def test_runs_in_order_and_writes_the_report(run):
 
 def test_headlines_show_counts_whole_and_rates_short(run):
     config = run()
-    inventory.record_metrics(config, "01", {"full_parameters": 16_777_216})
+    inventory.record_metrics(config, "02", {"kept_pairs": 16_777_216})
     inventory.record_metrics(config, "06", {"stop_rate_tuned": 0.15625})
     assert [value for _, _, value in report.headline_rows(config)] == ["16,777,216", "0.1562"]
 

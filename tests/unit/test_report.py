@@ -106,17 +106,6 @@ def test_date_and_hardware_are_those_of_the_run(page):
     assert "<td>hardware</td><td>64 CPU cores</td>" in page
 
 
-def test_notebooks_that_ran_with_different_settings_or_on_different_days_show_both(config):
-    path = config.executed_dir / "06_answers.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    notebook.metadata.ran_with["environment"]["date"] = "2026-01-03"
-    notebook.metadata.ran_with["settings"]["max_steps"] = 3
-    nbformat.write(notebook, path)
-    page = report.write_report(config).read_text("utf-8")
-    assert "<td>date</td><td>2026-01-02, 2026-01-03</td>" in page
-    assert "<td>max_steps</td><td>1000</td><td>20, 3</td>" in page
-
-
 def test_a_run_that_stopped_at_once_has_a_page_too(tmp_path):
     config = Config.from_profile("smoke", run_dir=tmp_path)
     page = report.write_report(config, "01 <b> said why").read_text("utf-8")
