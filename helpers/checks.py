@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import re
 import sys
-import types
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import field
@@ -88,13 +87,11 @@ def shown(value) -> str:
 
 
 def _fits(value, annotation) -> bool:
-    if isinstance(annotation, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
         kind = typing.get_args(annotation)[0]
         return isinstance(value, tuple) and all(type(part) is kind for part in value)
-    if annotation in (int, float) and isinstance(value, bool):
-        return False
+    if isinstance(value, bool):  # is an int to Python
+        return annotation is bool
     if annotation is float:  # NaN is not below any number
         return isinstance(value, int | float) and abs(value) <= sys.float_info.max
     return isinstance(value, annotation)

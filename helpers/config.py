@@ -278,28 +278,13 @@ def _contradictions(config: Config) -> Iterator[str]:
     if config.fp16 and config.bf16:
         yield "FP16 and BF16 are both True: a run computes in one precision, set one to False"
     if config.fp16 and config.device == "cpu":
-        yield (
-            "FP16 is True and the model is on the CPU, which cannot train in float16: set BF16 "
-            "instead"
-        )
+        yield "FP16 is True and the model is on the CPU, which cannot train in float16: set BF16"
     if config.bnb_4bit_compute_dtype == "auto" and (config.fp16 or config.bf16):
-        yield (
-            "BNB_4BIT_COMPUTE_DTYPE is 'auto', which decides over FP16 and BF16 by itself: name "
-            "the dtype, or leave both out"
-        )
+        yield "BNB_4BIT_COMPUTE_DTYPE 'auto' decides over FP16 and BF16: name it, or leave both out"
     if config.fast_path and (not config.packing or config.lora_dropout or config.fp16):
-        yield (
-            "FAST_PATH is True: it records one graph over batches of one size, so PACKING must be "
-            "True, LORA_DROPOUT 0 and FP16 False"
-        )
+        yield "FAST_PATH is True: then PACKING must be True, LORA_DROPOUT 0 and FP16 False"
     if config.save_steps != config.eval_steps:
         yield (
-            f"SAVE_STEPS is {config.save_steps} and EVAL_STEPS is {config.eval_steps}: the best "
-            "evaluation needs a checkpoint, and each checkpoint an evaluation, so give both the "
-            "same number"
-        )
-    if (config.min_answer_characters or 0) > (config.max_post_characters or 8000):
-        yield (
-            f"MIN_ANSWER_CHARACTERS is {config.min_answer_characters} and MAX_POST_CHARACTERS is "
-            f"{config.max_post_characters}: no answer can pass both"
+            f"SAVE_STEPS is {config.save_steps} and EVAL_STEPS is {config.eval_steps}: give both "
+            "the same number, for the best evaluation needs its checkpoint"
         )

@@ -35,18 +35,17 @@ def chat_text(tokenizer, messages: Messages) -> str:
     """
     from jinja2 import TemplateError as Refused  # here: who needs no chat template need not wait
 
-    forms, (first, second) = [messages], [*messages, {}][:2]
-    if first["role"] == "system":
-        joined = f"{first['content']}\n\n{second['content']}"
+    forms, system = [messages], messages[0]["content"]
+    if messages[0]["role"] == "system":
+        joined = f"{system}\n\n{messages[1]['content']}"
         forms.append([{"role": "user", "content": joined}, *messages[2:]])
     for form in forms:
         with contextlib.suppress(Refused):
             text = _rendered(tokenizer, form)
-            if first["content"].strip() in text:
-                break
-    else:
-        raise TemplateError("the model's own chat template refuses the conversation")
-    return text.removeprefix(tokenizer.bos_token) if begins_with_bos(tokenizer) else text
+            if system.strip() in text:
+                bos = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
+                return text.removeprefix(bos)
+    raise TemplateError("the model's own chat template refuses the conversation")
 
 
 def begins_with_bos(tokenizer) -> bool:
@@ -119,10 +118,9 @@ def chat_row(tokenizer, system: str, turns) -> tuple[str, str]:
         for place in range(len(turns))
     ]
     text = asked[0]
-    for place, following in enumerate(asked[1:]):
-        answer = turns[place][1]
-        head, _, rest = following[len(asked[place]) :].partition(answer.strip())
-        if not following.startswith(asked[place]) or head.strip():
+    for (_, answer), shown, following in zip(turns, asked, asked[1:], strict=False):
+        head, _, rest = following.removeprefix(shown).partition(answer.strip())
+        if head.strip():
             raise TemplateError(f"the model's template changes the answer {answer[:60]!r}")
         text += before + answer + rest
     text += before + turns[-1][1] + frame.ending.removesuffix(tokenizer.eos_token)

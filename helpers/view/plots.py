@@ -9,27 +9,20 @@ from IPython.display import display
 from matplotlib import cycler
 from matplotlib.patches import FancyBboxPatch
 
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = (
-    *("#0072B2", "#E69F00", "#009E73"),
-    *("#D55E00", "#CC79A7", "#56B4E9"),
-)
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
+BLUE, RED = COLOURS[0], COLOURS[3]
 
 STYLE = {
     "figure.figsize": (7.0, 3.6),
-    "figure.dpi": 100,
-    "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
-    "axes.facecolor": "white",
     "axes.grid": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": cycler(color=(BLUE, ORANGE, GREEN, RED, PURPLE, SKY), linestyle=DASHES),
+    "axes.prop_cycle": cycler(color=COLOURS, linestyle=DASHES),
     "grid.color": "#DDDDDD",
     "axes.axisbelow": True,
-    "font.size": 10,
     "axes.titlesize": 11,
-    "image.cmap": "viridis",
 }
 plt.rcParams.update(STYLE)
 
