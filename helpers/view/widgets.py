@@ -13,6 +13,7 @@ from io import BytesIO
 import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from helpers.view import plots
@@ -91,18 +92,14 @@ def rank_slider(matrix: np.ndarray, truncate: Callable, start: int = 8) -> ipywi
     return followed(draw, slider)
 
 
-def plan_figure(title: str, parts: dict[str, int], card: int) -> Figure:
-    """The parts of a step (name -> bytes) laid end to end, and the card's room in bytes."""
-    figure, axis = plt.subplots()
-    sizes = np.array(list(parts.values())) / GIB
-    ends = np.cumsum(sizes)
-    bars = axis.barh(list(parts), sizes, left=ends - sizes, color=plots.BLUE)
-    axis.bar_label(bars, [f"{size:.2f}" for size in sizes], padding=3)
-    axis.axvline(card / GIB, color=plots.RED, linestyle="--")
-    axis.set(title=f"{title}: {ends[-1]:.1f} GiB", xlabel="memory (GiB); dashed: the card")
-    axis.set(ylabel="part of the step", xlim=(0, 1.25 * max(card / GIB, ends[-1])))
+def plan_figure(name: str, parts: dict[str, int], card: int) -> Figure:
+    """The parts of a step (name -> bytes), each with its size, beside the card's room in bytes."""
+    sizes = pd.Series(parts) / GIB
+    title = f"{name}: {sizes.sum():.1f} of {card / GIB:.0f} GiB"
+    axis = sizes.plot.barh(title=title, xlabel="memory (GiB)", ylabel="part of the step")
+    axis.bar_label(axis.containers[0], fmt="%.2f", padding=3)
     axis.invert_yaxis()
-    return figure
+    return axis.figure
 
 
 def will_it_fit(models: dict, cards: dict[str, int], plan: Callable) -> ipywidgets.VBox:

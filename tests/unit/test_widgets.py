@@ -65,9 +65,8 @@ def test_every_part_of_a_step_has_a_bar_of_its_own_and_its_size_beside_it():
     parts = {"weights": 3 * predict.GIB, "logits": 0, "activations": predict.GIB // 2}
     axis = widgets.plan_figure("small", parts, 4 * predict.GIB).axes[0]
     assert [label.get_text() for label in axis.texts] == ["3.00", "0.00", "0.50"]
-    assert [bar.get_x() for bar in axis.patches] == [0, 3, 3]
-    assert axis.lines[0].get_xdata()[0] == 4 < axis.get_xlim()[1]
-    assert axis.get_title() == "small: 3.5 GiB"
+    assert [bar.get_width() for bar in axis.patches] == [3, 0, 0.5]
+    assert axis.get_title() == "small: 3.5 of 4 GiB"
     plt.close(axis.figure)
 
 
