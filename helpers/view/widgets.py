@@ -96,10 +96,11 @@ def plan_figure(name: str, parts: dict[str, int], card: int) -> Figure:
     """The parts of a step (name -> bytes), each with its size, beside the card's room in bytes."""
     sizes = pd.Series(parts) / GIB
     title = f"{name}: {sizes.sum():.1f} of {card / GIB:.0f} GiB"
-    axis = sizes.plot.barh(title=title, xlabel="memory (GiB)", ylabel="part of the step")
+    figure, axis = plt.subplots()
+    sizes.plot.barh(ax=axis, title=title, xlabel="memory (GiB)", ylabel="part of the step")
     axis.bar_label(axis.containers[0], fmt="%.2f", padding=3)
     axis.invert_yaxis()
-    return axis.figure
+    return figure
 
 
 def will_it_fit(models: dict, cards: dict[str, int], plan: Callable) -> ipywidgets.VBox:
