@@ -43,8 +43,6 @@ OPTIMIZERS = (
     *("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit"),
     *("paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw"),
 )
-
-
 CAPITALS = re.compile(r"[A-Z][A-Z0-9_]+")  # the name of a parameter
 
 
