@@ -156,8 +156,8 @@ class Config:
     # How many problems are asked of each of PARTS.
     evaluation_problems: tuple[int, ...] = checked(
         (48, 16, 24, 12),
-        lambda v: len(v) == len(PARTS) and min(v) >= 0 < v[0],
-        f"must be {len(PARTS)} numbers, for {', '.join(PARTS)}, the first at least 1",
+        lambda v: len(v) == len(PARTS) and 0 <= min(v) <= max(v) <= 10**4 and v[0] > 0,
+        f"must be 4 whole numbers from 0 to 10,000, for {', '.join(PARTS)}, the first at least 1",
     )
     sandbox: str = one_of("isolated", "isolated", "limits-only", "off")  # where answers' code runs
 
