@@ -47,10 +47,10 @@ def write_checkpoint(folder: Path, size: str) -> None:
     """A Llama 2 of zeros with a tokenizer: a safetensors file that is a header and a hole."""
     import math
 
+    from benchmarks.llama2 import llama2_config
     from benchmarks.training import word_tokenizer
-    from helpers.model import architecture
 
-    shape = architecture.llama2_config(size)
+    shape = llama2_config(size)
     shape.architectures = ["LlamaForCausalLM"]
     shape.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
@@ -79,8 +79,9 @@ def one(size: str, cap: float, length: int, way: str) -> dict:
     """Plan for a cap in GiB, train STEPS steps, compare bytes."""
     import torch
 
+    from benchmarks.llama2 import llama2_config
     from helpers.config import Config, ConfigError
-    from helpers.model import architecture, measure, plan, predict, steps
+    from helpers.model import measure, plan, predict, steps
     from helpers.training import planning
 
     whole = torch.cuda.get_device_properties(None).total_memory
@@ -93,7 +94,7 @@ def one(size: str, cap: float, length: int, way: str) -> dict:
             per_device_train_batch_size=TOKENS_PER_STEP[size] // length, grad_acc_steps=1,
             max_steps=STEPS, log_steps=10,
         )  # fmt: skip
-        shape, room = architecture.llama2_config(size), measure.torch_bytes(config.device)
+        shape, room = llama2_config(size), measure.torch_bytes(config.device)
         if way != "planned":
             planned = plan.for_card(shape, steps.Run.from_config(config), room, reserve_bytes=0)
             found |= {"plan": planned.advice, "fits": planned.fits}

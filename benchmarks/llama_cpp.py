@@ -63,7 +63,7 @@ def write(config: Config, folder: Path) -> dict[str, tuple[Path, Path | None]]:
         path = folder / f"{form.replace(' ', '_')}.gguf"
         tokenizer = config.adapter_dir if apart else sources[model]
         with mock.patch.object(gguf_writer, "IN_8_BITS", in_8_bits):
-            gguf_writer.write_gguf(sources[model], {type_name: path}, tokenizer)
+            gguf_writer.write_gguf(sources[model], path, type_name, tokenizer)
         files[form] = path, adapter if apart else None
     return files
 

@@ -64,13 +64,13 @@ def write_model(folder: Path, size: str) -> Path:
 
 def shape_of(size: str):
     """The LlamaConfig of "7B", "13B" or "TinyLlama"."""
-    from helpers.model import architecture
+    from benchmarks.llama2 import llama2_config
 
     if size != "TinyLlama":
-        return architecture.llama2_config(size)
+        return llama2_config(size)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     sizes = dict(zip((*names, "num_key_value_heads"), TINYLLAMA, strict=True))
-    shape = architecture.llama2_config("7B")
+    shape = llama2_config("7B")
     shape.update({**sizes, "head_dim": 64, "max_position_embeddings": 2048})
     return shape
 

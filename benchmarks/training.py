@@ -40,11 +40,11 @@ def make(folder: Path, shape: str) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
-    from helpers.model import architecture
+    from benchmarks.llama2 import llama2_config
 
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = LlamaForCausalLM(architecture.llama2_config(shape))
+        model = LlamaForCausalLM(llama2_config(shape))
     model.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
 

@@ -11,8 +11,7 @@ from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.data import curation_note
 from helpers.merging import merging
-from helpers.merging.adapter_folder import check_adapter
-from helpers.merging.merged_folder import check_merged
+from helpers.merging.merging import check_adapter, check_merged
 from helpers.model import architecture, loading, measure
 
 # Who can be asked: the base in 16 bits and in 4, each in the chat template that it brings; the base

@@ -12,37 +12,32 @@ from helpers import prompts
 from helpers.config import Config
 from helpers.data.curation_note import in_own_template, system_message
 from helpers.merging import gguf_writer
-from helpers.merging.adapter_folder import check_adapter
-from helpers.merging.merged_folder import check_merged
+from helpers.merging.merging import check_adapter, check_merged
 from helpers.model import loading, predict
+from helpers.model.check_model import why_not_gguf
 from helpers.model.steps import Run
 from helpers.runs import folders
 from helpers.runs.inventory import ArtefactError, again
 
 ADAPTER_FILE = "adapter.gguf"
-# Tokenizer, settings and headers, once for each of the three forms of a model: 20 MB at most.
-SMALL_FILES_BYTES = 20_000_000
+# Bytes a weight at most; q4_0 has 18 bytes for 32 weights, and 34 where it stays in 8 bits.
+WIDTHS = {"f16": 2, "q8_0": 34 / 32, "q4_0": 0.75}
+SMALL_FILES_BYTES = 20_000_000  # tokenizer, settings and headers, once for each form of a model
 
 
 def disk_needed(config: Config) -> dict[str, int]:
-    """Bytes of what notebook 05 writes, file by file, from the shape of the model alone."""
+    """About how many bytes notebook 05 writes, file by file, from the shape of the model alone."""
     shape = loading.load_shape(config.model_name)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape)
-    packed = predict.estimate(shape, Run.from_config(config)).weights
-    files = {"merged/": packed if config.merge_into == "4bit" else 2 * model.num_parameters()}
-    apart = config.gguf_adapter_apart
-    if (apart or config.merge_into != "4bit") and not gguf_writer.why_not(shape):
-        names = gguf_writer.names_in_gguf(shape)
-        named = [
-            (f"{names.get_name(name.rpartition('.')[0])}.", list(parameter.shape))
-            for name, parameter in model.named_parameters()
-        ]
-        for type_name in config.gguf_types:
-            kind, _ = gguf_writer.TYPES[type_name]
-            stored = (gguf_writer.stored_bytes(*tensor, kind) for tensor in named)
-            files[f"gguf/{file_name(config, type_name)}"] = sum(stored)
-    return {name: size + SMALL_FILES_BYTES for name, size in files.items()}
+        parameters = AutoModelForCausalLM.from_config(shape).num_parameters()
+    packed, apart = config.merge_into == "4bit", config.gguf_adapter_apart
+    widths = {"merged/": 2.0}
+    if (apart or not packed) and not why_not_gguf(shape):
+        widths |= {f"gguf/{file_name(config, name)}": WIDTHS[name] for name in config.gguf_types}
+    sizes = {name: round(width * parameters) for name, width in widths.items()}
+    if packed:
+        sizes["merged/"] = predict.estimate(shape, Run.from_config(config)).weights
+    return {name: size + SMALL_FILES_BYTES for name, size in sizes.items()}
 
 
 def need_disk(config: Config) -> str:
@@ -50,15 +45,13 @@ def need_disk(config: Config) -> str:
 
     A last line says why no GGUF will be written, where that is so.
     """
-    files, replaced = disk_needed(config), (config.merged_dir, config.gguf_dir)
-    earlier = sum(file.stat().st_size for folder in replaced for file in folder.glob("*"))
-    needed = max(files["merged/"], sum(files.values()) - earlier)  # those make room
-    folders.need_space(config.run_dir, needed, "notebook 05")
+    files = disk_needed(config)
+    folders.need_space(config.run_dir, sum(files.values()), "notebook 05")
     free = shutil.disk_usage(config.run_dir).free
     files |= {"in all": sum(files.values()), "free on the disk": free}
     lines = [f"{size / 1e9:8.2f} GB {name}" for name, size in files.items()]
     shape, tokenizer = (f(config.model_name) for f in (loading.load_shape, loading.load_tokenizer))
-    if reason := gguf_writer.why_not(shape, tokenizer):
+    if reason := why_not_gguf(shape, tokenizer):
         lines.append(f"no GGUF will be written: {reason}")
     return "\n".join(lines)
 
@@ -81,17 +74,16 @@ def export_gguf(config: Config) -> Path:
     """
     adapter = check_adapter(config) if config.gguf_adapter_apart else None
     source = base_folder(config) if adapter else check_merged(config)
-    names = {name: file_name(config, name) for name in config.gguf_types}
-    device = config.device if torch.cuda.is_available() else "cpu"
     with folders.whole_folder(config.gguf_dir) as draft:
-        paths = {name: draft / file for name, file in names.items()}
-        # The adapter's tokenizer brings the template of the training, the base's does not.
-        gguf_writer.write_gguf(source, paths, adapter or source, device)
-        for path in paths.values():
+        for name in config.gguf_types:
+            path = draft / file_name(config, name)
+            # The adapter's tokenizer brings the template of the training, the base's does not.
+            gguf_writer.write_gguf(source, path, name, adapter or source)
             check_written(path, source)
         if adapter:
             gguf_writer.write_adapter(adapter, source, draft / ADAPTER_FILE)
-        text = modelfile(config, names.get("q8_0", names[config.gguf_types[0]]))
+        asked = "q8_0" if "q8_0" in config.gguf_types else config.gguf_types[0]
+        text = modelfile(config, file_name(config, asked))
         (draft / "Modelfile").write_text(text, encoding="utf-8")
     return config.gguf_dir
 
@@ -99,8 +91,7 @@ def export_gguf(config: Config) -> Path:
 def base_folder(config: Config) -> Path:
     """Where the base lies: its folder, or the copy of the Hub's that notebook 04 loaded."""
     found = loading.find_model(config)
-    folder = found if Path(found).is_dir() else snapshot_download(found, local_files_only=True)
-    return Path(folder)
+    return Path(found if Path(found).is_dir() else snapshot_download(found, local_files_only=True))
 
 
 def file_name(config: Config, type_name: str) -> str:
@@ -110,23 +101,21 @@ def file_name(config: Config, type_name: str) -> str:
 def check_written(path: Path, source: Path) -> None:
     """Raise ArtefactError for a GGUF file whose numbers are not those that gguf makes of the model.
 
-    Compares, bit for bit, all tensors outside the layers and those of the first, middle and last
-    layer of the safetensors in `source`.
+    Compares all tensors outside the layers and those of the first and the last layer.
     """
     shape = AutoConfig.from_pretrained(source)
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    last = shape.num_hidden_layers - 1
-    chosen = tuple(f"blk.{layer}." for layer in (0, last // 2, last))
-    for name, tensor in gguf_writer.tensors_of(source, shape):
-        if name.startswith("blk.") and not name.startswith(chosen):
-            continue
-        rows = gguf_writer.in_ggml_order(name, tensor[:].float(), shape).numpy()
-        wanted = gguf.quantize(rows, found[name].tensor_type)
-        if wanted.tobytes() != found[name].data.tobytes():
-            raise ArtefactError(f"{path.name} holds another {name} than {source}: {again('05')}")
+    chosen = ("blk.0.", f"blk.{shape.num_hidden_layers - 1}.")
+    for name, rows in gguf_writer.tensors_of(source, shape):
+        if not name.startswith("blk.") or name.startswith(chosen):
+            wanted = gguf.quantize(rows.to_eager(rows), found[name].tensor_type)
+            if wanted.tobytes() != found[name].data.tobytes():
+                raise ArtefactError(
+                    f"{path.name} holds another {name} than {source}: {again('05')}"
+                )
 
 
-def modelfile(config: Config, weights: str = "model.q8_0.gguf", adapter_apart: bool = False) -> str:
+def modelfile(config: Config, weights: str = "model.q8_0.gguf") -> str:
     """Ollama's description of the model. Its template is the one of training, byte for byte.
 
     Ollama fills in `.System` and `.Prompt`; BOS comes from the file's own flag. Temperature 0 is

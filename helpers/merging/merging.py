@@ -1,11 +1,12 @@
-"""Where a merge has room, and how its result is made ready, saved and loaded.
-
-The merges themselves are cells of notebook 05.
+"""Is an adapter or a merged model whole, and made from what lies there; where a merge has room, and
+how its result is made ready, saved and loaded. The merges themselves are cells of notebook 05.
 """
 
 import contextlib
 import dataclasses
+import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,28 +14,109 @@ import torch
 from accelerate.big_modeling import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 
 from helpers import prompts
 from helpers.config import Config
-from helpers.data.curation_note import in_own_template, system_message
-from helpers.merging.adapter_folder import ADAPTER_WEIGHTS, check_adapter
-from helpers.merging.merged_folder import seal_merged
+from helpers.data import curation_note
+from helpers.data.dataset_folder import dataset_fingerprint
 from helpers.model import loading, measure, precision, predict
+from helpers.model.hub import check_code, check_weights
 from helpers.model.steps import Run
-from helpers.runs import folders
+from helpers.runs import folders, inventory
+from helpers.runs.inventory import ArtefactError, ArtefactWarning, again, read_json
 
+MERGE_RECORD = "merge.json"
 # What merging and some hundred tokens of answers take beside the weights.
 WORK_BYTES = 500_000_000
+
+
+def check_adapter(config: Config) -> Path:
+    """The adapter's folder, when it is whole and made for this base model and tokenizer.
+
+    Raises FileNotFoundError and ArtefactError. Warns, ArtefactWarning, when it has other settings
+    than the Config, or was trained on another dataset than the one that lies there now.
+    """
+    folder = config.require(config.adapter_dir, "04")
+    check_weights(folder, again("04"))
+    inventory.check_seal(folder, "04")
+    settings = read_json(folder / CONFIG_NAME, again("04"))
+    base = settings.get("base_model_name_or_path") or config.model_name
+    # Names are compared by their last part: folders are moved, and users have mirrors.
+    if Path(base).name != Path(config.model_name).name:
+        raise ArtefactError(
+            f"the adapter in {folder} was trained on {base} and MODEL_NAME is "
+            f"{config.model_name}: set MODEL_NAME to the former, or {again('04')}"
+        )
+    own, tokenizer = folder / "tokenizer.json", loading.load_tokenizer(config.model_name)
+    rules = curation_note.lasting_rules(read_json(own, again("04"))) if own.is_file() else None
+    if rules not in (None, curation_note.tokenizer_rules(tokenizer)):
+        raise ArtefactError(
+            f"the adapter in {folder} was trained with another tokenizer than that of "
+            f"{config.model_name}: {again('04')}"
+        )
+    for complaint in _other_than_now(config, folder, settings):
+        warnings.warn(f"{complaint}, or {again('04')}", ArtefactWarning, stacklevel=2)
+    return folder
+
+
+def _other_than_now(config: Config, folder: Path, settings: dict) -> Iterator[str]:
+    """What the Config says in another way than the adapter was trained; settings: of peft's."""
+    log = folder / inventory.TRAINING_LOG  # not there for an adapter from elsewhere
+    trained = read_json(log, again("04")) if log.is_file() else {}
+    found = {"lora_r": settings.get("r"), "lora_alpha": settings.get("lora_alpha")}
+    found |= {"target_modules": settings.get("target_modules") or (), **trained.get("base", {})}
+    now = loading.for_model(config)
+    for name, value in found.items():
+        wanted = getattr(now, name)
+        if isinstance(wanted, tuple):
+            wanted, value = sorted(wanted), sorted(value)
+        if wanted != value:
+            says = f"{name.upper()} is {wanted!r}, the adapter was trained with {value!r}"
+            yield f"{says}: set {name.upper()} = {value!r}"
+    datasets = trained.get("dataset"), dataset_fingerprint(config)
+    if all(datasets) and len({*datasets}) > 1:
+        yield (
+            "the adapter was trained on another dataset than notebook 02 has written since, so "
+            "rows held out now may be rows that it has seen: run notebook 02 with its old settings"
+        )
+
+
+def check_merged(config: Config) -> Path:
+    """The merged model's folder, when it is whole and made from the adapter that lies beside it.
+
+    Raises FileNotFoundError and ArtefactError. One that came from elsewhere is taken as it is.
+    """
+    folder = config.require(config.merged_dir, "05")
+    inventory.check_seal(folder, "05")
+    check_weights(Path(check_code(str(folder))), again("05"))
+    adapter = config.adapter_dir / ADAPTER_WEIGHTS
+    merged_from = merge_record(folder).get("adapter_sha256")
+    if merged_from and adapter.is_file() and merged_from != inventory.sha256(adapter):
+        raise ArtefactError(
+            f"the model in {folder} was merged from another adapter than notebook 04 has "
+            f"written since: {again('05')}"
+        )
+    return folder
+
+
+def merge_record(folder: Path) -> dict:
+    """What `saving` noted of a merge in its folder; {} for a model that came from elsewhere."""
+    record = folder / MERGE_RECORD
+    return read_json(record, again("05")) if record.is_file() else {}
 
 
 def load_tuned(config: Config, base=None) -> PeftModel:
     """The 4-bit base (or the given one) with the trained adapter on top, in eval mode.
 
     The adapter keeps the dtype it was saved in: cast to float32, it would slow every layer down.
-    Raises ValueError for a base that carries an adapter already.
+    Raises ValueError for a base that carries an adapter already, to which a second would add up.
     """
     adapter = check_adapter(config)
-    base = loading.without_adapter(base if base is not None else loading.load_model(config))
+    base = base if base is not None else loading.load_model(config)
+    if any("lora_" in name for name, _ in base.named_parameters()):
+        raise ValueError("the model carries an adapter already: load it again first")
     return PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).eval()
 
 
@@ -76,21 +158,38 @@ def as_saved(model, config: Config):
 def saving(model, into: str, config: Config) -> Iterator[Path]:
     """A draft of run_dir/merged to save a merged model and its tokenizer to, in a with-statement.
 
-    `into` says which merge it is. At the end come the chat template of training and the seal, and
-    the draft takes its name, whole or not at all; GGUF files of the model that it replaces go.
-    Never over the adapter: the adapter is what a later merge starts from. Raises DiskFull, InUse.
+    `into` says which merge it is. At the end come the chat template of training, the record of the
+    merge and the seal, and the draft takes its name, whole or not at all; GGUF files of the model
+    that it replaces go. The adapter stays: a later merge starts from it. Raises DiskFull, InUse.
     """
     remove_hook_from_submodules(model)  # of `as_saved`: the weights are back in the model
     precision.cast(model.parameters(), precision.storage_dtype(config))
     size = sum(parameter.nbytes for parameter in model.parameters())
     with folders.whole_folder(config.merged_dir, size) as draft:
         yield draft
-        if not in_own_template(config, config.adapter_dir):  # else the tokenizer brings it
-            template = prompts.chat_template(system_message(config, config.adapter_dir))
+        trained = config.adapter_dir
+        if not curation_note.in_own_template(config, trained):  # else the tokenizer brings it
+            template = prompts.chat_template(curation_note.system_message(config, trained))
             (draft / "chat_template.jinja").write_text(template, encoding="utf-8")
-        seal_merged(draft, into, config)
+        curation_note.write_curation(curation_note.curation_of(config, trained), draft)
+        record = json.dumps(_record_of(config, into), indent=1)
+        (draft / MERGE_RECORD).write_text(record, encoding="utf-8")
+        inventory.seal(draft)
         shutil.rmtree(config.gguf_dir, ignore_errors=True)
     precision.cast(model.parameters(), precision.compute_dtype(config))
+
+
+def _record_of(config: Config, into: str) -> dict:
+    """How a model was merged, and of which adapter, unless it came from elsewhere."""
+    by = "the rule of lesson 05" if config.merge_into == "auto" else "MERGE_INTO"
+    record: dict = {"merged_into": into, "taken_by": by}
+    adapter = config.adapter_dir / ADAPTER_WEIGHTS
+    if not adapter.is_file():
+        return record
+    said = read_json(config.adapter_dir / CONFIG_NAME, again("04"))
+    record |= {"adapter_sha256": inventory.sha256(adapter)}
+    record |= {"rank": said["r"], "alpha": said["lora_alpha"]}
+    return record | {"target_modules": sorted(said["target_modules"])}
 
 
 def load_merged(config: Config):

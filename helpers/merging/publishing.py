@@ -12,7 +12,7 @@ from helpers.config import Config
 from helpers.data.card import card_of_part
 from helpers.data.curation_note import curation_of, system_message
 from helpers.data.dataset_folder import check_dataset
-from helpers.merging.merged_folder import check_merged, merge_record
+from helpers.merging.merging import check_merged, merge_record
 from helpers.model import precision
 from helpers.model.embedded import EMBEDDED_NAME
 from helpers.runs import folders
@@ -40,20 +40,13 @@ class NotLoggedIn(RuntimeError):
 
 
 def own_repository(name: str) -> str:
-    """`user/<last part of name>` for the user who is logged in.
-
-    Raises NotLoggedIn, before anything is sent, without a token or with one the Hub refuses.
-    """
-    if huggingface_hub.get_token() is None:
-        raise NotLoggedIn(
-            "no Hugging Face token was found and nothing was uploaded: run `hf auth login` first"
-        )
+    """`user/<last part of name>` for the user who is logged in; NotLoggedIn before it is sent."""
     try:
         user = huggingface_hub.whoami()["name"]
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError) as error:  # without a token too
         raise NotLoggedIn(
             f"the Hub did not accept the login ({type(error).__name__}) and nothing was uploaded: "
-            "check the network, or run `hf auth login` again"
+            "check the network, or run `hf auth login`"
         ) from error
     return f"{user}/{name.split('/')[-1]}"
 
@@ -65,13 +58,9 @@ def upload(repository: str, folder: Path | str, kind: str) -> None:
     """
     api = huggingface_hub.HfApi()
     api.create_repo(repository, repo_type=kind, exist_ok=True)
-    api.upload_folder(
-        repo_id=repository,
-        repo_type=kind,
-        folder_path=folder,
-        delete_patterns="data/*" if kind == "dataset" else None,
-        commit_message=f"The {kind} and its card",
-    )
+    earlier = "data/*" if kind == "dataset" else None
+    what = {"repo_type": kind, "delete_patterns": earlier, "folder_path": folder}
+    api.upload_folder(repo_id=repository, commit_message=f"The {kind} and its card", **what)
 
 
 def push_dataset(config: Config) -> list[str]:
@@ -82,7 +71,6 @@ def push_dataset(config: Config) -> list[str]:
     """
     path = check_dataset(config)
     train, held = (datasets.load_from_disk(str(path / split)) for split in ("train", "validation"))
-    card = (path / "README.md").read_text("utf-8")
     sizes = {config.new_dataset_name: min(len(train), SMALL_SET_ROWS)}
     if len(train) > SMALL_SET_ROWS:
         sizes[config.new_dataset_name_complete] = len(train)
@@ -92,8 +80,9 @@ def push_dataset(config: Config) -> list[str]:
         with tempfile.TemporaryDirectory(prefix=".upload-", dir=config.run_dir) as folder:
             for name, split in (("train", train.select(range(rows))), ("validation", held)):
                 split.to_parquet(Path(folder) / "data" / f"{name}-00000-of-00001.parquet")
-            own_card = card_of_part(card, rows, len(train), len(held))
-            (Path(folder) / "README.md").write_text(own_card, encoding="utf-8")
+            card = (path / "README.md").read_text("utf-8")
+            card = card_of_part(card, rows, len(train), len(held))
+            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
             upload(repository, folder, "dataset")
     return list(repositories)
 
@@ -113,15 +102,10 @@ def model_card(config: Config) -> str:
     known = (both for part, both in LICENCES.items() if part in base.lower())
     tag, licence = next(known, UNKNOWN_LICENCE)
     asked = metrics.get("06", {})
-    models = models_asked(asked)
-    facts = {
-        "license": tag,
-        "base_model": base,
-        "language": "en",
-        "tags": ["qlora", "code", "python"],
-    }
+    facts = {"license": tag, "base_model": base, "language": "en"}
+    tags = {"tags": ["qlora", "code", "python"], "pipeline_tag": "text-generation"}
     card = ModelCard.from_template(
-        ModelCardData(pipeline_tag="text-generation", **facts),
+        ModelCardData(**facts, **tags),
         template_path=str(CARD),
         name=config.new_model_name,
         base=base,
@@ -129,13 +113,9 @@ def model_card(config: Config) -> str:
         config=config,
         computed=str(precision.compute_dtype(config)).removeprefix("torch."),
         noted=merge_record(config.merged_dir),  # of its adapter: the Config may be another now
-        numbers=[
-            (name, f"{value:.4g}")
-            for lesson in ("04", "05")
-            for name, value in metrics.get(lesson, {}).items()
-        ],
-        models=models,
-        scores=score_rows(asked, models),
+        numbers={**metrics.get("04", {}), **metrics.get("05", {})},
+        models=models_asked(asked),
+        scores=score_rows(asked, models_asked(asked)),
         asked=asked,
         longest=curation_of(config, config.merged_dir).get("max_length", config.max_length),
         licence=licence,

@@ -1,4 +1,4 @@
-"""The sizes of a model of Llama's kind, and how many numbers and bytes follow from them.
+"""The sizes of a model of Llama's kind, what follows from them, and which models are of it.
 
 A layer has four attention projections, a gated MLP and two RMSNorms. Of a Qwen or a Gemma the
 biases and the norms of queries and keys are left out, thousandths of the weights; only
@@ -10,24 +10,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
 
-from transformers import LlamaConfig
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
-from helpers.config import ATTENTION_TARGETS
+from helpers.config import ALL_LINEAR_TARGETS, ATTENTION_TARGETS, ConfigError
 from helpers.profiles import FUSED
 
 FLOAT32 = 4  # bytes
 BLOCK, NESTED_BLOCK = 64, 256  # weights under one constant, constants under one second constant
 FUSED_MODELS = ("phi3",)  # Phi-3 and Phi-4
-# Touvron et al. 2023, arXiv 2307.09288
-LLAMA_SIZES = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads"),
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+CHOOSE = (
+    "choose a Llama, Mistral, Qwen 2 or 3, SmolLM 2 or 3, Gemma 3 (text), Phi-3 or Phi-4 model in "
+    "16 bits"
 )
-LLAMA_2 = {
-    "7B": (4096, 11008, 32, 32, 32),
-    "13B": (5120, 13824, 40, 40, 40),
-    "70B": (8192, 28672, 80, 64, 8),
-}
 
 
 @dataclass(frozen=True)
@@ -49,10 +46,10 @@ class Shape:
         """The Shape of transformers' config of a model."""
         hidden, heads = model_config.hidden_size, model_config.num_attention_heads
         return cls(
-            hidden=hidden,
-            inner=model_config.intermediate_size,
-            layers=model_config.num_hidden_layers,
-            heads=heads,
+            hidden,
+            model_config.intermediate_size,
+            model_config.num_hidden_layers,
+            heads,
             key_heads=getattr(model_config, "num_key_value_heads", None) or heads,
             head=getattr(model_config, "head_dim", None) or hidden // heads,
             words=model_config.vocab_size,
@@ -64,15 +61,12 @@ class Shape:
     def linear(self) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of one layer's linear parts by name."""
         queries, keys = self.heads * self.head, self.key_heads * self.head
-        if self.fused:
-            attention = {"qkv_proj": (queries + 2 * keys, self.hidden)}
-            attention |= {"o_proj": (self.hidden, queries)}
-            mlp = {"gate_up_proj": (2 * self.inner, self.hidden)}
-            return attention | mlp | {"down_proj": (self.hidden, self.inner)}
-        attention = {"q_proj": (queries, self.hidden), "k_proj": (keys, self.hidden)}
-        attention |= {"v_proj": (keys, self.hidden), "o_proj": (self.hidden, queries)}
-        mlp = {"gate_proj": (self.inner, self.hidden), "up_proj": (self.inner, self.hidden)}
-        return attention | mlp | {"down_proj": (self.hidden, self.inner)}
+        outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        outputs |= {"gate_proj": self.inner, "up_proj": self.inner}
+        for whole, parts in FUSED.items() if self.fused else ():
+            outputs[whole] = sum(outputs.pop(part) for part in parts)
+        sides = {name: (count, self.hidden) for name, count in outputs.items()}
+        return sides | {"o_proj": (self.hidden, queries), "down_proj": (self.hidden, self.inner)}
 
     @cached_property
     def layer_weights(self) -> list[int]:
@@ -103,12 +97,6 @@ def own_names(model_config, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(own.get(name, name) for name in names))
 
 
-def llama2_config(size: str = "7B") -> LlamaConfig:
-    """The public shape of a Llama 2 model, "7B", "13B" or "70B", without its weights."""
-    sizes = dict(zip(LLAMA_SIZES, LLAMA_2[size], strict=True))
-    return LlamaConfig(vocab_size=32000, **sizes, max_position_embeddings=4096, rms_norm_eps=1e-5)
-
-
 def quantized_bytes(parameters: int, double: bool) -> int:
     """Bytes of one 4-bit tensor with its constants (QLoRA, section 3, "Double Quantization").
 
@@ -120,9 +108,7 @@ def quantized_bytes(parameters: int, double: bool) -> int:
     return ceil(parameters / 2) + constants
 
 
-def lora_parameters(
-    model_config, rank: int = 64, targets: Iterable[str] = ATTENTION_TARGETS
-) -> int:
+def lora_parameters(model_config, rank: int = 64, targets=ATTENTION_TARGETS) -> int:
     """Trainable parameters: rank x (inputs + outputs) over the targets (LoRA, section 4.1)."""
     names = own_names(model_config, targets)
     return sum(Shape.of(model_config).adapter_tensors(rank, names))
@@ -132,3 +118,46 @@ def cache_bytes(model_config, tokens: int, width: int = 2) -> int:
     """Keys and values that answering keeps of `tokens` tokens, at `width` bytes a number."""
     shape = Shape.of(model_config)
     return shape.layers * 2 * shape.key_heads * shape.head * width * tokens
+
+
+def check_shape(name: str, shape, kept: tuple[str, ...] = (), base: bool = True) -> None:
+    """Raise ConfigError for transformers' config of a model that this course cannot train.
+
+    Also for layers to keep in 16 bits that it has in one matrix with others. A model that is not a
+    base, but merged, may be stored in the 4 bits of bitsandbytes.
+    """
+    if reason := _why_not(shape, base):
+        raise ConfigError(
+            f"MODEL_NAME is {name!r}, a {shape.model_type!r} model {reason}: {CHOOSE}"
+        )
+    for kind in kept:
+        (own,) = own_names(shape, [kind])
+        if not own.endswith(kind):  # as transformers compares them
+            says = f"KEEP_IN_16BIT names {kind}, and {name!r} has no layer of that name"
+            raise ConfigError(f"{says}: name {own} instead")
+
+
+def _why_not(shape, base: bool) -> str:
+    packed = (getattr(shape, "quantization_config", None) or {}).get("quant_method", "")
+    reasons = {
+        "of an encoder and a decoder, and here a model goes on with one text": (
+            shape.is_encoder_decoder
+        ),
+        "that takes pictures or sound too, and here a model reads text alone": (
+            hasattr(shape, "vision_config") or hasattr(shape, "audio_config")
+        ),
+        "of several experts a layer, which are not packed into 4 bits one by one": any(
+            (getattr(shape, name, None) or 0) > 1 for name in EXPERTS
+        ),
+        f"whose weights are packed already ({packed}), and here 16 bits are packed": (
+            packed and (base or packed != "bitsandbytes")
+        ),
+        "that is not made to go on with a text": shape.model_type not in KNOWN,
+    }
+    if found := next((reason for reason, applies in reasons.items() if applies), ""):
+        return found
+    with torch.device("meta"):
+        modules = AutoModelForCausalLM.from_config(shape).named_modules()
+    there = {name.rpartition(".")[2] for name, _ in modules}
+    missing = [name for name in own_names(shape, ALL_LINEAR_TARGETS) if name not in there]
+    return f"without {', '.join(missing)}, whose layers are not as Llama's" if missing else ""

@@ -14,8 +14,7 @@ import torch
 from helpers import own_template, prompts
 from helpers.config import Config
 from helpers.model import loading, plan, precision
-from helpers.model.architecture import Shape, lora_parameters, own_names
-from helpers.model.model_folder import check_shape
+from helpers.model.architecture import Shape, check_shape, lora_parameters, own_names
 from helpers.model.predict import estimate
 from helpers.model.steps import Run
 
@@ -56,30 +55,26 @@ def report(config: Config) -> str:
 
 def of_tokenizer(tokenizer) -> Iterator[Finding]:
     """On ends of a text, padding and the chat template."""
-    first = repr(tokenizer.bos_token) if prompts.begins_with_bos(tokenizer) else "no token"
     ((_, wrong),) = prompts.verify_rows(tokenizer, [prompts.render_row(ONE_TURN, tokenizer)])
     if wrong:
         says = f"a row does not come through its tokenizer ({'; '.join(wrong)}): choose another"
         yield "02", "ends", STOP, f"{says} model, or mend its tokenizer.json"
     else:
+        first = repr(tokenizer.bos_token) if prompts.begins_with_bos(tokenizer) else "no token"
         yield "02", "ends", "yes", f"{first} begins a text, {tokenizer.eos_token!r} ends an answer"
-    named, taken = tokenizer.init_kwargs.get("pad_token"), tokenizer.pad_token
-    why = f"{str(named)!r} would hide where answers end" if named else "none is named"
-    if str(named) == taken:
-        yield "02", "padding", "yes", f"{taken!r} fills short rows up"
-    else:
-        yield "02", "padding", "no", f"{why}, so {taken!r} is taken, and you need do nothing"
-    yield "02", "template", *_of_template(tokenizer)
-
-
-def _of_template(tokenizer) -> tuple[str, str]:
+    named, taken = str(tokenizer.init_kwargs.get("pad_token")), tokenizer.pad_token
+    says = f"{taken!r} fills short rows up"
+    if named != taken:
+        says += ", for it names none, or one that would hide where answers end; do nothing"
+    yield "02", "padding", "yes" if named == taken else "no", says
     try:
-        prompts.render_row(ONE_TURN, tokenizer, own=True)
-        prompts.render_row(TALK, tokenizer, own=True)
+        for turns in (ONE_TURN, TALK):
+            prompts.render_row(turns, tokenizer, own=True)
+        ending = getattr(own_template.frame_of(tokenizer), "ending", "")
+        says = f'a turn ends in {ending!r} in its own, with which TEMPLATE = "model" trains'
+        yield "02", "template", "yes", says
     except ValueError as reason:
-        return "no", f"{reason}".removesuffix(LLAMA_2) + LLAMA_2
-    ending = getattr(own_template.frame_of(tokenizer), "ending", "")
-    return "yes", f'a turn ends in {ending!r} in its own, with which TEMPLATE = "model" trains'
+        yield "02", "template", "no", f"{reason}".removesuffix(LLAMA_2) + LLAMA_2
 
 
 def of_shape(config: Config, shape, tokenizer) -> Iterator[Finding]:
@@ -89,10 +84,16 @@ def of_shape(config: Config, shape, tokenizer) -> Iterator[Finding]:
     trained = lora_parameters(shape, config.lora_r, config.target_modules) / 1e6
     says = f"{sizes.layers} of {shape.model_type!r}, {weights:,.2f} billion weights; beside"
     yield "03", "layers", "yes", f"{says} {targets} {trained:,.1f} million are trained"
-    yield "03", "embedding", *_of_embedding(shape, tokenizer)
+    spare = shape.vocab_size - max(tokenizer.get_vocab().values()) - 1 if tokenizer else 0
+    tied = "is the output matrix too (tied)" if shape.tie_word_embeddings else "is not tied"
+    says = f"{tied}, and {spare} of its {shape.vocab_size:,} rows belong to no token"
+    if spare < 0:
+        says = f"has {-spare} rows less than the tokenizer has tokens: take the tokenizer that "
+        says += "belongs to the model, or give the model more rows"
+    yield "03", "embedding", "yes" if spare >= 0 else STOP, says
     why = why_not_fast(config)
     taken = dataclasses.replace(config, fast_path=config.fast_path and not why)
-    yield "03", "memory", *_of_memory(taken, shape)
+    yield "03", "memory", *of_memory(taken, shape)
     says = f"it trains without the fast path, {why}, and you need do nothing"
     yield "04", "fast path", *(("no", says) if why else ("yes", "FAST_PATH = True takes it"))
     yield "05", "merge", "yes", f"takes {2 * weights:,.1f} GB in memory, and as much on the disk"
@@ -101,28 +102,20 @@ def of_shape(config: Config, shape, tokenizer) -> Iterator[Finding]:
     yield "06", "answers", "yes", "base and tuned model answer side by side"
 
 
-def _of_embedding(shape, tokenizer) -> tuple[str, str]:
-    says = "is the output matrix too (tied)" if shape.tie_word_embeddings else "is not tied"
-    spare = shape.vocab_size - max(tokenizer.get_vocab().values()) - 1 if tokenizer else 0
-    if spare < 0:
-        says = f"has {-spare} rows less than the tokenizer has tokens: take the tokenizer that"
-        return STOP, f"{says} belongs to the model, or give the model more rows"
-    return "yes", f"{says}, and {spare} of its {shape.vocab_size:,} rows belong to no token"
-
-
-def _of_memory(config: Config, shape) -> tuple[str, str]:
+def of_memory(config: Config, shape) -> tuple[str, str]:
+    """Whether a training step fits this CPU, the GPU that is there, or else any usual card."""
     run = Run.from_config(config)
     if run.device == "cpu":
         needed, there = estimate(shape, run).total / 1e9, psutil.virtual_memory().total / 1e9
         says = f"a step takes {needed:,.1f} GB on this CPU, which has {there:,.1f}"
         return ("yes", says) if needed < there else ("no", f"{says}: choose a smaller model")
     yours = torch.cuda.is_available()
-    cards = [torch.cuda.mem_get_info()[1] // 2**30] if yours else CARDS
-    plans = {size: plan.for_card(shape, run, size * 2**30) for size in cards}
-    fitting = [f"fits {size} GB: {each.advice}" for size, each in plans.items() if each.fits]
-    where = f"your card of {cards[0]} GB" if yours else f"any card of up to {cards[-1]} GB"
-    none = f"a step does not fit {where}: {plans[cards[-1]].advice}"
-    return ("yes", fitting[0]) if fitting else ("no", none)
+    for size in [torch.cuda.mem_get_info()[1] // 2**30] if yours else CARDS:
+        planned = plan.for_card(shape, run, size * 2**30)
+        if planned.fits:
+            return "yes", f"fits {size} GB: {planned.advice}"
+    where = "your card of" if yours else "any card of up to"
+    return "no", f"a step does not fit {where} {size} GB: {planned.advice}"
 
 
 def why_not_fast(config: Config) -> str:
@@ -137,18 +130,23 @@ def why_not_fast(config: Config) -> str:
 
 def why_not_gguf(shape, tokenizer=None) -> str:
     """Why a model of this shape, and tokenizer, is not written as GGUF, and what can; else ""."""
-    rope_type = (shape.rope_parameters or {}).get("rope_type", "default")
-    if shape.model_type != "llama" or rope_type != "default":
+    positions = (shape.rope_parameters or {}).get("rope_type", "default")
+    if shape.model_type != "llama" or positions != "default":
         says = "only Llama models with plain rotary positions are written as GGUF here; this one is"
-        return f"{says} {shape.model_type!r} with positions {rope_type!r}: {CONVERTER}"
-    described: dict = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer else {}
-    pieces = not described or described["model"].get("byte_fallback")
-    return "" if pieces else first_cut(described["pre_tokenizer"])[1]
+        return f"{says} {shape.model_type!r} with positions {positions!r}: {CONVERTER}"
+    if getattr(shape, "quantization_config", None):
+        says = "the merged model is stored in the 4 bits of bitsandbytes, which GGUF does not know"
+        return f'{says}: merge once more with MERGE_INTO = "dequantized"'
+    known = not tokenizer or pre_tokenizer(tokenizer)
+    says = "the tokenizer cuts text in a way whose name in llama.cpp is not known here"
+    return "" if known else f"{says}: {CONVERTER}"
 
 
-def first_cut(described: dict | None) -> tuple[str, str]:
-    """llama.cpp's name for how tokenizer.json first cuts text; where there is none, why not."""
-    parts = (described or {}).get("pretokenizers", [described or {"type": "nothing"}])
-    cut = tuple(part["type"] for part in parts)
-    why = f"the tokenizer cuts text by {' and '.join(cut)}, whose name in llama.cpp is not known"
-    return PRE_TOKENIZERS.get(cut, ""), "" if cut in PRE_TOKENIZERS else f"{why} here: {CONVERTER}"
+def pre_tokenizer(tokenizer) -> str:
+    """llama.cpp's name for how a tokenizer first cuts text; "" for one that is not known here."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    if described["model"].get("byte_fallback"):
+        return "default"  # a converted SentencePiece vocabulary, as Llama 2's
+    first = described["pre_tokenizer"] or {"type": "nothing"}
+    cut = tuple(part["type"] for part in first.get("pretokenizers", [first]))
+    return PRE_TOKENIZERS.get(cut, "")

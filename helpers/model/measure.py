@@ -4,7 +4,6 @@ All sizes are in bytes. What a training step will take is predicted in `predict`
 """
 
 import gc
-import sys
 from pathlib import Path
 
 import psutil
@@ -31,39 +30,30 @@ def free_bytes(device: str | torch.device) -> int:
 
 def current_memory_bytes(device: str | torch.device) -> int:
     """What torch has allocated on a GPU; for "cpu" the process's resident memory."""
-    if _is_gpu(device):
-        return torch.cuda.memory_allocated(device)
-    return psutil.Process().memory_info().rss
+    on_gpu = torch.device(device).type == "cuda"
+    return torch.cuda.memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
 
 
 def peak_memory_bytes(device: str | torch.device) -> int:
-    """The most that `current_memory_bytes` has been since `reset_peak_memory`, or the beginning."""
-    if _is_gpu(device):
-        return torch.cuda.max_memory_allocated(device)
-    if PROCESS_STATUS.exists():
-        # "VmHWM:   123456 kB": the high-water mark of resident memory, proc(5)
-        lines = PROCESS_STATUS.read_text("utf-8").splitlines()
-        (kilobytes,) = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
-        return int(kilobytes) * 1024
-    # Where there is no /proc: Windows through psutil, else getrusage.
-    if peak := getattr(psutil.Process().memory_info(), "peak_wset", None):
-        return peak
-    import resource  # a Unix module
+    """The most that `current_memory_bytes` has been since `reset_peak_memory`, or the beginning.
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
+    On a CPU as Linux and Windows keep it; macOS keeps none that psutil reads: what is taken now.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if PROCESS_STATUS.exists():  # "VmHWM:   123456 kB", the high-water mark, proc(5)
+        return int(PROCESS_STATUS.read_text("utf-8").partition("VmHWM:")[2].split()[0]) * 1024
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss)
 
 
 def reset_peak_memory(device: str | torch.device) -> bool:
-    """Start a new peak from here; False where the system, or a container, does not let it.
-
-    Writing 5 to /proc/self/clear_refs resets VmHWM (proc(5)).
-    """
-    if _is_gpu(device):
+    """Start a new peak from here; False where the system, or a container, does not let it."""
+    if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
     try:
-        CLEAR_REFS.write_text("5", encoding="utf-8")
+        CLEAR_REFS.write_text("5", encoding="utf-8")  # resets VmHWM, proc(5)
     except OSError:
         return False
     return True
@@ -75,16 +65,11 @@ def free_memory() -> None:
     torch.cuda.empty_cache()  # does nothing without a GPU
 
 
-def _is_gpu(device: str | torch.device) -> bool:
-    return torch.device(device).type == "cuda"
-
-
 def footprint_bytes(model_config, quantization: BitsAndBytesConfig, dtype: torch.dtype) -> int:
     """What transformers' `get_memory_footprint()` says of a 4-bit model: parameters and buffers.
 
-    Counted on the meta device: half a byte for a weight of a linear layer that is not to be
-    skipped, `dtype` for all others, and float32 tables of rotary frequencies. The quantization
-    constants are attributes of the packed weights, not parameters: it leaves them out.
+    Half a byte for a weight of a linear layer that is not skipped, `dtype` for all others, and the
+    buffers. Constants of the quantization are attributes, no parameters: it leaves them out.
     """
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(model_config)

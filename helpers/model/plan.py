@@ -1,7 +1,7 @@
 """The fastest way to take a training step on a card, from predictions alone."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 from helpers.config import ATTENTION_TARGETS
 from helpers.model.predict import GIB, Estimate, Step
@@ -41,17 +41,16 @@ def for_card(
 ) -> Plan:
     """The fastest way to take `run`'s step of batch x accumulation rows on a card of `card_bytes`.
 
-    Tried: every batch up to `run.batch` that divides the step's rows, checkpointing on and off (on
-    the fast path with any number of kept layers, offloaded or not, if it takes no more than
-    `host_room` bytes there), the run's own optimizer and 8-bit AdamW, plain and paged.
-    `reserve_bytes` is kept free for the CUDA context, the desktop and, off the fast path, the
-    allocator's gaps: a margin, not a prediction. With `same_step` the batch and the optimizer stay.
+    Tried are `candidates` that take no more than `host_room` bytes of the host; with `same_step`
+    those of the run's own batch and optimizer. `reserve_bytes` is kept free for the CUDA context,
+    the desktop and, off the fast path, the allocator's gaps: a margin, not a prediction.
     """
     room, layers = card_bytes - reserve_bytes, model_config.num_hidden_layers
-    runs = candidates(run, layers)
+    asked = Step.of(model_config, run)
+    runs = candidates(asked.run, layers)
     if same_step:
-        runs = [r for r in runs if (r.batch, r.optimizer) == (run.batch, run.optimizer)]
-    steps = (Step.of(model_config, each) for each in runs)
+        runs = [each for each in runs if (each.batch, each.optimizer) == (run.batch, run.optimizer)]
+    steps = [Step(asked.shape, each) for each in runs]
     tried = [step for step in steps if step.host <= host_room]
     for step in sorted(tried, key=lambda step: relative_cost(step.run, layers=layers)):
         if _fits(step, room):
@@ -90,26 +89,24 @@ def relative_cost(run: Run, ridge: int = 500, layers: int = 32) -> tuple[float, 
 
 
 def candidates(run: Run, layers: int) -> list[Run]:
-    """Every way to take a run's step that is tried."""
+    """Every way to take a run's step that is tried.
+
+    Batches that divide the step's rows, checkpointing on and off (on the fast path with any number
+    of kept layers, offloaded or not), and its own optimizer or 8-bit AdamW, plain and paged.
+    """
     # checkpointing, kept layers, offload
     ways = [(False, 0, False), (True, 0, False)]
     if run.fast:  # where most layers keep theirs there is little to gain by moving the rest
         ways += [(True, kept, False) for kept in range(1, layers + 1)]
         ways += [(True, kept, True) for kept in range(layers // 2)]
-    rows = run.batch * run.accumulation
+    rows, optimizers = run.batch * run.accumulation, (run.optimizer, *PLANNED_OPTIMIZERS)
+    plain = [
+        replace(run, batch=batch, accumulation=rows // batch, optimizer=optimizer)
+        for batch, optimizer in product(whole_batches(rows, run.batch), dict.fromkeys(optimizers))
+    ]
     return [
-        dataclasses.replace(
-            run,
-            batch=batch,
-            accumulation=rows // batch,
-            checkpointing=checkpointing,
-            kept_layers=kept,
-            offload=offload,
-            optimizer=optimizer,
-        )
-        for batch in whole_batches(rows, most=run.batch)
-        for checkpointing, kept, offload in ways
-        for optimizer in dict.fromkeys((run.optimizer, *PLANNED_OPTIMIZERS))
+        replace(each, checkpointing=checkpointing, kept_layers=kept, offload=offload)
+        for each, (checkpointing, kept, offload) in product(plain, ways)
     ]
 
 
@@ -120,35 +117,32 @@ def whole_batches(rows: int, most: int) -> list[int]:
 
 def _summary(step: Step, room: int) -> str:
     run, total = step.run, step.estimate().total
-    checkpoints = "with checkpointing" if run.checkpointing else "without checkpointing"
-    kept = f" but for {run.kept_layers} layers" if run.kept_layers else ""
-    moved = ", every second of the others offloaded to the host" if run.offload else ""
+    kept = f" but for {run.kept_layers} layers" * bool(run.kept_layers)
+    moved = ", every second of the others offloaded to the host" * run.offload
     return (
-        f"batch {run.batch} x {run.accumulation} accumulated, {checkpoints}{kept}{moved}, "
+        f"batch {run.batch} x {run.accumulation} accumulated, "
+        f"{'with' if run.checkpointing else 'without'} checkpointing{kept}{moved}, "
         f"{run.optimizer}: {total / GIB:.1f} GiB of {room / GIB:.1f}"
     )
 
 
 def _advice(smallest: Step, room: int) -> str:
     """What to change first when nothing fits: the first change, cheap to dear, that is enough."""
-    run, weights = smallest.run, f"{smallest.weights / GIB:.1f} GiB"
-
-    def would_fit(**changes) -> bool:
-        return _fits(dataclasses.replace(smallest, run=dataclasses.replace(run, **changes)), room)
-
-    if not run.packed:
-        return f"the weights take {weights} in 16 bits: load them in 4 bits first"
-    if run.keep_in_16bit and would_fit(keep_in_16bit=()):
-        return "set KEEP_IN_16BIT = (), which puts these layers in 4 bits too"
-    if smallest.weights >= room:
-        weights = f"the 4-bit weights alone take {weights} of {room / GIB:.1f}"
-        return f"{weights}: choose a smaller model or a larger card"
-    for length in (run.length // 2**halvings for halvings in range(1, 32)):
-        if length >= 64 and would_fit(length=length):
-            return f"set MAX_LENGTH = {length}, which leaves out rows that are longer"
-    if would_fit(rank=8, targets=ATTENTION_TARGETS, length=64):
-        return "train fewer parameters: rank 8 on q_proj and v_proj, with short rows"
-    return "the weights leave no room for a step: choose a smaller model or a larger card"
+    run = smallest.run
+    changes: dict[str, dict] = {"set USE_4BIT = True": {"quantization": "nf4-double"}}
+    changes["set KEEP_IN_16BIT = ()"] = {"keep_in_16bit": ()}
+    lengths = [run.length // 2**halvings for halvings in range(1, 32)]
+    for length in (length for length in lengths if length >= 64):
+        says = f"set MAX_LENGTH = {length}, which leaves out rows that are longer"
+        changes[says] = {"length": length}
+    changes["train fewer parameters: rank 8 on q_proj and v_proj, with short rows"] = {
+        **{"rank": 8, "targets": ATTENTION_TARGETS, "length": 64}
+    }
+    for says, change in changes.items():
+        if _fits(smallest.with_run(**change), room):
+            return says
+    weights = f"{smallest.weights / GIB:.1f} GiB of {room / GIB:.1f}"
+    return f"the weights take {weights}: choose a smaller model or a larger card"
 
 
 def weights_fit_in_place(model_config, run: Run) -> bool:

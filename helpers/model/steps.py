@@ -4,28 +4,12 @@ from dataclasses import dataclass
 
 from helpers.config import ALL_LINEAR_TARGETS, Config
 from helpers.model import precision
-from helpers.model.architecture import FLOAT32, NESTED_BLOCK
-
-# Bytes of state a parameter needs: two moments. "torch" keeps them in the parameter's own type,
-# bitsandbytes in 32 bits, or in 8 bits with one 32-bit constant for 256 values.
-EIGHT_BIT_STATE = 2 * (1 + FLOAT32 / NESTED_BLOCK)
-OPTIMIZERS: dict[str, float | str] = {
-    "adamw_torch": "torch",
-    "adamw_torch_fused": "torch",
-    "adamw_bnb_8bit": EIGHT_BIT_STATE,
-    "adamw_8bit": EIGHT_BIT_STATE,
-    "paged_adamw_8bit": EIGHT_BIT_STATE,
-    "paged_adamw_32bit": 2 * FLOAT32,
-    "paged_adamw": 2 * FLOAT32,
-}
+from helpers.model.architecture import FLOAT32
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a training step does, as far as memory is concerned.
-
-    Raises ValueError for an unknown quantization, optimizer, loss or device.
-    """
+    """What a training step does, in numbers and names."""
 
     quantization: str = "nf4-double"  # or "nf4", "16bit"
     keep_in_16bit: tuple[str, ...] = ()  # kinds of linear layers that are not packed
@@ -37,9 +21,7 @@ class Run:
     optimizer: str = "adamw_bnb_8bit"
     checkpointing: bool = True
     kept_layers: int = 0  # with checkpointing: the last layers that keep theirs all the same
-    # On the fast path: activations of every second layer of those that do not keep them wait in the
-    # host's memory.
-    offload: bool = False
+    offload: bool = False  # on the fast path: see `offloaded_layers`
     accumulation: int = 1
     upcast: bool = False  # `prepare_model_for_kbit_training`: float32 but for what is packed
     compute_bytes: int = 2
@@ -49,13 +31,6 @@ class Run:
     fast: bool = False  # training.fast, whose batch is packed into one row of `tokens`
     shards: int = 1  # GPUs that hold the weights between them; all bytes are of one of them
     device: str = "cuda"
-
-    def __post_init__(self):
-        choices = {"loss": ("full", "chunked"), "device": ("cuda", "cpu"), "optimizer": OPTIMIZERS}
-        choices["quantization"] = ("nf4", "nf4-double", "16bit")
-        for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
 
     @classmethod
     def from_config(cls, config: Config, length: int | None = None) -> "Run":
@@ -109,8 +84,10 @@ class Run:
 
 
 def offloaded_layers(layers: int, kept_layers: int) -> range:
-    """Which layers the fast path offloads: every second one of those that do not keep theirs, since
-    a fast card computes two layers while one travels. After each come `offload_lead` others.
+    """Which layers have their activations in the host's memory on the fast path.
+
+    Every second one of those that do not keep theirs, since a fast card computes two layers while
+    one travels. After each come `offload_lead` others.
     """
     return range(0, layers - max(kept_layers + 1, offload_lead(kept_layers)), 2)
 

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from helpers import prompts
 from helpers.answers import inference
 from helpers.config import Config
-from helpers.merging.adapter_folder import check_adapter
+from helpers.merging.merging import check_adapter
 from helpers.model import loading
 
 

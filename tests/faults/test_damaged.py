@@ -14,7 +14,7 @@ from helpers import prompts
 from helpers.answers import inference
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.data import curation_note
-from helpers.merging import adapter_folder, export, merged_folder, merging, publishing
+from helpers.merging import export, merging, publishing
 from helpers.model import loading
 from helpers.runs import inventory
 from helpers.runs.inventory import ArtefactError, ArtefactWarning
@@ -101,7 +101,11 @@ def test_one_flipped_bit_in_the_adapter_is_found(config, name, seed):
 
 def test_a_pointer_of_git_lfs_instead_of_the_adapter_is_named(config):
     (config.run_dir / ADAPTER).write_bytes(POINTER)
-    refuses(config, merging.load_tuned, "Git-LFS pointer .*git lfs pull` there, or run notebook 04")
+    refuses(
+        config,
+        merging.load_tuned,
+        "or a Git-LFS pointer: run notebook 04 again, or run `git lfs pull`",
+    )
 
 
 def test_a_file_that_is_gone_is_named(config):
@@ -118,7 +122,7 @@ def test_an_adapter_of_another_base_is_refused(config, tmp_path):
 
 def test_a_base_that_was_moved_is_the_same_base(config, tmp_path):
     moved = shutil.copytree(config.model_name, tmp_path / "moved" / Path(config.model_name).name)
-    adapter_folder.check_adapter(dataclasses.replace(config, model_name=str(moved)))
+    merging.check_adapter(dataclasses.replace(config, model_name=str(moved)))
 
 
 def test_an_adapter_of_another_tokenizer_is_refused(config, tmp_path):
@@ -145,17 +149,6 @@ def test_an_adapter_of_another_tokenizer_is_refused(config, tmp_path):
 def test_an_adapter_of_other_settings_is_used_with_a_warning(config, changes, words):
     with pytest.warns(ArtefactWarning, match=words + ".*notebook 04 again"):
         merging.load_tuned(dataclasses.replace(config, **changes))
-
-
-def test_an_adapter_of_another_recipe_is_named_by_its_recipe(tiny_model_dir, tokenizer, tmp_path):
-    config = make_run(tiny_model_dir, tokenizer, tmp_path / "run", recipe="article")
-    same = {"model_name": config.model_name, "run_dir": config.run_dir, "lora_r": 4}
-    words = "RECIPE is None, the adapter was trained with 'article'.*: set RECIPE = 'article', or"
-    with pytest.warns(ArtefactWarning, match=words):
-        merging.load_tuned(type(config).from_profile("smoke", **same))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ArtefactWarning)
-        merging.load_tuned(type(config).from_profile("smoke", recipe="article", **same))
 
 
 def test_an_adapter_from_elsewhere_has_no_seal_and_loads(config):
@@ -331,13 +324,13 @@ def merged(config, tokenizer):
 def test_a_merged_model_is_sealed_and_accepted(merged):
     command = ["sha256sum", "--check", "--strict", "--quiet", inventory.SEAL]
     assert subprocess.run(command, cwd=merged.merged_dir).returncode == 0
-    assert merged_folder.check_merged(merged) == merged.merged_dir
+    assert merging.check_merged(merged) == merged.merged_dir
 
 
 @pytest.mark.parametrize(
     "use",
     [
-        merged_folder.check_merged,
+        merging.check_merged,
         lambda config: inference.load(config, "merged"),
         lambda config: inference.load(config, "requantized"),
         publishing.push_model,
@@ -360,7 +353,7 @@ def test_one_flipped_bit_in_the_merged_model_is_found(merged, name, seed):
 
 def test_a_merged_model_from_elsewhere_has_no_record_and_loads(merged):
     train_again(merged)
-    for name in (inventory.SEAL, merged_folder.MERGE_RECORD):
+    for name in (inventory.SEAL, merging.MERGE_RECORD):
         (merged.merged_dir / name).unlink()
     inference.load(merged, "merged")
 
@@ -442,5 +435,5 @@ def test_weights_that_are_cut_off_are_refused(base, size):
 def test_a_pointer_of_git_lfs_instead_of_weights_is_named(base):
     config, weights = base
     weights.write_bytes(POINTER)
-    words = "model.safetensors is a Git-LFS pointer and not the weights: run `git lfs pull` there"
+    words = "model.safetensors is cut .* or a Git-LFS pointer: .* run `git lfs pull` there"
     refuses(config, loading.load_model, words)

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from helpers.config import OPTIMIZERS, PROFILES, Config, ConfigError
-from helpers.model import steps
+from helpers.config import PROFILES, Config, ConfigError
 
 FIELDS = dataclasses.fields(Config)
 WHOLE = [item.name for item in FIELDS if item.type in (int, int | None)]
@@ -121,10 +120,6 @@ def test_everything_that_is_wrong_stands_in_one_message():
 def test_a_huge_value_does_not_fill_the_message():
     text = message(LORA_R="x" * 1_000_000)
     assert text.startswith("LORA_R is ") and len(text) < 200
-
-
-def test_optimizers_are_those_whose_memory_is_predicted():
-    assert set(OPTIMIZERS) == set(steps.OPTIMIZERS)
 
 
 def test_profiles_are_within_their_own_limits():

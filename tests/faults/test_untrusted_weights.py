@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers.config import PROJECT_DIR
-from helpers.merging import adapter_folder, merging
+from helpers.merging import merging
 from helpers.model import loading
 from helpers.runs.inventory import ArtefactError
 from helpers.training import checkpoints
@@ -142,9 +142,11 @@ def test_code_of_a_model_that_transformers_knows_is_left_alone(config, canary):
 
 def test_an_adapter_as_a_pickle_is_refused(config, canary):
     poison(config.adapter_dir, "adapter_model.bin", canary)
-    (config.adapter_dir / adapter_folder.ADAPTER_WEIGHTS).unlink()
+    (config.adapter_dir / merging.ADAPTER_WEIGHTS).unlink()
     before = contents(config.adapter_dir)
-    with pytest.raises(ArtefactError, match="no other form is read: run notebook 04 again"):
+    with pytest.raises(
+        ArtefactError, match="no other form of weights is read: run notebook 04 again"
+    ):
         merging.load_tuned(config)
     assert contents(config.adapter_dir) == before
 

@@ -8,9 +8,10 @@ from accelerate.state import AcceleratorState
 from transformers import TrainerControl, TrainerState
 from trl import SFTConfig
 
+from benchmarks.llama2 import llama2_config
 from helpers.config import Config
 from helpers.merging import merging
-from helpers.model import architecture, embedded, loading, measure, precision, predict
+from helpers.model import embedded, loading, measure, precision, predict
 from helpers.runs import environment
 from helpers.training import callbacks, machine, planning
 
@@ -85,7 +86,7 @@ QUESTIONS = {
         Config.from_profile("demo", device_map=config.device_map)
     ),
     "fast path": planning.why_not_fast,
-    "room for a plan": lambda config: planning.rooms(config, architecture.llama2_config("7B")),
+    "room for a plan": lambda config: planning.rooms(config, llama2_config("7B")),
     "room in shards": planning.refuse_without_room,
     "room for a merge": lambda config: merging.with_room(config, 1),
     "now": lambda config: measure.current_memory_bytes(config.device),
@@ -99,7 +100,7 @@ QUESTIONS = {
 @pytest.mark.parametrize("place", [1, "cuda:1", 0, "cuda"])
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_question_is_put_to_the_gpu_of_the_model(gpus, monkeypatch, question, place):
-    monkeypatch.setattr(loading, "load_shape", lambda name: architecture.llama2_config("7B"))
+    monkeypatch.setattr(loading, "load_shape", lambda name: llama2_config("7B"))
     QUESTIONS[question](config_on(place))
     assert set(gpus.asked) == {1 if place in (1, "cuda:1") else 0}
 
@@ -147,6 +148,6 @@ def test_a_model_is_loaded_with_its_gpu_current(gpus, monkeypatch, tiny_model_di
 def test_a_gpu_that_is_not_there_is_named(gpus):
     with pytest.raises(
         embedded.ModelUnavailable,
-        match=r"a model on cuda:2, and torch sees 2 here, numbered from 0: .* \{'': 1\}",
+        match=r"a model on cuda:2, and torch sees 2 GPU here, numbered from 0: set DEVICE_MAP",
     ):
         loading.use_device(config_on(2), "a model")

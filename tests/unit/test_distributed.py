@@ -15,10 +15,11 @@ from transformers import TrainerControl, TrainerState
 from transformers.models.llama import modeling_llama
 from trl import SFTConfig
 
+from benchmarks.llama2 import llama2_config
 from benchmarks.notebook_04 import run_cells
 from helpers.config import PROJECT_DIR, Config, ConfigError
-from helpers.merging import adapter_folder
-from helpers.model import architecture, measure, predict
+from helpers.merging import merging
+from helpers.model import measure, predict
 from helpers.runs import inventory
 from helpers.training import checkpoints, machine, planning, several_processes
 from helpers.training.export import export_training
@@ -82,7 +83,7 @@ def test_two_shards_train_as_one_model_does(tmp_path, tiny_model_dir):
         _, history = train(config, [*launcher, "-m", "tests.unit.shard_tiny", script], **sharded)
         history = [entry for entry in history if entry["step"] > 0]
         logs[processes] = [e[key] for e in history for key in ("loss", "eval_loss") if key in e]
-        adapters[processes] = load_file(config.adapter_dir / adapter_folder.ADAPTER_WEIGHTS)
+        adapters[processes] = load_file(config.adapter_dir / merging.ADAPTER_WEIGHTS)
     assert logs[2] == pytest.approx(logs[1], abs=1e-4)
     assert logs[1][-1] < logs[1][0] - 1
     shapes = [{name: t.shape for name, t in adapter.items()} for adapter in adapters.values()]
@@ -107,7 +108,7 @@ def test_a_checkpoint_has_its_folder_before_anything_is_written(tmp_path):
 
 
 def test_shards_without_room_are_refused_before_the_weights_load(tmp_path, monkeypatch, capsys):
-    architecture.llama2_config("70B").save_pretrained(tmp_path)
+    llama2_config("70B").save_pretrained(tmp_path)
     monkeypatch.setattr(measure, "torch_bytes", lambda device: 24 * predict.GIB)
     for name, value in {**fsdp_environment(), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)

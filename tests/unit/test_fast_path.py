@@ -13,10 +13,11 @@ from datasets import Dataset, DatasetDict
 from peft import get_peft_model
 from transformers import Qwen2Config, TrainerState
 
+from benchmarks.llama2 import llama2_config
 from benchmarks.notebook_04 import run_cells
 from helpers.config import PROBLEMS_FILE, Config, ConfigError
 from helpers.data.sources import SAMPLE_DIR
-from helpers.model import architecture, loading, measure, precision, predict
+from helpers.model import loading, measure, precision, predict
 from helpers.model.steps import Run
 from helpers.runs import inventory
 from helpers.training import checkpoints, machine, planning, safety
@@ -150,7 +151,7 @@ def planned(tmp_path, monkeypatch, gib, host_gib=0, folder=None, **changes):
     monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
     monkeypatch.setattr(measure, "torch_bytes", lambda device: round(gib * predict.GIB))
     monkeypatch.setattr(loading, "load_model", None)
-    architecture.llama2_config("7B").save_pretrained(tmp_path)
+    llama2_config("7B").save_pretrained(tmp_path)
     settings = {"model_name": str(tmp_path), "run_dir": tmp_path / "run", **changes}
     return planning.planned(Config.from_profile("llama2_7b", **settings), folder)
 
@@ -181,14 +182,10 @@ def test_half_of_the_hosts_memory_takes_activations_and_the_plan_says_so(
     assert not without.activation_offloading and offloaded.activation_offloading
     assert "every second of the others offloaded to the host" in capsys.readouterr().out
     step = Run.from_config(offloaded)
-    assert (
-        4 * predict.GIB
-        < predict.Step.of(architecture.llama2_config("7B"), step).host
-        < 6 * predict.GIB
-    )
+    assert 4 * predict.GIB < predict.Step.of(llama2_config("7B"), step).host < 6 * predict.GIB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each of two processes has a quarter
     step = Run.from_config(planned(tmp_path, monkeypatch, 8, 12))
-    assert 0 < predict.Step.of(architecture.llama2_config("7B"), step).host < 3 * predict.GIB
+    assert 0 < predict.Step.of(llama2_config("7B"), step).host < 3 * predict.GIB
 
 
 def begun(tmp_path, config):

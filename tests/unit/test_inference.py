@@ -11,6 +11,7 @@ import torch
 from peft import get_peft_model
 from transformers import GenerationConfig
 
+from benchmarks.llama2 import llama2_config
 from helpers import prompts
 from helpers.answers import inference
 from helpers.config import Config
@@ -231,7 +232,7 @@ def test_the_base_at_its_best_is_not_quantized(tiny_config, tokenizer):
 @pytest.mark.parametrize(("gigabytes", "rows"), [(0.1, 1), (1.5, 1), (4.2, 5), (100, 8)])
 def test_a_gpu_answers_as_many_requests_at_once_as_it_has_room_for(monkeypatch, gigabytes, rows):
     """7B in 16 bits: half a megabyte of keys and values for each token of each request."""
-    shape = architecture.llama2_config("7B")
+    shape = llama2_config("7B")
     assert architecture.cache_bytes(shape, tokens=1) == 2 * 32 * 4096 * 2
     model = SimpleNamespace(device=torch.device("cuda"), config=shape, dtype=torch.bfloat16)
     monkeypatch.setattr(measure, "free_bytes", lambda device: int(gigabytes * 1e9))

@@ -46,8 +46,8 @@ def test_padding_is_never_eos(tokenizer, tmp_path, names, special, padding):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ({}, "only special token is '<.im_end.>'.*set `pad_token`"),
-        ({"eos_token": None}, "names no token that ends an answer: add `eos_token`"),
+        ({}, "no special token for padding but '<.im_end.>'.*set `pad_token`"),
+        ({"eos_token": None}, "names no `eos_token` to end an answer .*: add it"),
     ],
 )
 def test_a_tokenizer_with_which_nothing_can_be_trained_is_refused(

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from selectolax.lexbor import LexborHTMLParser
 
+from benchmarks.llama2 import llama2_config
 from helpers.answers.evaluation import Score
-from helpers.model import architecture, predict, steps
+from helpers.model import predict, steps
 from helpers.model.plan import for_card
 from helpers.view import text_views, widgets
 
@@ -71,7 +72,7 @@ def test_every_part_of_a_step_has_a_bar_of_its_own_and_its_size_beside_it():
 
 
 def test_will_it_fit_follows_its_sliders():
-    shapes = {size: architecture.llama2_config(size) for size in ("7B", "70B")}
+    shapes = {size: llama2_config(size) for size in ("7B", "70B")}
     cards = {f"{size} GB": size * predict.GIB for size in (8, 24)}
     view = widgets.will_it_fit(shapes, cards, lambda *pair: for_card(pair[0], steps.Run(), pair[1]))
     model, card, page = view.children
