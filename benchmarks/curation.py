@@ -232,7 +232,7 @@ def article_way(folder: Path, output: Path) -> int:
 
 
 def our_way(folder: Path, run_dir: Path, workers: int) -> dict:
-    """Rows, seconds by pass, and a hash of what was kept: cleaned, rendered, verified, saved."""
+    """Rows, seconds, and a hash of what was kept: cleaned, rendered, verified, saved."""
     import hashlib
 
     from datasets import load_from_disk

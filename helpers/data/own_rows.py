@@ -3,7 +3,6 @@
 It walks the road of `curation.curate` and saves nothing.
 """
 
-import itertools
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +13,16 @@ import pyarrow as pa
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.data import curation
-from helpers.data.formats import QUARANTINE, json_records
 from helpers.data.posts import DataError, Posts
 from helpers.data.report import Report
-from helpers.data.rows import Encoder
+from helpers.data.rows import encoder_of
 from helpers.data.rules import ADVICE, RULES
 from helpers.data.sources import open_source
 from helpers.data.split import find_leaks, row_pairs
 from helpers.runs.folders import public_name
 
 SHOWN = 700  # characters of a row
-LISTED = 10  # numbers of rows, lines of the quarantine
+LISTED = 10  # numbers of rows, lines that are none
 
 
 def describe(config: Config, tokenizer) -> str:
@@ -33,40 +31,35 @@ def describe(config: Config, tokenizer) -> str:
     Raises DataError; where too little is left, with all that was seen until then.
     """
     with tempfile.TemporaryDirectory() as folder:
-        work, report = Path(folder), Report()
-        found = (config.data_source, work, config.seed, False, config.validation_source)
-        posts, source = open_source(*found), public_name(config.data_source)
-        if posts.seen is None:
+        work, report, source = Path(folder), Report(), public_name(config.data_source)
+        posts = open_source(config, work)
+        if not posts.own:
             return f"{source}: {posts.questions:,} posts of a forum, in HTML"
-        lines = _source_lines(config, posts, work)
+        lines = [f"{source}: {posts.questions:,} rows", *_source_lines(config, posts)]
         config = replace(config, system_message=curation.message_of(config, posts))
-        report.raw_questions = posts.questions
         try:
-            encoder = Encoder.of(tokenizer, work)
+            encoder = encoder_of(tokenizer, work)
             sketches = curation.clean(config, posts, encoder, map, report, False)
             rows, stay = curation.compare(config, posts, sketches, report)
             lines += _row_lines(rows.filter(pa.array(stay)), tokenizer)
             splits = curation.split(config, rows, stay, report, own=True)
-            lines += _rule_lines(report) + _split_lines(config, rows, splits, posts)
         except DataError as error:
             raise DataError("\n".join([str(error), *lines, *_rule_lines(report)])) from error
+        lines += _rule_lines(report) + _split_lines(config, rows, splits, posts)
     return "\n".join(lines)
 
 
-def _source_lines(config: Config, posts: Posts, work: Path) -> list[str]:
+def _source_lines(config: Config, posts: Posts) -> list[str]:
     seen = posts.seen
-    lines = [f"{public_name(config.data_source)}: {posts.questions:,} rows"]
-    lines += [f"  format: {form} ({count:,} rows)" for form, count in seen.formats.most_common()]
-    unused = [f"{name} ({count:,} rows)" for name, count in seen.unused.most_common()]
-    lines.append(f"  columns not used: {', '.join(unused) or 'none'}")
+    lines = [f"  format: {form} ({count:,} rows)" for form, count in seen.formats.most_common()]
+    unused = ", ".join(f"{name} ({count:,} rows)" for name, count in seen.unused.most_common())
+    lines.append(f"  columns not used: {unused or 'none'}")
     lines += [f"  not read: {', '.join(seen.not_read)}"] * bool(seen.not_read)
-    if seen.quarantined:
-        lines.append(f"  lines that are no rows: {seen.quarantined:,}")
-        listed = itertools.islice(json_records(work / QUARANTINE), LISTED)
-        lines += [f"    {r['source']}, line {r['line']}, {r['reason'][:200]}" for _, r in listed]
+    lines += [f"  lines that are no rows: {len(seen.lost):,}"] * bool(seen.lost)
+    for entry in seen.lost[:LISTED]:
+        lines.append(f"    {entry['source']}, line {entry['line']}, {entry['reason'][:200]}")
     own, rest = seen.systems.total(), posts.questions - seen.systems.total()
-    if own:
-        lines.append(f"  system message: {own:,} rows bring their own")
+    lines += [f"  system message: {own:,} rows bring their own"] * bool(own)
     if rest and config.system_message is None:
         lines.append(
             f"  system message of {rest:,} rows: the course's, which asks for Python "
@@ -79,8 +72,7 @@ def _source_lines(config: Config, posts: Posts, work: Path) -> list[str]:
 
 def _row_lines(rows: pa.Table, tokenizer) -> list[str]:
     """Three rows with what is learned between marks, and the lengths of all."""
-    tokens = np.array(rows["tokens"])
-    cuts = ", ".join(f"{np.quantile(tokens, share):.0f}" for share in (0, 0.5, 0.9, 1))
+    cuts = ", ".join(f"{n:.0f}" for n in np.quantile(rows["tokens"], (0, 0.5, 0.9, 1)))
     rows = rows.sort_by("question_id")
     lines = [f"  tokens of a row (least, median, 9 of 10, most): {cuts}"]
     for place in sorted({0, len(rows) // 2, len(rows) - 1}):
@@ -90,23 +82,20 @@ def _row_lines(rows: pa.Table, tokenizer) -> list[str]:
         for start, stop in prompts.learned_parts(tokenizer, prompt, completion):
             marked += f"{text[end:start]}«{text[start:stop]}»"
             end = stop
-        marked = marked if len(marked) <= SHOWN else f"{marked[:SHOWN]} ..."
-        lines += [f"-- row {row['question_id']}, what is learned between « and »:", marked]
+        lines.append(f"-- row {row['question_id']}, what is learned between « and »:")
+        lines.append(marked[:SHOWN] + " ..." * (len(marked) > SHOWN))
     return lines
 
 
 def _rule_lines(report: Report) -> list[str]:
     lines = [f"-- of {report.raw_questions:,} rows {report.kept_pairs:,} stay"]
     for rule, ids in report.removed.items():
-        if ids:
-            some = ", ".join(map(str, ids[:LISTED])) + " ..." * (len(ids) > LISTED)
-            lines.append(
-                f"  {rule} takes {len(ids):,}: {RULES[rule]} (rows {some}): {ADVICE[rule]}"
-            )
-    pairs = report.near_pairs[:3]
-    lines += [f"    row {b} is like row {a} ({value:.2f})" for a, b, value in pairs]
-    lines += [f"    {report.first_problem}"] * bool(report.first_problem)
-    return lines
+        some = ", ".join(map(str, ids[:LISTED])) + " ..." * (len(ids) > LISTED)
+        told = f"  {rule} takes {len(ids):,}: {RULES[rule]} (rows {some}): {ADVICE[rule]}"
+        lines += [told] * bool(ids)
+    for a, b, value in report.near_pairs[:3]:
+        lines.append(f"    row {b} is like row {a} ({value:.2f})")
+    return lines + [f"    {report.first_problem}"] * bool(report.first_problem)
 
 
 def _split_lines(config: Config, rows: pa.Table, splits, posts: Posts) -> list[str]:

@@ -15,16 +15,18 @@ from typing import Any
 
 import numpy as np
 
-DATABASE = "posts.sqlite"
+LONGEST = 1 << 20  # characters of a text; a post on Stack Overflow has at most 30,000
 HELD = "validation"  # tag of rows whose owner holds them out
 PART = 2_000  # questions that are worked on at a time
 
 TABLES = """
 PRAGMA journal_mode = OFF;  -- nothing is kept of a reading that fails
-CREATE TABLE questions (id INTEGER, author INTEGER, score INTEGER, title TEXT, body TEXT);
-CREATE TABLE answers (id INTEGER, author INTEGER, score INTEGER, question_id INTEGER, body TEXT);
-CREATE TABLE tags (question_id INTEGER, tag TEXT);
-CREATE TABLE shuffled (place INTEGER PRIMARY KEY, question INTEGER);
+CREATE TABLE questions (id INTEGER PRIMARY KEY, author INTEGER, score INTEGER, title, body);
+CREATE TABLE answers (
+    id INTEGER PRIMARY KEY, author INTEGER, score INTEGER, question_id INTEGER, body
+);
+CREATE TABLE tags (question_id INTEGER, tag);
+CREATE TABLE shuffled (place INTEGER PRIMARY KEY, question_id INTEGER);
 """
 INSERT = {
     "questions": "INSERT INTO questions VALUES (?, ?, ?, ?, ?)",
@@ -41,9 +43,9 @@ SELECT q.id AS question_id, a.id AS answer_id, q.author AS question_author,
     a.author AS answer_author, q.score AS question_score, a.score AS answer_score,
     (SELECT json_group_array(tag) FROM tags WHERE question_id = q.id) AS tags,
     q.title AS title, q.body AS question, a.body AS answer
-FROM shuffled JOIN questions AS q ON q.rowid = shuffled.question
-LEFT JOIN answers AS a ON a.rowid = (
-    SELECT rowid FROM answers WHERE question_id = q.id ORDER BY score DESC, id LIMIT 1
+FROM shuffled JOIN questions AS q ON q.id = shuffled.question_id
+LEFT JOIN answers AS a ON a.id = (
+    SELECT id FROM answers WHERE question_id = q.id ORDER BY score DESC, id LIMIT 1
 )
 WHERE place >= ? AND place < ? ORDER BY place
 """
@@ -58,13 +60,16 @@ class Posts:
     """A source on the disk, and what is known of it as a whole."""
 
     database: Path
-    is_html: bool
     licence: str
     url: str = ""  # a pattern with {question_id} and {answer_id}, "" where posts have no address
     questions: int = 0
     answers: int = 0
-    quarantined: int = 0  # lines that were no rows; quarantine.jsonl beside the database lists them
     seen: Any = None  # of rows of one's own: a conversations.Seen
+
+    @property
+    def own(self) -> bool:
+        """Whether these are rows of one's own, and no posts of a forum in HTML."""
+        return self.seen is not None
 
     def parts(self) -> list[range]:
         """Places in the shuffled order, PART at a time."""
@@ -80,11 +85,11 @@ class Posts:
 
 
 @contextlib.contextmanager
-def new_database(folder: Path) -> Iterator[sqlite3.Connection]:
-    """An empty database in a folder, to be filled by INSERT."""
-    (folder / DATABASE).unlink(missing_ok=True)
+def new_database(path: Path) -> Iterator[sqlite3.Connection]:
+    """An empty database, to be filled by INSERT."""
+    path.unlink(missing_ok=True)
     try:
-        with contextlib.closing(sqlite3.connect(folder / DATABASE)) as database:
+        with contextlib.closing(sqlite3.connect(path)) as database:
             database.executescript(TABLES)
             yield database
             database.commit()
@@ -97,12 +102,11 @@ def new_database(folder: Path) -> Iterator[sqlite3.Connection]:
 def shuffle(database: sqlite3.Connection, seed: int) -> tuple[int, int]:
     """Make a filled database ready to be read; the numbers of questions and answers."""
     database.executescript(INDEXES)
-    rows = np.array(database.execute("SELECT rowid, id FROM questions").fetchall(), np.int64)
-    order = np.argsort(question_hash(rows[:, 1], seed))
-    shuffled = enumerate(rows[order, 0].tolist())
-    database.executemany("INSERT INTO shuffled VALUES (?, ?)", shuffled)
+    ids = np.array(database.execute("SELECT id FROM questions").fetchall(), np.int64).ravel()
+    order = ids[np.argsort(question_hash(ids, seed))]
+    database.executemany("INSERT INTO shuffled VALUES (?, ?)", enumerate(order.tolist()))
     (answers,) = database.execute("SELECT count(*) FROM answers").fetchone()
-    return len(rows), answers
+    return len(ids), answers
 
 
 def question_hash(ids: np.ndarray, seed: int) -> np.ndarray:

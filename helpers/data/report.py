@@ -1,16 +1,19 @@
-"""What a curation did, in numbers."""
+"""What a curation did, in numbers, and the card that tells them: the README.md of a dataset."""
 
-import contextlib
 import itertools
 import operator
-import time
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from helpers.data.posts import DataError
+from helpers.config import Config
+from helpers.data.posts import DataError, Posts
 from helpers.data.rules import ADVICE, RULES
+from helpers.runs.folders import public_name
 
 METRICS = "raw_questions raw_answers kept_pairs train_rows validation_rows validation_leaks"
+CARD = Path(__file__).with_name("card.md")
+LICENCES = ("CC BY-SA 3.0", "CC BY-SA 4.0")  # those that the Hub knows by a tag
 
 
 @dataclass
@@ -29,13 +32,7 @@ class Report:
     train_rows: int = 0
     validation_rows: int = 0
     validation_leaks: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[step] = time.perf_counter() - started
+    seconds: float = 0.0
 
     def metrics(self) -> dict[str, int | float]:
         """The numbers that notebook 02 records, but for what it verifies on the saved rows."""
@@ -43,7 +40,7 @@ class Report:
             **{name: getattr(self, name) for name in METRICS.split()},
             "benchmark_hits_removed": len(self.removed["contaminated"]),
             "quarantined_lines": self.quarantined,
-            "rows_per_second": (self.raw_questions + self.raw_answers) / sum(self.seconds.values()),
+            "rows_per_second": (self.raw_questions + self.raw_answers) / self.seconds,
         }
 
     def funnel(self) -> list[tuple[str, str, int, int]]:
@@ -61,3 +58,28 @@ class Report:
         if self.first_problem:
             told += f"; the first problem of a prompt: {self.first_problem}"
         return DataError(f"{what}{counts and f' (removed: {counts})'}: {told}")
+
+
+def dataset_card(config: Config, report: Report, posts: Posts) -> str:
+    """The card of a whole dataset: card.md with the numbers of the run."""
+    steps = ((rule, why, f"{gone:,} | {left:,}") for rule, why, gone, left in report.funnel())
+    return CARD.read_text(encoding="utf-8").format(
+        config=config,
+        report=report,
+        funnel="\n".join(f"| {' | '.join(step)} |" for step in steps),
+        licence=posts.licence,
+        tag=posts.licence.lower().replace(" ", "-") if posts.licence in LICENCES else "other",
+        source=public_name(config.data_source),
+        benchmarks=", ".join(map(public_name, config.benchmarks)),
+        model=public_name(config.model_name),
+    )
+
+
+def card_of_part(card: str, rows: int, every: int, held: int) -> str:
+    """The card of a repository with the first `rows` of `every` training rows, and all held out.
+
+    What its owner wrote into the card stays.
+    """
+    part = f" (the first of {every:,})" if rows < every else ""
+    counts = f"{rows:,} rows to train{part} and {held:,} to validate"
+    return re.sub(r"(?m)^[\d,]+ rows to train and [\d,]+ to validate", counts, card, count=1)

@@ -1,8 +1,6 @@
 """Training rows: a pair in the prompt template, with its source, counted in tokens and verified."""
 
 import functools
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,31 +22,23 @@ SCHEMA = pa.schema(
 )
 # What is written while the rows are made: with what decides whether they stay.
 DRAFT = pa.schema([*list(SCHEMA)[:-1], ("tokens", pa.int64()), ("problem", pa.string())])
+COPIED = "bos_token_id eos_token_id bos_token eos_token chat_template special_tokens_map "
+COPIED += "added_tokens_decoder"
 
 
-@dataclass(frozen=True)
-class Encoder:
+class Encoder(SimpleNamespace):
     """The part of a tokenizer that workers need, without transformers: they read `file` once."""
-
-    file: Path
-    bos_token_id: int
-    eos_token_id: int
-    bos_token: str
-    eos_token: str
-    chat_template: str
-    special_tokens_map: dict
-    added_tokens_decoder: dict  # id -> tokenizers.AddedToken
-
-    @classmethod
-    def of(cls, tokenizer, folder: Path) -> "Encoder":
-        """Of a fast tokenizer of transformers; its vocabulary is written into `folder`."""
-        file = folder / "tokenizer.json"
-        tokenizer.backend_tokenizer.save(str(file))
-        return cls(file, *(getattr(tokenizer, name) for name in list(cls.__annotations__)[1:]))
 
     def __call__(self, texts: list[str]) -> SimpleNamespace:
         """`encodings`, as transformers calls them: a `tokenizers.Encoding` for each text."""
         return SimpleNamespace(encodings=_vocabulary(self.file).encode_batch(texts))
+
+
+def encoder_of(tokenizer, folder: Path) -> Encoder:
+    """Of a fast tokenizer of transformers; its vocabulary is written into `folder`."""
+    file = folder / "tokenizer.json"
+    tokenizer.backend_tokenizer.save(str(file))
+    return Encoder(file=file, **{name: getattr(tokenizer, name) for name in COPIED.split()})
 
 
 @functools.lru_cache(maxsize=1)
@@ -72,15 +62,8 @@ def training_row(
         "completion": completion,
         "url": posts.url.format(**pair),
         "licence": posts.licence,
-        "tests": "" if posts.is_html else pair["title"],
+        "tests": pair["title"] if posts.own else "",
     }
-
-
-def verified(rows: list[dict], encoder: Encoder) -> Iterable[dict]:
-    """The rows with their length in tokens and what is wrong with them, "" where nothing is."""
-    texts = ((row["prompt"], row["completion"]) for row in rows)
-    for row, (length, problems) in zip(rows, prompts.verify_rows(encoder, texts), strict=True):
-        yield {**row, "tokens": length, "problem": problems[0] if problems else ""}
 
 
 def rows_file(posts: Posts, part: range) -> Path:
@@ -88,7 +71,11 @@ def rows_file(posts: Posts, part: range) -> Path:
     return posts.database.with_name(f"rows-{part.start}.arrow")
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
+def write_rows(path: Path, rows: list[dict], encoder: Encoder) -> None:
+    """Write rows with their length in tokens and what is wrong with them, "" where nothing is."""
+    texts = ((row["prompt"], row["completion"]) for row in rows)
+    for row, (length, problems) in zip(rows, prompts.verify_rows(encoder, texts), strict=True):
+        row |= {"tokens": length, "problem": problems[0] if problems else ""}
     with pa.ipc.new_stream(str(path), DRAFT) as writer:
         writer.write_batch(pa.RecordBatch.from_pylist(rows, DRAFT))
 

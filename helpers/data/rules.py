@@ -68,58 +68,48 @@ class Judged(NamedTuple):
     turns: tuple[tuple[str, str], ...] = ()  # (user, answer)
     system: str | None = None  # that a row of one's own brings
     words: list[str] = []
-    features: set[str] = set()
+    pairs: set[str] = set()  # of neighbouring words
 
 
-def judge(pair: dict, config: Config, is_html: bool) -> Judged:
-    """The first rule that removes a pair, or its texts."""
-    if not is_html:
-        return judge_own(pair, config)
-    if rule := unread(pair, config):
-        return Judged(rule)
-    kinds: list[str] = []
-    answer = html_to_markdown(pair["answer"], kinds)
-    if rule := judge_code(kinds):
-        return Judged(rule)
+def judge(pair: dict, config: Config, own: bool) -> Judged:
+    """The first rule that removes a pair, or its texts; with `own`, of a row of one's own."""
+    title, system, turns, rule = (_read_own if own else _read_post)(pair, config)
+    texts = [text for turn in turns for text in turn]
+    if rule or not all(map(str.strip, texts)):
+        return Judged(rule or "length")
+    words = words_of(" ".join(texts))
+    pairs = word_pairs(words)
+    problem = problem_index(config.benchmarks).match(title, words, pairs)
+    return Judged("contaminated" if problem else "", problem, turns, system, words, pairs)
+
+
+def _read_post(pair: dict, config: Config) -> tuple:
+    """(title, None, turns, the rule that removes the pair or "") of a question and its answer."""
+    rule, kinds = unread(pair, config), list[str]()
+    answer = "" if rule else html_to_markdown(pair["answer"], kinds)
+    if rule := rule or judge_code(kinds):
+        return "", None, (), rule
     title = html.unescape(pair["title"]).strip()
     user = prompts.without_blank_lines(f"{title}\n\n{html_to_markdown(pair['question'])}")
-    if any(marker in user or marker in answer for marker in prompts.MARKERS):
-        return Judged("template_marker")
-    if not user.strip() or not answer.strip():
-        return Judged("length")
-    return compared(title, ((user, answer),), None, config)
+    return title, None, ((user, answer),), ""
 
 
-def compared(title: str, turns, system: str | None, config: Config) -> Judged:
-    """The last rule: no text restates a benchmark problem."""
-    words = words_of(" ".join(text for turn in turns for text in turn))
-    features = word_pairs(words)
-    if problem := problem_index(config.benchmarks).match(title, words, features):
-        return Judged("contaminated", problem)
-    return Judged("", "", turns, system, words, features)
-
-
-def judge_own(pair: dict, config: Config) -> Judged:
-    """`judge` for a conversation of one's own: rules for posts of a forum hold if asked for."""
-    row = json.loads(pair["question"])
+def _read_own(pair: dict, config: Config) -> tuple:
+    """`_read_post` for a row of one's own: rules for posts of a forum hold if asked for."""
+    row, rule = json.loads(pair["question"]), ""
     turns = tuple(tuple(map(prompts.without_blank_lines, turn)) for turn in row["turns"])
     texts = [text for turn in turns for text in turn]
-    shortest = min(len(answer) for _, answer in turns)
-    if not all(map(str.strip, texts)) or shortest < (config.min_answer_characters or 1):
-        return Judged("length")
-    if max(map(len, texts)) > (config.max_post_characters or math.inf):
-        return Judged("length")
-    if any(MOJIBAKE.search(text) for text in texts if not text.isascii()):
-        return Judged("bad_encoding")
-    if config.check_python:
+    if min(len(answer) for _, answer in turns) < (config.min_answer_characters or 1):
+        rule = "length"
+    elif max(map(len, texts)) > (config.max_post_characters or math.inf):
+        rule = "length"
+    elif any(MOJIBAKE.search(text) for text in texts if not text.isascii()):
+        rule = "bad_encoding"
+    elif config.check_python:
         blocks = [block for _, answer in turns for block in fenced_blocks(answer)]
         kinds = [code_kind(code) for language, code in blocks if language in PYTHON_FENCES]
-        if rule := judge_code([*kinds, "python"]):
-            return Judged(rule)
-    marked = [*texts, row["system"] or ""] if config.template != "model" else []
-    if any(marker in text for text in marked for marker in prompts.MARKERS):
-        return Judged("template_marker")
-    return compared("", turns, row["system"], config)
+        rule = judge_code([*kinds, "python"])
+    return "", row["system"], turns, rule
 
 
 def unread(pair: dict, config: Config) -> str:
@@ -147,9 +137,10 @@ def unread(pair: dict, config: Config) -> str:
 
 def judge_code(kinds: list[str]) -> str:
     """The rule that an answer's code blocks break, or ""."""
-    for kind, rule in {"python2": "python2", "broken": "does_not_parse"}.items():
-        if kind in kinds:
-            return rule
+    if "python2" in kinds:
+        return "python2"
+    if "broken" in kinds:
+        return "does_not_parse"
     if {"python", "session"}.intersection(kinds):
         return ""
     return "other_language" if kinds else "no_code"

@@ -1,7 +1,6 @@
 """The split into training and validation rows, and whether a row stands on both sides of it."""
 
 import os
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from helpers import prompts
 from helpers.config import Config
 from helpers.data.posts import question_hash
 from helpers.data.rows import read_rows
-from helpers.data.similarity import RarestIndex, jaccard, word_pairs, words_of
+from helpers.data.similarity import InvertedIndex, jaccard, word_pairs, words_of
 
 SLICES, STEP = 8, 2_000  # the leaks of a dataset are looked for in 8 slices, 2,000 rows at a time
 
@@ -34,8 +33,6 @@ def choose_validation(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     for index in np.argsort(question_hash(names, seed + 1), kind="stable"):
         if sizes[index] <= left:
             chosen[index], left = True, left - sizes[index]
-        if left == 0:
-            break
     if wanted and not chosen.any():
         chosen[sizes.argmin()] = True
     return chosen[which]
@@ -44,24 +41,17 @@ def choose_validation(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
 def find_leaks(held: list[dict], train: Iterable[dict], similarity: float) -> set[int]:
     """Places in `held` of the rows that leak into the training rows.
 
-    A row leaks into one of the same question or group, or one that is as similar in words, by the
-    exact Jaccard similarity and not the MinHash that removed duplicates.
+    A row leaks into one of the same group, or one that is as similar in words, by the exact Jaccard
+    similarity and not the MinHash that removed duplicates.
     """
     features = [row_pairs(row) for row in held]
-    index = RarestIndex(features, similarity)
-    places: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for place, row in enumerate(held):
-        for name in ("question_id", "group"):
-            places[name, row[name]].append(place)
-    leaked: set[int] = set()
+    index, leaked = InvertedIndex(features, similarity), set[int]()
+    groups = set()
     for row in train:
         own = row_pairs(row)
-        leaked.update(
-            place for place in index.candidates(own) if jaccard(features[place], own) >= similarity
-        )
-        for name in ("question_id", "group"):
-            leaked.update(places.get((name, row[name]), ()))
-    return leaked
+        groups.add(row["group"])
+        leaked.update(n for n in index.find(own) if jaccard(features[n], own) >= similarity)
+    return leaked | {place for place, row in enumerate(held) if row["group"] in groups}
 
 
 def leaks_of_slice(dataset: Path, similarity: float, number: int) -> set[int]:
@@ -71,8 +61,7 @@ def leaks_of_slice(dataset: Path, similarity: float, number: int) -> set[int]:
         for name in ("validation", "train")
     )
     if not str(held["prompt"][0]).startswith(prompts.OPENING):  # all begin with a system message
-        some = [*held["prompt"].to_pylist(), *train["prompt"][:100].to_pylist()]
-        skip = len(os.path.commonprefix(some))
+        skip = len(os.path.commonprefix([*held["prompt"].to_pylist(), str(train["prompt"][0])]))
         held, train = (
             part.set_column(0, "prompt", pc.utf8_slice_codeunits(part["prompt"], skip))
             for part in (held, train)

@@ -9,9 +9,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from helpers.config import Config
-from helpers.data.card import card_of_part
 from helpers.data.curation_note import curation_of, system_message
 from helpers.data.dataset_folder import check_dataset
+from helpers.data.report import card_of_part
 from helpers.merging.merging import check_merged, merge_record
 from helpers.model import precision
 from helpers.model.embedded import EMBEDDED_NAME

@@ -57,7 +57,8 @@ def main() -> None:
     say("cached", load_model, "any/good")
     say("cached tokenizer", loading.load_tokenizer, "any/good")
     say("offline", loading.load_tokenizer, "any/other")
-    say("data", sources.open_source, "any/data", Path(tempfile.mkdtemp()), 1)
+    config = Config.from_profile("demo", data_source="any/data")
+    say("data", sources.open_source, config, Path(tempfile.mkdtemp()))
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     say("offline mode", load_model, "any/good")
 

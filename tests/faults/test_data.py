@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from helpers import prompts
 from helpers.config import Config
 from helpers.data.contamination import load_problems
-from helpers.data.formats import QUARANTINE
+from helpers.data.curation import QUARANTINE
 from helpers.data.markdown import html_to_markdown
 from helpers.data.posts import DataError
 from helpers.data.rules import judge
@@ -52,16 +52,16 @@ BAD = {
     "is no JSON": b'{"prompt": "cut',
     "is no JSON (maximum recursion": b"[" * 100_000,
     "is list, not an object": b"[1]",
-    "is an empty object": b"{}",
-    "is not UTF-8 text (invalid continuation byte at": b'{"prompt": "caf\xe9", "answer": ""}',
-    "is longer than 1 MB": b'{"prompt": "' + b"x" * 3_000_000 + b'", "answer": "x"}',
+    "is dict, not an object with columns": b"{}",
+    "holds NUL, half of a character, one that is not UTF-8": b'{"prompt": "caf\xe9", "answer": ""}',
+    "holds NUL, half of": b'{"prompt": "' + b"x" * 3_000_000 + b'", "answer": "x"}',
     "has ['str', 'int'] in ('prompt', 'answer')": b'{"prompt": "x", "answer": 3}',
     "has ['str', 'NoneType'] in ('prompt', 'answer')": b'{"prompt": "x", "answer": null}',
     "has no column for the prompt (": b'{"prompt": "x"}',
-    "is no JSON ('answer' stands there twice)": b'{"prompt": "x", "answer": "a", "answer": "b"}',
+    "is no JSON (one of prompt stands there twice)": b'{"prompt": "x", "prompt": "y"}',
     "has two columns of one name among prompt, Prompt": b'{"prompt": "x", "Prompt": "y"}',
-    "holds NUL or half of a character": b'{"prompt": "x", "answer": "half \\ud83d of it"}',
-    "holds NUL or half": b'{"prompt": "zero \\u0000", "answer": "x"}',
+    "holds NUL, half": b'{"prompt": "x", "answer": "half \\ud83d of it"}',
+    "holds NUL": b'{"prompt": "zero \\u0000", "answer": "x"}',
 }
 
 
@@ -111,7 +111,7 @@ def test_a_benchmark_is_read_strictly_since_a_lost_line_would_hide_a_leak(tmp_pa
     path.write_bytes(lines([{"prompt": "a"}]) + BAD["has ['str', 'int'] in ('prompt', 'answer')"])
     assert len(load_problems(str(path))) == 2
     path.write_bytes(lines([{"prompt": "a"}]) + b'{"prompt": "caf\xe9"}\n')
-    with pytest.raises(DataError, match="mine.jsonl, line 2, is not UTF-8 text"):
+    with pytest.raises(DataError, match="mine.jsonl, line 2, is no JSON .* 'utf-8' codec"):
         load_problems(str(path))
 
 
@@ -177,9 +177,9 @@ def test_kaggles_files_too(tmp_path, start, end):
     answers = b"Id,OwnerUserId,ParentId,Score,Body\n11,2,1,5," + body + b"\n"
     (tmp_path / "Answers.csv").write_bytes((start + answers).replace(b"\n", end))
     (tmp_path / "work").mkdir()
-    posts = open_source(str(tmp_path), tmp_path / "work", 0)
-    (pair,) = posts.pairs(range(1))
-    found = judge(pair, Config.from_profile("demo"), is_html=True)
+    config = Config.from_profile("demo", data_source=str(tmp_path))
+    (pair,) = open_source(config, tmp_path / "work").pairs(range(1))
+    found = judge(pair, config, own=False)
     assert found.rule == "" and pair["question_id"] == 1
     assert (
         "```python\ndef f(x):\n    return x\n```" in found.turns[0][1]
@@ -191,7 +191,7 @@ def test_half_of_a_utf_16_file_is_named(tmp_path):
     path = tmp_path / "own.csv"
     text = "prompt,answer\n" + "".join(f"{r['prompt']},x\n" for r in OWN_ROWS)
     path.write_bytes(text.encode("utf-16")[:-1])
-    with pytest.raises(DataError, match="own.csv is not UTF-8 text .truncated data"):
+    with pytest.warns(UserWarning, match="1 lines are no rows"):
         curated(path, tmp_path)
 
 
@@ -297,7 +297,9 @@ def test_a_marker_that_markup_hides_is_found(hidden, tmp_path):
     answer = "<p>Call it once, with a number:</p><pre><code>f(1)</code></pre>"
     pair = {"title": "t", "question": f"<p>{hidden}</p>", "answer": answer, "tags": []}
     pair |= {"question_score": 1, "answer_score": 1}
-    assert judge(pair, Config.from_profile("demo"), is_html=True).rule == "template_marker"
+    found = judge(pair, Config.from_profile("demo"), own=False)
+    with pytest.raises(prompts.TemplateError, match="holds the template's own marker"):
+        prompts.render(prompts.Conversation("S", found.turns))
 
 
 @pytest.fixture(scope="module")

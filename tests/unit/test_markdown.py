@@ -78,8 +78,8 @@ def test_cells_of_a_table_stay_apart(html, markdown):
     ("html", "markdown"),
     [
         ("10<sup>3</sup> and 2<sup>32</sup>, 10<sup>-9</sup>", "10^3 and 2^32, 10^-9"),
-        ("H<sub>2</sub>O, x<sup>n+1</sup>, x<sub>max</sub>", "H_2O, x^(n+1), x_(max)"),
-        ("<code>x<sup>2</sup></code>, x<sup><code>k</code></sup>", "`x^2`, x^(`k`)"),
+        ("H<sub>2</sub>O, x<sup>n+1</sup>, x<sub>max</sub>", "H_2O, x^n+1, x_max"),
+        ("<code>x<sup>2</sup></code>, x<sup><code>k</code></sup>", "`x^2`, x^`k`"),
         ("<pre>x<sup>2</sup> + y<sub>i</sub></pre>", "```\nx^2 + y_i\n```"),
         ("<p><sup>1</sup> A note.</p><sub>Small print.</sub>", "1 A note.\n\nSmall print."),
         ("<p>y <sub>small</sub>, <sup></sup>x</p>", "y small, x"),
