@@ -110,12 +110,12 @@ def _of_columns(values: dict, told: str) -> tuple[Row, list[str]]:
         return next((name for name in there if values[name] is not None), (there or [""])[0])
 
     system, prompt, answer, chat, text = map(first, (SYSTEMS, PROMPTS, ANSWERS, CHATS, TEXT))
-    used = [system] if system else []
+    used, message = ([system], values[system]) if system else ([], None)
     if chat:
-        return _of_messages(values[chat], values.get(system), chat), [*used, chat]
+        return _of_messages(values[chat], message, chat), [*used, chat]
     if prompt and isinstance(values[prompt], list):  # trl's form of a conversation in two columns
         messages = [*values[prompt], *(values[answer] if answer else [])]
-        return _of_messages(messages, values.get(system), prompt), [*used, prompt, answer]
+        return _of_messages(messages, message, prompt), [*used, prompt, answer]
     for names in ((text,), (prompt, answer), (prompt,)):
         whole = "".join(str(values[name]) for name in names if name)
         if whole.lstrip().startswith(("<s>[INST]", OPEN_USER)) and CLOSE_USER in whole:
@@ -133,7 +133,7 @@ def _of_columns(values: dict, told: str) -> tuple[Row, list[str]]:
     history = values.get("history") or []
     if isinstance(history, list) and all(isinstance(p, list) and len(p) == 2 for p in history):
         used, turns = [*used, *["history"] * bool(history)], [*map(tuple, history), *turns]
-    return Row(" + ".join(used), turns, values.get(system)), used
+    return Row(" + ".join(used), turns, message), used
 
 
 def _of_messages(messages, system: str | None, name: str) -> Row:

@@ -111,7 +111,7 @@ def test_a_benchmark_is_read_strictly_since_a_lost_line_would_hide_a_leak(tmp_pa
     path.write_bytes(lines([{"prompt": "a"}]) + BAD["has ['str', 'int'] in ('prompt', 'answer')"])
     assert len(load_problems(str(path))) == 2
     path.write_bytes(lines([{"prompt": "a"}]) + b'{"prompt": "caf\xe9"}\n')
-    with pytest.raises(DataError, match="mine.jsonl, line 2, is no JSON .* 'utf-8' codec"):
+    with pytest.raises(DataError, match="mine.jsonl, line 2, is no JSON object .*'utf-8' codec"):
         load_problems(str(path))
 
 

@@ -446,7 +446,7 @@ def test_a_hub_dataset_that_cannot_be_had(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
-        DataError, match=r"a/b could not be loaded \(no route to host\): check the name and"
+        DataError, match=r"a/b could not be loaded \(no route to host\): check the name, "
     ):
         opened("a/b", tmp_path)
 
