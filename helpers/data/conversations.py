@@ -114,7 +114,7 @@ def _of_columns(values: dict, told: str) -> tuple[Row, list[str]]:
     if chat:
         return _of_messages(values[chat], message, chat), [*used, chat]
     if prompt and isinstance(values[prompt], list):  # trl's form of a conversation in two columns
-        messages = [*values[prompt], *(values[answer] if answer else [])]
+        messages = [*values[prompt], *((values[answer] if answer else None) or [])]
         return _of_messages(messages, message, prompt), [*used, prompt, answer]
     for names in ((text,), (prompt, answer), (prompt,)):
         whole = "".join(str(values[name]) for name in names if name)
