@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,19 +27,10 @@ from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.data.contamination import problem_index
 from helpers.data.curation_note import tokenizer_note, write_curation
-from helpers.data.posts import HELD, DataError, Posts
+from helpers.data.posts import HELD, Posts
 from helpers.data.report import Report, dataset_card
-from helpers.data.rows import (
-    SCHEMA,
-    Encoder,
-    encoder_of,
-    read_rows,
-    rows_file,
-    training_row,
-    write_rows,
-)
-from helpers.data.rules import judge
-from helpers.data.similarity import SKETCH, deduplicate, sketch
+from helpers.data.rows import SCHEMA, Encoder, clean_part, encoder_of, read_rows, rows_file
+from helpers.data.similarity import deduplicate
 from helpers.data.sources import open_source
 from helpers.data.split import SLICES, choose_validation, leaks_of_slice, validation_size
 from helpers.runs import folders
@@ -116,7 +106,7 @@ def _tell(config: Config, posts: Posts, draft: Path) -> int:
 
 @contextlib.contextmanager
 def spread_over(count: int) -> Iterator[Callable]:
-    """`map` with the calls spread over `count` processes. DataError when one of them dies."""
+    """`map` with the calls spread over `count` processes."""
     if count == 1:
         yield map
         return
@@ -125,10 +115,6 @@ def spread_over(count: int) -> Iterator[Callable]:
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), gc.disable)
     try:
         yield pool.map
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process died, probably for lack of memory: run with fewer workers"
-        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -149,32 +135,6 @@ def clean(
         if problem:
             report.benchmark_hits.append((question_id, problem))
     return np.concatenate(sketches)
-
-
-def clean_part(
-    config: Config, posts: Posts, encoder: Encoder, part: range
-) -> tuple[list[tuple[int, str, str]], np.ndarray]:
-    """Write the rows of a part; (question id, rule, benchmark problem) of the pairs it removes."""
-    removed, rows, sketches = [], [], []
-    for pair in posts.pairs(part):
-        question_id, score = pair["question_id"], pair["answer_score"] or 0
-        score += HELD in pair["tags"] and posts.own  # of two copies it is the one to stay
-        text = judge(pair, config, posts.own)
-        if text.rule:
-            removed.append((question_id, text.rule, text.problem))
-            continue
-        # `curate` has given the Config a system message.
-        said = prompts.Conversation(text.system or str(config.system_message), text.turns)
-        try:
-            rows.append(training_row(pair, said, posts, encoder, config.template == "model"))
-        except prompts.TemplateError:
-            removed.append((question_id, "template_marker", ""))
-            continue
-        asked = " ".join(user for user, _ in text.turns)
-        of_row = question_id, score, asked, text.words, text.pairs
-        sketches.append(sketch(*of_row, config.seed))
-    write_rows(rows_file(posts, part), rows, encoder)
-    return removed, np.array(sketches, SKETCH)
 
 
 def compare(

@@ -1,13 +1,17 @@
-"""Training rows: a pair in the prompt template, with its source, counted in tokens and verified."""
+"""Training rows: pairs that the rules let through, in the prompt template, counted and verified."""
 
 import functools
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 
 from helpers import prompts
-from helpers.data.posts import Posts
+from helpers.config import Config
+from helpers.data.posts import HELD, Posts
+from helpers.data.rules import judge
+from helpers.data.similarity import SKETCH, sketch
 
 NUMBERS = "question_id answer_id question_author answer_author question_score answer_score".split()
 SCHEMA = pa.schema(
@@ -48,14 +52,37 @@ def _vocabulary(file: Path):
     return tokenizers.Tokenizer.from_file(str(file))
 
 
-def training_row(
-    pair: dict, conversation: prompts.Conversation, posts: Posts, encoder: Encoder, own: bool
-) -> dict:
-    """The columns of SCHEMA, but for the group; in the model's own template with `own`.
+def clean_part(
+    config: Config, posts: Posts, encoder: Encoder, part: range
+) -> tuple[list[tuple[int, str, str]], np.ndarray]:
+    """Write the rows of a part; (question id, rule, benchmark problem) of the pairs it removes."""
+    removed, rows, sketches = [], [], []
+    for pair in posts.pairs(part):
+        question_id, score = pair["question_id"], pair["answer_score"] or 0
+        score += HELD in pair["tags"] and posts.own  # of two copies it is the one to stay
+        text = judge(pair, config, posts.own)
+        if text.rule:
+            removed.append((question_id, text.rule, text.problem))
+            continue
+        # `curate` has given the Config a system message.
+        said = prompts.Conversation(text.system or str(config.system_message), text.turns)
+        try:
+            rows.append(_training_row(pair, said, posts, encoder, config))
+        except prompts.TemplateError:
+            removed.append((question_id, "template_marker", ""))
+            continue
+        asked = " ".join(user for user, _ in text.turns)
+        of_row = question_id, score, asked, text.words, text.pairs
+        sketches.append(sketch(*of_row, config.seed))
+    _write(rows_file(posts, part), rows, encoder)
+    return removed, np.array(sketches, SKETCH)
 
-    Raises TemplateError for a conversation that the template cannot hold.
-    """
-    prompt, completion = prompts.render_row(conversation, encoder, own)
+
+def _training_row(
+    pair: dict, said: prompts.Conversation, posts: Posts, encoder: Encoder, config: Config
+) -> dict:
+    """The columns of SCHEMA, but for the group. TemplateError where the template cannot hold it."""
+    prompt, completion = prompts.render_row(said, encoder, config.template == "model")
     return {
         **{name: pair[name] for name in SCHEMA.names if name in pair},
         "prompt": prompt,
@@ -66,18 +93,18 @@ def training_row(
     }
 
 
-def rows_file(posts: Posts, part: range) -> Path:
-    """Where the rows of a part lie, beside the posts."""
-    return posts.database.with_name(f"rows-{part.start}.arrow")
-
-
-def write_rows(path: Path, rows: list[dict], encoder: Encoder) -> None:
+def _write(path: Path, rows: list[dict], encoder: Encoder) -> None:
     """Write rows with their length in tokens and what is wrong with them, "" where nothing is."""
     texts = ((row["prompt"], row["completion"]) for row in rows)
     for row, (length, problems) in zip(rows, prompts.verify_rows(encoder, texts), strict=True):
         row |= {"tokens": length, "problem": problems[0] if problems else ""}
     with pa.ipc.new_stream(str(path), DRAFT) as writer:
         writer.write_batch(pa.RecordBatch.from_pylist(rows, DRAFT))
+
+
+def rows_file(posts: Posts, part: range) -> Path:
+    """Where the rows of a part lie, beside the posts."""
+    return posts.database.with_name(f"rows-{part.start}.arrow")
 
 
 def read_rows(path: Path) -> pa.Table:

@@ -6,7 +6,6 @@ what it removes, keeps, splits and writes, where data comes from, and what it sa
 import csv
 import io
 import json
-import os
 import random
 import shutil
 from dataclasses import replace
@@ -284,12 +283,6 @@ def test_calls_are_spread_in_order_and_their_errors_are_raised(count):
         assert list(spread(int, ["7", "8", "9"])) == [7, 8, 9]
         with pytest.raises(ValueError, match="invalid literal"):
             list(spread(int, ["seven"]))
-
-
-def test_a_dead_worker_is_one_sentence():
-    with pytest.raises(DataError, match="worker process died, .*: run with fewer workers"):
-        with curation.spread_over(2) as spread:
-            list(spread(os._exit, range(3)))
 
 
 # -- Similarity.
