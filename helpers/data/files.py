@@ -45,7 +45,7 @@ def parts_of(source: Path | str) -> tuple[list[Part], list[str]]:
     if isinstance(source, str):
         return _of_splits(_of_hub(source), source), []
     if source.is_file():
-        return _of_file(source, source.name)
+        return _of_file(source, source.name, "train")
     if is_saved(source):
         return _of_splits(_loaded("load_from_disk", str(source)), source.name), []
     paths = {path.relative_to(source).as_posix(): path for path in sorted(source.rglob("*"))}
@@ -53,7 +53,7 @@ def parts_of(source: Path | str) -> tuple[list[Part], list[str]]:
     rows = [n for n in files if is_rows(files[n]) and files[n].name not in NO_ROWS]
     parts, others = list[Part](), [name for name in files if name not in rows]
     for name in rows:
-        found, left = _of_file(files[name], name)
+        found, left = _of_file(files[name], name, split_of(name))
         parts, others = parts + found, others + left
     return parts, others
 
@@ -78,7 +78,7 @@ def split_of(name: str) -> str:
     return "test" if said == {"test"} else "validation" if said else "train"
 
 
-def _of_file(path: Path, name: str) -> tuple[list[Part], list[str]]:
+def _of_file(path: Path, name: str, split: str) -> tuple[list[Part], list[str]]:
     """The parts of a file, one but for JSON with a list of rows for each split; what is none."""
     if path.stat().st_size == 0:
         raise DataError(f"{name} is empty (0 bytes): get the file again")
@@ -90,19 +90,18 @@ def _of_file(path: Path, name: str) -> tuple[list[Part], list[str]]:
     kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     if kind in ("csv", "tsv", "parquet"):
         read = _of_parquet if kind == "parquet" else _of_csv
-        return [Part(name, split_of(name), functools.partial(read, path))], []
+        return [Part(name, split, functools.partial(read, path))], []
     try:
         with opened(path) as file:  # fails soon where there is an object in each line
             found = json.load(file, object_pairs_hook=_object)
     except UNREADABLE as error:
         raise unreadable(name, error) from error
     except (ValueError, RecursionError):
-        return [Part(name, split_of(name), functools.partial(_of_lines, path))], []
-    tables, others = _tables(found)
-    parts = [
-        Part(f"{name}[{key}]" if key else name, split_of(f"{name} {key}"), _numbered(rows))
-        for key, rows in tables.items()
-    ]
+        return [Part(name, split, functools.partial(_of_lines, path))], []
+    (tables, others), parts = _tables(found), []
+    for key, rows in tables.items():
+        said = split if split_of(key) == "train" else split_of(key)
+        parts.append(Part(f"{name}[{key}]" if key else name, said, _numbered(rows)))
     return parts, [f"{name}[{key}]" for key in others]
 
 

@@ -309,7 +309,7 @@ def test_each_kind_of_file_gives_the_same_rows(tmp_path):
     named = json.dumps({f"r{n}": row for n, row in enumerate(ROWS)})
     (tmp_path / "named.json").write_text(named, encoding="utf-8")
     level = {"train": ROWS[:9], "training": ROWS[9:]}
-    (tmp_path / "splits.json").write_text(json.dumps(level), encoding="utf-8")
+    (tmp_path / "dev.json").write_text(json.dumps(level), encoding="utf-8")
     (tmp_path / "16.json").write_text(text, encoding="utf-16")
     (tmp_path / "16.jsonl").write_bytes((tmp_path / "a.jsonl").read_text("utf-8").encode("utf-16"))
     frame.to_csv(tmp_path / "16.csv", sep="\t", index=False, encoding="utf-16")
