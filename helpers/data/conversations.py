@@ -32,10 +32,10 @@ REFUSED = {
     r"(input_)?(image|video|audio|pixel_value)s?(_(path|url|file|bytes)s?)?": (
         "this course trains on text: give rows without them"
     ),
-    r"tools?|tool_calls?|functions?|function_call|observation|ipython": (
+    r"tools|tool_calls|functions|function_call|role (tool|function.*|observation|ipython)": (
         "the templates here have no place for tool calls: leave those rows out"
     ),
-    r"rejected": (
+    r"chosen, rejected": (
         "this course trains on one answer and not on preference pairs: rename `chosen` to `answer` "
         "and remove `rejected`, or use trl's DPOTrainer"
     ),
@@ -61,15 +61,15 @@ def read_row(record) -> Row:
     if len(columns) < len(record):
         raise NoRow(f"has two columns of one name among {', '.join(map(str, record))}")
     values = {key: record[name] for key, name in columns.items()}
-    _refuse(key for key in values if values[key] not in EMPTY)
+    there = [key for key in values if values[key] not in EMPTY]
+    _refuse([*there, ", ".join(key for key in ("chosen", "rejected") if key in values)])
     row, used = _of_columns(values, ", ".join(map(str, record)))
     for name in TESTS:
         lines = values.get(name) or []
         lines = [lines] if isinstance(lines, str) else lines
         if lines and isinstance(lines, list) and all(isinstance(line, str) for line in lines):
             row.tests, used = "\n".join(lines), [*used, name]
-    left = [key for key, value in values.items() if value not in EMPTY and key not in used]
-    row.unused += [str(columns[key]) for key in left]
+    row.unused += [str(columns[key]) for key in there if key not in used]
     _check_texts(row, used)
     return row
 
@@ -148,7 +148,7 @@ def _of_messages(messages, system: str | None, name: str) -> Row:
         keys = ("from", "value") if "from" in message else ("role", "content")
         kept = {key for key, value in message.items() if value not in EMPTY}
         role, content = str(message.get(keys[0])).lower(), message.get(keys[1])
-        _refuse([role, *kept])
+        _refuse([f"role {role}", *kept])
         unused |= {f"{name}.{key}" for key in kept.difference(keys)}
         said.append((ROLES.get(role, role), _content(content)))
     head = next((place for place, (role, _) in enumerate(said) if role != "system"), len(said))

@@ -166,6 +166,8 @@ SYSTEM, ASKED = said("system")["messages"], said("user", "assistant")["messages"
         ({"prompt": "<s>[INST] q [/INST] a </s>"}, [("q", "a")], None, []),
         ({"instruction": "i", "question": "q", "answer": "a"}, [("i\n\nq", "a")], None, []),
         ({"prompt": "p", "answer": "a", "output": "o"}, [("p", "a")], None, ["output"]),
+        ({"prompt": "p", "answer": "a", "function": "f"}, [("p", "a")], None, ["function"]),
+        ({"prompt": "p", "answer": "a", "rejected": False}, [("p", "a")], None, ["rejected"]),
         (
             {"input": "2", "output": "b", "history": [["1", "a"]], "system": "s"},
             [("1", "a"), ("2", "b")],
@@ -269,7 +271,7 @@ def test_a_row_is_read(record, turns, system, unused):
         (said("system"), NoRow, "in turn"),
         ({"messages": []}, NoRow, "no messages with a role in messages"),
         ({"messages": "[{"}, NoRow, "no messages with a role in messages"),
-        (said("user", "tool", "assistant"), DataError, "holds tool, and the templates"),
+        (said("user", "tool", "assistant"), DataError, "holds role tool, and the templates"),
         ({"tools": [{"name": "f"}], **said("user", "assistant")}, DataError, "holds tools"),
         ({"image": b"x", "prompt": "p", "answer": "a"}, DataError, "holds image, and this course"),
         (
@@ -278,6 +280,7 @@ def test_a_row_is_read(record, turns, system, unused):
             "holds image_url, and this course",
         ),
         ({"prompt": "p", "id": "1"}, NoRow, "none for the answer"),
+        ({"chosen": "a", "rejected": "b"}, DataError, "holds chosen, rejected, and this course"),
         ({"image_path": "a.png", "prompt": "p", "answer": "a"}, DataError, "holds image_path"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, NoRow, "in turn: user"),
         ({"prompt": "p", "answer": 7}, NoRow, "where text must stand: write it as text"),
