@@ -41,19 +41,12 @@ def disk_needed(config: Config) -> dict[str, int]:
 
 
 def need_disk(config: Config) -> str:
-    """`disk_needed`, a line for each file, and what is free. DiskFull where that is too little.
-
-    A last line says why no GGUF will be written, where that is so.
-    """
+    """`disk_needed`, a line for each file, and what is free; DiskFull where that is too little."""
     files = disk_needed(config)
     folders.need_space(config.run_dir, sum(files.values()), "notebook 05")
     free = shutil.disk_usage(config.run_dir).free
     files |= {"in all": sum(files.values()), "free on the disk": free}
-    lines = [f"{size / 1e9:8.2f} GB {name}" for name, size in files.items()]
-    shape, tokenizer = (f(config.model_name) for f in (loading.load_shape, loading.load_tokenizer))
-    if reason := why_not_gguf(shape, tokenizer):
-        lines.append(f"no GGUF will be written: {reason}")
-    return "\n".join(lines)
+    return "\n".join(f"{size / 1e9:8.2f} GB {name}" for name, size in files.items())
 
 
 def gguf_report(config: Config) -> str:
@@ -69,8 +62,7 @@ def export_gguf(config: Config) -> Path:
     """Write run_dir/gguf, whole or not at all: a model in every type of GGUF_TYPES, a Modelfile.
 
     The model is the merged one, or with GGUF_ADAPTER_APART the base, and the adapter beside it.
-    Each model is read back and compared before the folder has its name. Raises FileNotFoundError
-    and ArtefactError for a result that is missing, damaged or stale, NoGGUF, DiskFull.
+    Raises FileNotFoundError, ArtefactError for what is damaged or stale, NoGGUF, DiskFull.
     """
     adapter = check_adapter(config) if config.gguf_adapter_apart else None
     source = base_folder(config) if adapter else check_merged(config)
@@ -116,11 +108,10 @@ def check_written(path: Path, source: Path) -> None:
 
 
 def modelfile(config: Config, weights: str = "model.q8_0.gguf") -> str:
-    """Ollama's description of the model. Its template is the one of training, byte for byte.
+    """Ollama's description of the model, greedy, with the template of training, byte for byte.
 
-    Ollama fills in `.System` and `.Prompt`; BOS comes from the file's own flag. Temperature 0 is
-    greedy, as everywhere in this course. Ollama cannot take off the blank lines around a
-    request, as `prompts.render_prompt` does.
+    Ollama fills in `.System` and `.Prompt`, with blank lines around a request that
+    `prompts.render_prompt` would take off; BOS comes from the file's own flag.
     """
     folder = config.adapter_dir if config.gguf_adapter_apart else config.merged_dir
     system = prompts.without_blank_lines(system_message(config, folder))

@@ -131,7 +131,7 @@ def with_room_for_base(config: Config) -> Config:
 
 def with_room(config: Config, needed: int) -> Config:
     """The Config, moved to the CPU when its GPU has less than `needed` bytes free for torch."""
-    measure.free_memory()  # else what torch keeps for its next use counts as taken
+    measure.free_memory()
     if config.device == "cpu" or measure.free_bytes(config.device) >= needed:
         return config
     return dataclasses.replace(config, device_map={"": "cpu"})
@@ -140,9 +140,8 @@ def with_room(config: Config, needed: int) -> Config:
 def as_saved(model, config: Config):
     """A merged model with its weights rounded to what is saved, in eval mode and ready to answer.
 
-    On a CPU 4-bit weights are unpacked, once and not for every token: the same numbers. A model
-    that lies on the CPU for want of room computes on the GPU all the same, which gets each layer's
-    weights when it is their turn.
+    On a CPU 4-bit weights are unpacked once, to the same numbers. Where a model lies on the CPU for
+    want of room, the GPU gets each layer's weights when it is their turn.
     """
     # `is_loaded_in_4bit` stays True after `dequantize`, and a cell may run twice.
     if getattr(model, "hf_quantizer", None) is not None and config.device == "cpu":
@@ -158,9 +157,8 @@ def as_saved(model, config: Config):
 def saving(model, into: str, config: Config) -> Iterator[Path]:
     """A draft of run_dir/merged to save a merged model and its tokenizer to, in a with-statement.
 
-    `into` says which merge it is. At the end come the chat template of training, the record of the
-    merge and the seal, and the draft takes its name, whole or not at all; GGUF files of the model
-    that it replaces go. The adapter stays: a later merge starts from it. Raises DiskFull, InUse.
+    At the end come the chat template of training, a record of the merge `into`, and the seal, and
+    the draft takes its name; GGUF files of the earlier one go. Raises DiskFull, InUse.
     """
     remove_hook_from_submodules(model)  # of `as_saved`: the weights are back in the model
     precision.cast(model.parameters(), precision.storage_dtype(config))
@@ -172,24 +170,15 @@ def saving(model, into: str, config: Config) -> Iterator[Path]:
             template = prompts.chat_template(curation_note.system_message(config, trained))
             (draft / "chat_template.jinja").write_text(template, encoding="utf-8")
         curation_note.write_curation(curation_note.curation_of(config, trained), draft)
-        record = json.dumps(_record_of(config, into), indent=1)
-        (draft / MERGE_RECORD).write_text(record, encoding="utf-8")
+        by = "the rule of lesson 05" if config.merge_into == "auto" else "MERGE_INTO"
+        record: dict = {"merged_into": into, "taken_by": by}
+        if (trained / ADAPTER_WEIGHTS).is_file():  # else the model came from elsewhere
+            record["adapter_sha256"] = inventory.sha256(trained / ADAPTER_WEIGHTS)
+            record["adapter"] = read_json(trained / CONFIG_NAME, again("04"))
+        (draft / MERGE_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         inventory.seal(draft)
         shutil.rmtree(config.gguf_dir, ignore_errors=True)
     precision.cast(model.parameters(), precision.compute_dtype(config))
-
-
-def _record_of(config: Config, into: str) -> dict:
-    """How a model was merged, and of which adapter, unless it came from elsewhere."""
-    by = "the rule of lesson 05" if config.merge_into == "auto" else "MERGE_INTO"
-    record: dict = {"merged_into": into, "taken_by": by}
-    adapter = config.adapter_dir / ADAPTER_WEIGHTS
-    if not adapter.is_file():
-        return record
-    said = read_json(config.adapter_dir / CONFIG_NAME, again("04"))
-    record |= {"adapter_sha256": inventory.sha256(adapter)}
-    record |= {"rank": said["r"], "alpha": said["lora_alpha"]}
-    return record | {"target_modules": sorted(said["target_modules"])}
 
 
 def load_merged(config: Config):

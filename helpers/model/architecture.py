@@ -6,8 +6,6 @@ biases and the norms of queries and keys are left out, thousandths of the weight
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from math import ceil, prod
 
 import torch
@@ -27,62 +25,33 @@ CHOOSE = (
 )
 
 
-@dataclass(frozen=True)
 class Shape:
-    """`hidden` numbers are a token's state, `inner` the middle of the MLP, `head` one head."""
+    """Sizes of a model: `hidden` numbers are a token's state, `inner` the middle of the MLP.
 
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    key_heads: int
-    head: int
-    words: int
-    tied: bool = False
-    fused: bool = False  # q, k and v are one matrix, and gate and up another
+    `linear` gives (outputs, inputs) of one layer's linear parts by name.
+    """
 
-    @classmethod
-    def of(cls, model_config) -> "Shape":
-        """The Shape of transformers' config of a model."""
-        hidden, heads = model_config.hidden_size, model_config.num_attention_heads
-        return cls(
-            hidden,
-            model_config.intermediate_size,
-            model_config.num_hidden_layers,
-            heads,
-            key_heads=getattr(model_config, "num_key_value_heads", None) or heads,
-            head=getattr(model_config, "head_dim", None) or hidden // heads,
-            words=model_config.vocab_size,
-            tied=model_config.tie_word_embeddings,
-            fused=model_config.model_type in FUSED_MODELS,
-        )
-
-    @cached_property
-    def linear(self) -> dict[str, tuple[int, int]]:
-        """(outputs, inputs) of one layer's linear parts by name."""
-        queries, keys = self.heads * self.head, self.key_heads * self.head
-        outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    def __init__(self, model_config):
+        self.hidden, self.inner = model_config.hidden_size, model_config.intermediate_size
+        self.layers, self.words = model_config.num_hidden_layers, model_config.vocab_size
+        heads = model_config.num_attention_heads
+        head = getattr(model_config, "head_dim", None) or self.hidden // heads
+        key_heads = getattr(model_config, "num_key_value_heads", None) or heads
+        self.heads, self.queries, self.keys = heads, heads * head, key_heads * head
+        outputs = {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys}
         outputs |= {"gate_proj": self.inner, "up_proj": self.inner}
-        for whole, parts in FUSED.items() if self.fused else ():
+        for whole, parts in _fused(model_config).items():
             outputs[whole] = sum(outputs.pop(part) for part in parts)
-        sides = {name: (count, self.hidden) for name, count in outputs.items()}
-        return sides | {"o_proj": (self.hidden, queries), "down_proj": (self.hidden, self.inner)}
-
-    @cached_property
-    def layer_weights(self) -> list[int]:
-        """Weights of each linear part of one layer."""
-        return [prod(sides) for sides in self.linear.values()]
-
-    @property
-    def linear_parameters(self) -> int:
-        """Weights of all layers' linear parts."""
-        return self.layers * sum(self.layer_weights)
-
-    @property
-    def other_parameters(self) -> int:
-        """Weights that stay unpacked: embedding, head (unless tied), the norms."""
-        tables = 1 if self.tied else 2
-        return (tables * self.words + 2 * self.layers + 1) * self.hidden
+        self.linear = {name: (count, self.hidden) for name, count in outputs.items()}
+        self.linear |= {
+            "o_proj": (self.hidden, self.queries),
+            "down_proj": (self.hidden, self.inner),
+        }
+        self.layer_weights = [prod(sides) for sides in self.linear.values()]
+        self.linear_parameters = self.layers * sum(self.layer_weights)
+        # What stays unpacked: embedding, head (unless tied), the norms.
+        tables = 1 if model_config.tie_word_embeddings else 2
+        self.other_parameters = (tables * self.words + 2 * self.layers + 1) * self.hidden
 
     def adapter_tensors(self, rank: int, targets: Iterable[str]) -> list[int]:
         """Elements of each LoRA matrix: rank x inputs and outputs x rank, target by target."""
@@ -90,10 +59,14 @@ class Shape:
         return [rank * side for side in sides] * self.layers
 
 
+def _fused(model_config) -> dict[str, tuple[str, ...]]:
+    """Matrices of a layer that hold several parts, and which."""
+    return FUSED if model_config.model_type in FUSED_MODELS else {}
+
+
 def own_names(model_config, names: Iterable[str]) -> tuple[str, ...]:
     """Kinds of linear layers under the names that a model has for those that they are in."""
-    fused = FUSED if model_config.model_type in FUSED_MODELS else {}
-    own = {part: whole for whole, parts in fused.items() for part in parts}
+    own = {part: whole for whole, parts in _fused(model_config).items() for part in parts}
     return tuple(dict.fromkeys(own.get(name, name) for name in names))
 
 
@@ -111,13 +84,13 @@ def quantized_bytes(parameters: int, double: bool) -> int:
 def lora_parameters(model_config, rank: int = 64, targets=ATTENTION_TARGETS) -> int:
     """Trainable parameters: rank x (inputs + outputs) over the targets (LoRA, section 4.1)."""
     names = own_names(model_config, targets)
-    return sum(Shape.of(model_config).adapter_tensors(rank, names))
+    return sum(Shape(model_config).adapter_tensors(rank, names))
 
 
 def cache_bytes(model_config, tokens: int, width: int = 2) -> int:
     """Keys and values that answering keeps of `tokens` tokens, at `width` bytes a number."""
-    shape = Shape.of(model_config)
-    return shape.layers * 2 * shape.key_heads * shape.head * width * tokens
+    shape = Shape(model_config)
+    return shape.layers * 2 * shape.keys * width * tokens
 
 
 def check_shape(name: str, shape, kept: tuple[str, ...] = (), base: bool = True) -> None:

@@ -79,7 +79,7 @@ def of_tokenizer(tokenizer) -> Iterator[Finding]:
 
 def of_shape(config: Config, shape, tokenizer) -> Iterator[Finding]:
     """On layers and memory, the fast path, the merge and GGUF."""
-    sizes, targets = Shape.of(shape), ", ".join(own_names(shape, config.target_modules))
+    sizes, targets = Shape(shape), ", ".join(own_names(shape, config.target_modules))
     weights = (sizes.linear_parameters + sizes.other_parameters) / 1e9
     trained = lora_parameters(shape, config.lora_r, config.target_modules) / 1e6
     says = f"{sizes.layers} of {shape.model_type!r}, {weights:,.2f} billion weights; beside"
@@ -95,7 +95,7 @@ def of_shape(config: Config, shape, tokenizer) -> Iterator[Finding]:
     taken = dataclasses.replace(config, fast_path=config.fast_path and not why)
     yield "03", "memory", *of_memory(taken, shape)
     says = f"it trains without the fast path, {why}, and you need do nothing"
-    yield "04", "fast path", *(("no", says) if why else ("yes", "FAST_PATH = True takes it"))
+    yield "04", "fast path", "no" if why else "yes", says if why else "FAST_PATH = True takes it"
     yield "05", "merge", "yes", f"takes {2 * weights:,.1f} GB in memory, and as much on the disk"
     why = why_not_gguf(shape, tokenizer)
     yield "05", "GGUF", "no" if why else "yes", why or "llama.cpp and Ollama can run it"
@@ -108,7 +108,7 @@ def of_memory(config: Config, shape) -> tuple[str, str]:
     if run.device == "cpu":
         needed, there = estimate(shape, run).total / 1e9, psutil.virtual_memory().total / 1e9
         says = f"a step takes {needed:,.1f} GB on this CPU, which has {there:,.1f}"
-        return ("yes", says) if needed < there else ("no", f"{says}: choose a smaller model")
+        return "yes" if needed < there else "no", says
     yours = torch.cuda.is_available()
     for size in [torch.cuda.mem_get_info()[1] // 2**30] if yours else CARDS:
         planned = plan.for_card(shape, run, size * 2**30)

@@ -55,10 +55,7 @@ def need_room(name: str) -> None:
 
 
 def from_hub(name: str, load, check):
-    """load(check(path)); where the Hub fails, from the copy that an earlier load left.
-
-    Raises ModelUnavailable, one sentence with the first cause and the way out, and DiskFull.
-    """
+    """load(check(path)), or from the copy of an earlier load; ModelUnavailable, DiskFull."""
     path = resolve(name)
     try:
         return load(check(path))
@@ -97,10 +94,7 @@ def check_weights(folder: Path, advice: str) -> None:
 
 
 def check_code(model: str) -> str:
-    """The name of a model, unless it is a folder with code that would be run: ArtefactError.
-
-    Of a model that transformers knows by itself the config may name code: it is left alone.
-    """
+    """The name of a model; ArtefactError for a folder with code to run for a kind not KNOWN."""
     for name in ("config.json", "tokenizer_config.json"):
         path = Path(model) / name
         said = read_json(path, GET_AGAIN) if path.is_file() else {}

@@ -19,10 +19,7 @@ PACKED_BY = ("use_4bit", "bnb_4bit_compute_quant_type", "use_nested_quant", "kee
 
 
 def load_shape(model_name: str):
-    """transformers' config of a model: its shape without its weights.
-
-    Raises ModelUnavailable, and ConfigError for a kind that transformers does not know.
-    """
+    """transformers' config of a model: its shape without weights. ModelUnavailable, ConfigError."""
     return from_hub(model_name, _shape, check_code)
 
 
@@ -45,9 +42,8 @@ def load_tokenizer(model_name: str):
 def choose_padding(tokenizer, model_name: str):
     """The tokenizer, padding on the right with a token that is not EOS; raises ConfigError.
 
-    A collator that masks padding would mask the EOS that ends the answer too, and the model would
-    never learn to stop. Taken is the named one, else `unk`, as in Llama 2, else a special token
-    that is there for padding, else any other special one.
+    With EOS the end of an answer would be masked as padding is, and the model never learn to stop.
+    Else `unk` is taken, as in Llama 2, or a special token, first one that is there for padding.
     """
     tokenizer.padding_side = "right"
     if not tokenizer.is_fast or tokenizer.eos_token is None:
@@ -110,10 +106,10 @@ def for_model(config: Config) -> Config:
 
 
 def find_model(config: Config) -> str:
-    """The folder or Hub id to give to `from_pretrained`: what will fail there is said here first.
+    """The folder or Hub id to give to `from_pretrained`; makes the Config's GPU the current one.
 
-    Makes the Config's GPU the current one. Raises ModelUnavailable, DiskFull, ConfigError for a
-    model that cannot be trained here, and ArtefactError for a damaged one or one with code.
+    Raises ModelUnavailable, DiskFull, ConfigError for a model that cannot be trained here, and
+    ArtefactError for a damaged one or one with code.
     """
     use_device(config, config.model_name)
     return from_hub(config.model_name, partial(_checked_path, config), check_model)
@@ -129,8 +125,8 @@ def _checked_path(config: Config, path: str, base: bool = True) -> str:
 def load_model(config: Config, quantized: bool = True, source: str | Path | None = None):
     """The base model of a Config, or the one in `source`, in eval mode, all on `config.device_map`.
 
-    quantized=True gives 4-bit linear layers (if `config.use_4bit`), False plain ones; whatever is
-    not packed lies in `precision.compute_dtype`. Raises what `find_model` does.
+    quantized=True gives 4-bit linear layers, if `config.use_4bit`; what is not packed lies in
+    `precision.compute_dtype`. Raises what `find_model` does.
     """
     name = str(source or config.model_name)
     use_device(config, name)

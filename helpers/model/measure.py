@@ -68,8 +68,7 @@ def free_memory() -> None:
 def footprint_bytes(model_config, quantization: BitsAndBytesConfig, dtype: torch.dtype) -> int:
     """What transformers' `get_memory_footprint()` says of a 4-bit model: parameters and buffers.
 
-    Half a byte for a weight of a linear layer that is not skipped, `dtype` for all others, and the
-    buffers. Constants of the quantization are attributes, no parameters: it leaves them out.
+    It leaves out the constants of the quantization, which are attributes of the weights.
     """
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(model_config)

@@ -41,9 +41,8 @@ def for_card(
 ) -> Plan:
     """The fastest way to take `run`'s step of batch x accumulation rows on a card of `card_bytes`.
 
-    Tried are `candidates` that take no more than `host_room` bytes of the host; with `same_step`
-    those of the run's own batch and optimizer. `reserve_bytes` is kept free for the CUDA context,
-    the desktop and, off the fast path, the allocator's gaps: a margin, not a prediction.
+    Tried are `candidates` within `host_room` bytes of the host, with `same_step` those of the run's
+    batch and optimizer. `reserve_bytes` is a margin for CUDA, the desktop and the allocator's gaps.
     """
     room, layers = card_bytes - reserve_bytes, model_config.num_hidden_layers
     asked = Step.of(model_config, run)
@@ -78,10 +77,9 @@ def spare_bytes(step: Step, total: int) -> int:
 def relative_cost(run: Run, ridge: int = 500, layers: int = 32) -> tuple[float, bool, bool]:
     """How slow a run is for each token, to rank plans; not a time.
 
-    A frozen weight is passed forward and backward, a third time to recompute unless its layer keeps
-    or offloads its activations. A pass costs its tokens plus `ridge`, the tokens at which the
-    arithmetic takes as long as unpacking the weights: 4.5 bytes / 2 operations at 160 to 300
-    operations a byte, for cards from a T4 to an H100 (roofline model, Williams et al. 2009).
+    A frozen weight is passed twice, and again to recompute a layer without its activations. A pass
+    costs its tokens plus `ridge`, at which the arithmetic takes as long as unpacking the weights
+    (4.5 bytes / 2 operations at 160 to 300 a byte, T4 to H100; roofline, Williams et al. 2009).
     """
     once = run.kept_layers + run.offloaded(layers)
     passes = 2 + run.checkpointing * (1 - once / layers)
@@ -128,16 +126,14 @@ def _summary(step: Step, room: int) -> str:
 
 def _advice(smallest: Step, room: int) -> str:
     """What to change first when nothing fits: the first change, cheap to dear, that is enough."""
-    run = smallest.run
     changes: dict[str, dict] = {"set USE_4BIT = True": {"quantization": "nf4-double"}}
     changes["set KEEP_IN_16BIT = ()"] = {"keep_in_16bit": ()}
-    lengths = [run.length // 2**halvings for halvings in range(1, 32)]
-    for length in (length for length in lengths if length >= 64):
-        says = f"set MAX_LENGTH = {length}, which leaves out rows that are longer"
-        changes[says] = {"length": length}
-    changes["train fewer parameters: rank 8 on q_proj and v_proj, with short rows"] = {
-        **{"rank": 8, "targets": ATTENTION_TARGETS, "length": 64}
-    }
+    length = smallest.run.length // 2
+    while length >= 64:
+        changes[f"set MAX_LENGTH = {length}, which leaves out longer rows"] = {"length": length}
+        length //= 2
+    least = {"rank": 8, "targets": ATTENTION_TARGETS, "length": 64}
+    changes["train fewer parameters: rank 8 on q_proj and v_proj, with short rows"] = least
     for says, change in changes.items():
         if _fits(smallest.with_run(**change), room):
             return says

@@ -68,7 +68,7 @@ class Step:
     def of(cls, model_config, run: Run) -> "Step":
         """The Step of transformers' config of a model, whose own names the layers get."""
         targets, kept = (own_names(model_config, n) for n in (run.targets, run.keep_in_16bit))
-        return cls(Shape.of(model_config), replace(run, targets=targets, keep_in_16bit=kept))
+        return cls(Shape(model_config), replace(run, targets=targets, keep_in_16bit=kept))
 
     def with_run(self, **changes) -> "Step":
         """The same model with another Run."""
@@ -127,7 +127,7 @@ class Step:
             inputs.pop("o_proj", None)
         given = run.tokens * sum(inputs.values()) * (run.adapter_input_bytes + (run.dropout > 0))
         norms = 2 * (shape.hidden * norm + FLOAT32)
-        attention = 4 * shape.heads * shape.head * stream + shape.heads * FLOAT32
+        attention = 4 * shape.queries * stream + shape.heads * FLOAT32
         gate = self.wide * shape.inner * stream
         low_rank = len(run.targets) * run.rank * run.adapter_input_bytes
         mask = masks * run.batch * run.length**2 * stream

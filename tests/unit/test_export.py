@@ -179,8 +179,6 @@ def test_the_report_names_the_files_or_says_why_there_is_none(merged):
     changed = json.dumps({**described, "model_type": "qwen2"})
     (config.merged_dir / "config.json").write_text(changed, encoding="utf-8")
     assert export.gguf_report(config).startswith("No GGUF is written: only Llama models")
-    config = dataclasses.replace(config, model_name=str(config.merged_dir))
-    assert "\nno GGUF will be written: only Llama models" in export.need_disk(config)
 
 
 def test_the_disk_that_is_needed_is_what_is_written(merged):

@@ -37,8 +37,8 @@ LLAMA = llama2_config("7B")
 
 
 def test_llama_2_7b_reproduces_the_published_counts():
-    assert Shape.of(LLAMA).linear_parameters == 6_476_005_376
-    assert Shape.of(LLAMA).linear_parameters + Shape.of(LLAMA).other_parameters == 6_738_415_616
+    assert Shape(LLAMA).linear_parameters == 6_476_005_376
+    assert Shape(LLAMA).linear_parameters + Shape(LLAMA).other_parameters == 6_738_415_616
     assert lora_parameters(LLAMA, 64, ATTENTION_TARGETS) == 33_554_432
     assert lora_parameters(LLAMA, 64, ALL_LINEAR_TARGETS) == 159_907_840
     sizes = [quantized_bytes(6_476_005_376, double) / 2**30 for double in (False, True)]
@@ -49,7 +49,7 @@ def test_grouped_query_attention_counts_as_in_the_model():
     config = llama2_config("70B")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        counted = Shape.of(config).linear_parameters + Shape.of(config).other_parameters
+        counted = Shape(config).linear_parameters + Shape(config).other_parameters
         assert counted == model.num_parameters()
         inject_adapter_in_model(LoraConfig(r=16, target_modules=list(ALL_LINEAR_TARGETS)), model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
