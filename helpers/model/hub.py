@@ -4,7 +4,6 @@ Where the Hub fails, the copy that an earlier load left is taken, or one sentenc
 huggingface_hub takes a cut connection up again within one call; a later call keeps whole files.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
@@ -30,13 +29,13 @@ def resolve(model_name: str) -> str:
     return str(local) if local.is_dir() else model_name
 
 
-def identity(name: str, sha256: Callable[[Path], str] = inventory.sha256) -> dict[str, str]:
+def identity(name: str) -> dict[str, str]:
     """Two runs with the same answer start from the same weights: SHA-256 of the files in a folder,
     or the commit of a Hub model as far as it is known.
     """
     folder = embedded.EMBEDDED_DIR if name == EMBEDDED_NAME else Path(name).expanduser()
     if folder.is_dir():
-        return inventory.hashes(folder, ("*.safetensors", "*.json"), sha256)
+        return inventory.hashes(folder, ("*.safetensors", "*.json"))
     cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
     return {name: Path(cached).parent.name if isinstance(cached, str) else NOT_HERE}
 

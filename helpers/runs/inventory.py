@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from helpers.config import Config, ConfigError
@@ -45,16 +45,14 @@ def _sha256_at(path: Path, *marks: int) -> str:
     return sha256(path)
 
 
-def hashes(
-    folder: Path, patterns: Iterable[str] = ("**/*",), of: Callable[[Path], str] = sha256
-) -> dict[str, str]:
+def hashes(folder: Path, patterns: Iterable[str] = ("**/*",)) -> dict[str, str]:
     """SHA-256 of the files below a folder that match one of the patterns, by name, in order.
 
     Left out is what others add later: hidden files, caches of datasets, and cards (*.md).
     """
     paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     names = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {name: of(names[name]) for name in sorted(names) if _is_lasting(name)}
+    return {name: remembered(names[name]) for name in sorted(names) if _is_lasting(name)}
 
 
 def _is_lasting(name: str) -> bool:

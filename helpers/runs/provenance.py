@@ -71,16 +71,16 @@ def read_by(settings: dict, run_dir: Path, source: Path) -> dict[str, str]:
     number = source.name[:2]
     found = {f"notebooks/{path.name}": code_hash(path) for path in notebooks() if path <= source}
     patterns = ("helpers/**/*.py", *PROJECT_FILES.get(number, ()))
-    found |= hashes(PROJECT_DIR, patterns, remembered)
+    found |= hashes(PROJECT_DIR, patterns)
     if number == "02":
         for name in filter(None, (settings["data_source"], settings["validation_source"])):
             found |= _below("DATA_SOURCE", data(name))
         for name in settings["benchmarks"]:
             found |= _below("BENCHMARKS", data(name))
     if number > "01":  # 01 takes the embedded model, whose SHA-256 the code demands
-        found |= _below("MODEL_NAME", identity(settings["model_name"], remembered))
+        found |= _below("MODEL_NAME", identity(settings["model_name"]))
     earlier = [pattern for other in RESULTS if other < number for pattern in RESULTS[other]]
-    return found | hashes(run_dir, earlier, remembered)
+    return found | hashes(run_dir, earlier)
 
 
 def _below(parameter: str, found: dict[str, str]) -> dict[str, str]:
@@ -91,14 +91,14 @@ def data(source: str) -> dict[str, str]:
     """SHA-256 of the files of a data source, or its name where it is not on this disk."""
     place = local_path(source)
     if place.is_dir():
-        return hashes(place, of=remembered)
+        return hashes(place)
     return {place.name: remembered(place)} if place.is_file() else {source: NOT_HERE}
 
 
 def written_by(run_dir: Path, name: str) -> dict[str, str]:
     """SHA-256 of what a notebook of this name leaves for later ones, and of its numbers."""
     patterns = (*RESULTS.get(name[:2], ()), f"metrics/{name[:2]}.json")
-    return hashes(run_dir, patterns, remembered)
+    return hashes(run_dir, patterns)
 
 
 def cells_hash(notebook) -> str:

@@ -50,9 +50,12 @@ class LiveChart(TrainerCallback):
 
     def on_log(self, args, state, control, **kwargs):
         if time.perf_counter() - self.drawn >= SECONDS_BETWEEN_PICTURES:
-            self.on_train_end(args, state, control)
+            self.draw(state)
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.draw(state)
+
+    def draw(self, state) -> None:
         """Show what the log holds now, and say it in words, which are also the picture's text."""
         log = pd.DataFrame(state.log_history, columns=[*LOGGED, *MEASURED]).set_index("step")
         log = log.assign(speed=log.tokens / log.seconds, memory=log.memory_bytes / widgets.GIB)

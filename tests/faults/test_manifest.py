@@ -214,7 +214,7 @@ def test_a_notebook_of_an_earlier_edition_runs_again(stage, ran, capsys):
 def test_a_model_that_the_notebook_fetches_is_in_its_record(stage, monkeypatch):
     """Before it runs the Hub's commit is not known; that is no difference afterwards."""
     known = iter(["not on this disk", "commit", "commit"])
-    monkeypatch.setattr(provenance, "identity", lambda name, sha256: {name: next(known)})
+    monkeypatch.setattr(provenance, "identity", lambda name: {name: next(known)})
     config = Config.from_parameters({"PROFILE": "smoke", **stage.given})
     source = stage.notebooks / "02_two.ipynb"
     record = provenance.taken_before(config, source, {})
