@@ -33,15 +33,18 @@ def chat_text(tokenizer, messages: Messages) -> str:
     BOS is left out where the tokenizer writes it again. A template that has no place for a system
     message (Gemma 2's) gets it at the head of the first request.
     """
-    from jinja2 import TemplateError as Refused  # here: who needs no chat template need not wait
+    # Here: who needs no chat template need not wait for these.
+    from jinja2 import TemplateError as Refused
+    from transformers.utils.chat_template_utils import render_jinja_template as render
 
     forms, system = [messages], messages[0]["content"]
     if messages[0]["role"] == "system":
         joined = f"{system}\n\n{messages[1]['content']}"
         forms.append([{"role": "user", "content": joined}, *messages[2:]])
+    options = {"chat_template": template_of(tokenizer), **tokenizer.special_tokens_map}
     for form in forms:
         with contextlib.suppress(Refused):
-            text = _rendered(tokenizer, form)
+            (text,), _ = render([form], add_generation_prompt=True, **options)
             if system.strip() in text:
                 bos = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
                 return text.removeprefix(bos)
@@ -53,28 +56,14 @@ def begins_with_bos(tokenizer) -> bool:
     return tokenizer(["x"]).encodings[0].ids[0] == tokenizer.bos_token_id
 
 
-def _rendered(tokenizer, messages: Messages) -> str:
-    from transformers.utils.chat_template_utils import render_jinja_template  # as above
-
-    (text,), _ = render_jinja_template(
-        [messages],
-        chat_template=template_of(tokenizer),
-        add_generation_prompt=True,
-        **tokenizer.special_tokens_map,
-    )
-    return text
-
-
 def template_of(tokenizer) -> str:
     """The Jinja of a tokenizer, "" where it has none; some have several under names."""
     template = getattr(tokenizer, "chat_template", None) or ""
     return template if isinstance(template, str) else template["default"]
 
 
-def frame_of(tokenizer) -> Frame | None:
-    """The Frame of the tokenizer's own chat template, None where it has none."""
-    if not template_of(tokenizer):
-        return None
+def frame_of(tokenizer) -> Frame:
+    """The Frame of a tokenizer's own chat template, which it must have."""
     added = tokenizer.added_tokens_decoder.values()
     special = frozenset(token.content for token in added if token.special)
     asked = chat_text(tokenizer, messages_of(SYSTEM, [(USER, None)]))
@@ -100,9 +89,9 @@ def chat_row(tokenizer, system: str, turns) -> tuple[str, str]:
     Each answer follows what the model is given when it is asked for it. Raises TemplateError for a
     text that the template cannot hold, ValueError where the template cannot hold any.
     """
-    frame = frame_of(tokenizer)
-    if frame is None:
+    if not template_of(tokenizer):
         raise ValueError('the model has no chat template: set TEMPLATE to "llama2"')
+    frame = frame_of(tokenizer)
     if len(turns) > 1 and (frame.before is None or not frame.ending):
         raise ValueError(
             "the model's own chat template writes a turn otherwise when more follow, and a row has "

@@ -149,7 +149,7 @@ def frame_for(tokenizer, prompt: str) -> Frame:
     first = prompt.removeprefix(tokenizer.bos_token or "")
     if not first or first.startswith(OPEN_USER) or not template_of(tokenizer):
         return Frame(CLOSE_USER, " ", tokenizer.eos_token, frozenset())
-    return own_template.frame_of(tokenizer)  # type: ignore[return-value]  # it has a template
+    return own_template.frame_of(tokenizer)
 
 
 def first_answer(tokenizer, prompt: str, completion: str) -> str:

@@ -70,7 +70,7 @@ def of_tokenizer(tokenizer) -> Iterator[Finding]:
     try:
         for turns in (ONE_TURN, TALK):
             prompts.render_row(turns, tokenizer, own=True)
-        ending = getattr(own_template.frame_of(tokenizer), "ending", "")
+        ending = own_template.frame_of(tokenizer).ending
         says = f'a turn ends in {ending!r} in its own, with which TEMPLATE = "model" trains'
         yield "02", "template", "yes", says
     except ValueError as reason:

@@ -65,8 +65,8 @@ def _shown(value) -> Markup:
     return value if isinstance(value, Markup) else escape(visible(str(value)))
 
 
-PAGE = Path(__file__).with_name("report.html.jinja").read_text("utf-8")
-TEMPLATE = jinja2.Template(PAGE, finalize=_shown, autoescape=True)
+PAGE = Path(__file__).with_name("report.html.jinja")
+TEMPLATE = jinja2.Template(PAGE.read_text("utf-8"), finalize=_shown, autoescape=True)
 
 
 def sections(config: Config) -> list[dict]:
