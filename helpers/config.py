@@ -232,12 +232,10 @@ class Config:
     def from_parameters(cls, parameters: dict) -> "Config":
         """`from_notebook` for the parameters of a command, of which none is only a variable.
 
-        ConfigError for a name in small letters, and for anything that looks like a token.
+        ConfigError for a name in small letters, and for a token of the Hub under any name.
         """
         for key, value in parameters.items():
-            secret = re.search(r"(?i)(token|password|secret|key)s?$", key)
-            is_field = key.lower() in cls.__dataclass_fields__  # such as MAX_NEW_TOKENS
-            if (secret and not is_field) or re.match(r"hf_\w{16}", str(value)):
+            if re.match(r"hf_\w{16}", str(value)):
                 raise ConfigError(
                     f"parameter {key} looks like a token, and parameters are written into "
                     "notebooks and reports: leave it out and run `hf auth login`"

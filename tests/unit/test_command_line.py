@@ -80,7 +80,7 @@ def test_a_script_without_a_dataset_is_refused(tmp_path, capsys):
     [
         ("SYSTEM_MESAGE", "x", "did you mean SYSTEM_MESSAGE"),
         ("colour", "red", "parameter colour is not in capitals: write COLOUR"),
-        ("HF_TOKEN", "hf_abc", "parameter HF_TOKEN looks like a token"),
+        ("HF_TOKEN", "hf_abc", "unknown parameter HF_TOKEN"),
     ],
 )
 def test_a_name_that_is_none_stops_each_command(called, capsys, command, name, value, message):
