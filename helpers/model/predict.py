@@ -77,7 +77,7 @@ class Step:
     def _weigh(self) -> None:
         """`weights`, the base model as it lies on the device, and `widest_weight`, unpacked."""
         run, shape = self.run, self.shape
-        kept = run.keep_in_16bit if run.packed else tuple(shape.linear)
+        kept = tuple(shape.linear) if run.quantization == "16bit" else run.keep_in_16bit
         self.packed = [prod(sides) for name, sides in shape.linear.items() if name not in kept]
         plain = sum(shape.layer_weights) - sum(self.packed)
         self.layer_bytes = sum(self.packed) / 2 + plain * run.stream_bytes
@@ -122,14 +122,15 @@ class Step:
         # Inputs of the A matrices. Parts that read one tensor share one copy, unless dropout, which
         # keeps a mask too, or a cast gives each its own; the input of o_proj is kept anyway.
         inputs = {name: sides[1] for name, sides in shape.linear.items() if name in run.targets}
-        if run.dropout == 0 and run.adapter_input_bytes == stream:
+        width = run.compute_bytes if run.autocast else run.adapter_bytes
+        if run.dropout == 0 and width == stream:
             inputs = {READS_WITH.get(name, name): inputs[name] for name in inputs}
             inputs.pop("o_proj", None)
-        given = run.tokens * sum(inputs.values()) * (run.adapter_input_bytes + (run.dropout > 0))
+        given = run.tokens * sum(inputs.values()) * (width + (run.dropout > 0))
         norms = 2 * (shape.hidden * norm + FLOAT32)
         attention = 4 * shape.queries * stream + shape.heads * FLOAT32
         gate = self.wide * shape.inner * stream
-        low_rank = len(run.targets) * run.rank * run.adapter_input_bytes
+        low_rank = len(run.targets) * run.rank * width
         mask = masks * run.batch * run.length**2 * stream
         self.layer = run.tokens * (norms + attention + gate + low_rank) + given + mask
         # Between checkpoints the fast path makes inputs of adapters again, of packed layers.

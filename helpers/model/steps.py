@@ -64,19 +64,9 @@ class Run:
         return self.batch * self.length
 
     @property
-    def packed(self) -> bool:
-        """Whether linear weights are in 4 bits, but for those of `keep_in_16bit`."""
-        return self.quantization != "16bit"
-
-    @property
     def stream_bytes(self) -> int:
         """Width of a number in the hidden states between the layers."""
         return FLOAT32 if self.upcast else self.compute_bytes
-
-    @property
-    def adapter_input_bytes(self) -> int:
-        """Width of a number that an adapter's matrices read."""
-        return self.compute_bytes if self.autocast else self.adapter_bytes
 
     def offloaded(self, layers: int) -> int:
         """How many of a model's layers have their activations in the host's memory."""
