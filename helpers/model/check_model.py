@@ -108,7 +108,7 @@ def of_memory(config: Config, shape) -> tuple[str, str]:
     if run.device == "cpu":
         needed, there = estimate(shape, run).total / 1e9, psutil.virtual_memory().total / 1e9
         says = f"a step takes {needed:,.1f} GB on this CPU, which has {there:,.1f}"
-        return "yes" if needed < there else "no", says
+        return ("yes", says) if needed < there else ("no", f"{says}: choose a smaller model")
     yours = torch.cuda.is_available()
     for size in [torch.cuda.mem_get_info()[1] // 2**30] if yours else CARDS:
         planned = plan.for_card(shape, run, size * 2**30)

@@ -126,7 +126,8 @@ def _summary(step: Step, room: int) -> str:
 
 def _advice(smallest: Step, room: int) -> str:
     """What to change first when nothing fits: the first change, cheap to dear, that is enough."""
-    changes: dict[str, dict] = {"set USE_4BIT = True": {"quantization": "nf4-double"}}
+    packed = {"quantization": "nf4-double"}
+    changes: dict[str, dict] = {"set USE_4BIT = True and USE_NESTED_QUANT = True": packed}
     changes["set KEEP_IN_16BIT = ()"] = {"keep_in_16bit": ()}
     length = smallest.run.length // 2
     while length >= 64:
