@@ -65,12 +65,10 @@ def score(answer: Answer, problem: Problem | None, level: str) -> Score:
 
 
 def score_all(answers: list[Answer], problems: list[Problem], level: str) -> list[Score]:
-    """`score` of each answer, on every core, but at most eight at a time.
-
-    Where the kernel counts the processes of all sandboxes together, more would reach the limit of
-    one (`sandbox_supervisor.TASKS`), and right answers would fail.
-    """
-    sandbox.level(level)  # raises where it cannot be had, before any work
+    """`score` of each answer, on every core. Raises SandboxUnavailable before any work."""
+    if level != "off":
+        sandbox.method(level)
+    # Where the kernel counts the processes of all sandboxes together, more would reach the limit.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda pair: score(*pair, level), zip(answers, problems, strict=True)))
 
@@ -81,12 +79,12 @@ def same_text(one: str, other: str) -> bool:
     Punctuation at the ends of words does not count, as in SQuAD (Rajpurkar et al., 1606.05250);
     within them it does: 1.5 is not 15. A text of nothing else is compared as it is.
     """
-    return _words(one) == _words(other)
 
+    def words_of(text: str) -> list[str]:
+        words = unicodedata.normalize("NFKC", text).casefold().split()
+        return [bare for word in words if (bare := word.strip(PUNCTUATION))] or words
 
-def _words(text: str) -> list[str]:
-    words = unicodedata.normalize("NFKC", text).casefold().split()
-    return [bare for word in words if (bare := word.strip(PUNCTUATION))] or words
+    return words_of(one) == words_of(other)
 
 
 def code_of(text: str) -> str | None:
@@ -110,10 +108,8 @@ def explains_in_steps(text: str) -> bool:
 
 
 def rates(scores: list[Score], which: str) -> dict[str, float]:
-    """Shares from 0 to 1 under the names of the metrics file: stop_rate_<which> and so on.
-
-    The pass rate of each part comes besides, as pass_rate_<part>_<which>, and of rows of one's own
-    as own_match_rate_<which>. What was not judged is left out.
+    """Shares from 0 to 1, named as in the metrics file: stop_rate_<which> and so on, and for each
+    part pass_rate_<part>_<which>, or own_match_rate_<which>. What was not judged is left out.
     """
     table = pd.DataFrame(scores)
     judged = table[[*RATES.values()]].astype(float)
@@ -157,7 +153,8 @@ def metrics(answers: dict, scores: dict, seconds: dict, tests: list[dict], losse
 def usable_sandbox(config: Config) -> Config:
     """The Config, with SANDBOX "off" where this machine cannot isolate as wanted; says which."""
     try:
-        print("generated code runs at level:", sandbox.level(config.sandbox))
+        sandbox.method(config.sandbox)
+        print("generated code runs at level:", config.sandbox)
     except sandbox.SandboxUnavailable as error:
         print(f"generated code is not run here, and no answer is tested. {error}")
         return dataclasses.replace(config, sandbox="off")
@@ -195,10 +192,8 @@ def answerer(config: Config, which: str) -> Callable[[str], Iterator]:
 
 
 def losses(config: Config) -> dict[str, dict[str, list[float]]]:
-    """Loss of the base and the tuned model on held-out rows, and on GENERAL_FILE's paragraphs.
-
-    By the name of the text and of the model, in nats per token, for each paragraph and for up to
-    EVALUATION_PROBLEMS[0] rows. The base is the tuned model with its adapter switched off.
+    """Losses, in nats per token, of the base (the tuned model with its adapter off) and the tuned
+    model, by that name: on up to EVALUATION_PROBLEMS[0] held-out rows, and on GENERAL_FILE.
     """
     tokenizer, model = loading.load_tokenizer(config.model_name), inference.load(config, "tuned")
     rows = held_out(config)[: config.evaluation_problems[0]]

@@ -38,11 +38,10 @@ def results(config: Config) -> tuple[Path, Path, str]:
 
 
 def load(config: Config, which: str):
-    """One of MODELS, else ValueError.
+    """One of MODELS, else ValueError. "merged" keeps the bits that it was saved in.
 
     What the GPU has no room for in 16 bits answers on the CPU, where 4-bit weights are unpacked
-    once and not for every token: the same numbers in less time. "merged" keeps the bits that it was
-    saved in. "base_chat_4bit" has all linear layers in 4 bits, whatever KEEP_IN_16BIT says.
+    once and not for every token: the same numbers in less time.
     """
     if which not in MODELS:
         raise ValueError(f"no model is called {which!r}: choose one of {', '.join(MODELS)}")
@@ -51,7 +50,7 @@ def load(config: Config, which: str):
         return merging.load_merged(config)
     if which == "base_chat":
         return loading.load_model(merging.with_room_for_base(config), quantized=False)
-    if which == "base_chat_4bit":
+    if which == "base_chat_4bit":  # all its linear layers are packed
         config = dataclasses.replace(config, keep_in_16bit=())
     model = loading.load_model(config, source=merged)
     if config.use_4bit and config.device == "cpu":
@@ -103,10 +102,8 @@ def answer_alone(config: Config, which: str, texts: list[str], rows=()):
 
 
 def requests(tokenizer, texts: list[str], system: str, template: str) -> list[str]:
-    """Texts in a template, without BOS: "chat", the model's own, or "llama2", of the training.
-
-    In the first, a control token that a text spells gets a space after its first character, and is
-    text. Raises ValueError for another template, and for "chat" where the model has none.
+    """Texts in a template, without BOS: "chat", the model's own, where a control token that a text
+    spells gets a space and so is text, or "llama2", of the training. ValueError for any other.
     """
     if template == "llama2":
         return [prompts.render_prompt(text, system) for text in texts]
@@ -129,7 +126,12 @@ def answer_all(model, tokenizer, asked: list[str], config: Config, temperature: 
     temperature above 0 samples, from `config.seed` on: a prompt given twice has two answers.
     """
     torch.manual_seed(config.seed)
-    options = _options(model, tokenizer, config.max_new_tokens, temperature)
+    options = {"max_new_tokens": config.max_new_tokens, "do_sample": temperature > 0}
+    options |= {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
+    options |= {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": end_tokens(model, tokenizer),
+    }
     encoded = [prompts.encode_prompt(tokenizer, text) for text in asked]
     by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     longest = max(map(len, encoded), default=0) + config.max_new_tokens
@@ -168,36 +170,20 @@ def _new_tokens(model, inputs, options: dict) -> list[list[int]]:
 
 
 def rows_at_a_time(model, tokens: int, most: int) -> int:
-    """How many requests are answered together: the most, or what the GPU has room for.
-
-    Each keeps keys and values of up to `tokens` tokens, and half as much again goes to copies: a
-    step writes them anew, one token longer.
-    """
+    """How many requests are answered together: the most, or what the GPU has room for."""
     if model.device.type != "cuda":
         return most
+    # Keys and values, and half as much again: each step writes them anew, one token longer.
     each = 1.5 * architecture.cache_bytes(model.config, tokens, model.dtype.itemsize)
     room = measure.free_bytes(model.device) - merging.WORK_BYTES
     return max(1, min(most, int(room / each)))
 
 
 def end_tokens(model, tokenizer) -> list[int]:
-    """The ids that end an answer: EOS, and what the model's own chat ends a turn with.
-
-    Llama 3 and Gemma 3, for two, name theirs in generation_config.json.
-    """
+    """Ids that end an answer: EOS, and what Llama 3's chat, for one, ends a turn with."""
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     return sorted({tokenizer.eos_token_id, *own} - {None})
-
-
-def _options(model, tokenizer, max_new_tokens: int, temperature: float = 0.0) -> dict:
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": temperature > 0,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": end_tokens(model, tokenizer),
-    }
-    return {**options, "temperature": temperature, "top_k": 0} if temperature > 0 else options
 
 
 def _answer(prompt: str, ids: list[int], tokenizer, ends: list[int]) -> Answer:

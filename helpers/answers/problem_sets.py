@@ -60,11 +60,9 @@ def held_out(config: Config) -> list[dict]:
 
 
 def own_problems(config: Config, most: int) -> list[Problem]:
-    """Up to `most` held-out rows of one's own, and a sentence on how they are judged.
-
-    None where the rows are posts of a forum, which have scores, or the article's set. Of a
-    conversation the first answer is asked for. Where rows bring tests, these judge. Where the
-    answers' median is longer than SHORT, `answer` is left out: the loss compares them.
+    """Up to `most` held-out rows of one's own, and a sentence on how they are judged: none of a
+    forum's posts, which have scores, or the article's set. Of a conversation the first answer is
+    asked for. Answers with a median longer than SHORT are compared by their loss alone.
     """
     rows = held_out(config)
     posts = any(row.get("question_score", 0) is not None for row in rows)

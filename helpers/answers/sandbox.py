@@ -41,33 +41,25 @@ class Outcome:
         return self.reason == "passed"
 
 
-def level(wanted: str = "isolated") -> str:
-    """`wanted`, tried once; SandboxUnavailable where it cannot be had, which "off" always can."""
-    if wanted != "off":
-        _method(wanted)
-    return wanted
-
-
 def run_tests(solution: str, tests: str, wanted: str = "isolated", **limits) -> Outcome:
     """Run a solution and then its tests. It passes only when the last statement of the tests ended.
 
     An exit is no pass, and tests see no builtin that a solution replaced. Both share a process all
-    the same: this stops code that cheats, not an attack on Python itself, and an object that claims
-    to equal everything does pass `==`. `limits` are those of LIMITS. Raises SandboxUnavailable,
-    ValueError for tests that assert nothing, SyntaxError when they do not parse.
+    the same: this stops code that cheats, not an attack on Python itself. `limits` change LIMITS.
+    Raises SandboxUnavailable, ValueError for tests that assert nothing, SyntaxError.
     """
     if not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(tests))):
         raise ValueError(f"the tests hold no assert statement, so nothing can fail: {tests[:80]!r}")
-    return _execute(solution, tests, _method(wanted), LIMITS | limits)
+    return _execute(solution, tests, method(wanted), LIMITS | limits)
 
 
-def _method(wanted: str) -> str:
-    """How a level is reached here, or SandboxUnavailable."""
+def method(wanted: str) -> str:
+    """How a level is reached on this machine, one of METHODS; SandboxUnavailable for none."""
     faults = []
-    for method in METHODS[wanted]:
-        if not (fault := probe(method)):
-            return method
-        faults.append(f"{method}: {fault}")
+    for tried in METHODS[wanted]:
+        if not (fault := probe(tried)):
+            return tried
+        faults.append(f"{tried}: {fault}")
     why = "; ".join(faults) or "as you asked"
     raise SandboxUnavailable(
         f"SANDBOX is {wanted!r}, and by that no code runs on this machine ({why}): set it to "

@@ -34,7 +34,7 @@ import pytest
 from helpers.answers import sandbox
 sandbox.METHODS["isolated"] = (sys.argv[1],)
 try:
-    print("level", sandbox.level("isolated"), "by", sandbox._method("isolated"))
+    print("level isolated by", sandbox.method("isolated"))
 except sandbox.SandboxUnavailable as error:
     sys.exit(f"refused: {error}")
 options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-o", "addopts="]
@@ -60,7 +60,7 @@ assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(progra
 canary = f"open({sys.argv[1]!r}, 'w')"
 found = {}
 for name, act in {
-    "level": lambda: sandbox.level("isolated"),
+    "method": lambda: sandbox.method("isolated"),
     "run_tests": lambda: sandbox.run_tests(canary, "assert True"),
     "off": lambda: sandbox.run_tests(canary, "assert True", "off"),
 }.items():
@@ -69,7 +69,7 @@ for name, act in {
     except sandbox.SandboxUnavailable as error:
         found[name] = f"refused: {error}"
 outcome = sandbox.run_tests("print('ran')", "assert True", "limits-only")
-found["limits-only"] = [sandbox.level("limits-only"), outcome.output]
+found["limits-only"] = [sandbox.method("limits-only"), outcome.output]
 print(json.dumps(found))
 """
 
@@ -174,7 +174,7 @@ def test_where_no_method_can_be_had_nothing_runs_and_the_level_is_said(user, cou
     done = as_user(user, NO_METHOD, str(home / "canary"), course=course, home=home)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    for name in ("level", "run_tests"):
+    for name in ("method", "run_tests"):
         text = found[name]
         assert text.startswith("refused: SANDBOX is 'isolated', and by that no code runs")
         assert (
@@ -183,4 +183,4 @@ def test_where_no_method_can_be_had_nothing_runs_and_the_level_is_said(user, cou
         assert '"limits-only" to accept limits without isolation, or to "off"' in text
     assert found["off"].startswith("refused: SANDBOX is 'off', and by that no code runs")
     assert not (home / "canary").exists()
-    assert found["limits-only"] == ["limits-only", "ran\n"]
+    assert found["limits-only"] == ["none", "ran\n"]

@@ -282,7 +282,7 @@ def test_a_sandbox_that_cannot_be_had_is_turned_off_in_words(monkeypatch, capsys
     def refuse(wanted):
         raise sandbox.SandboxUnavailable("no namespaces here")
 
-    monkeypatch.setattr(sandbox, "level", refuse)
+    monkeypatch.setattr(sandbox, "method", refuse)
     assert evaluation.usable_sandbox(config).sandbox == "off"
     assert "no answer is tested. no namespaces here" in capsys.readouterr().out
 

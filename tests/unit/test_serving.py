@@ -17,6 +17,7 @@ pytest.importorskip("uvicorn", reason="make serving")
 import httpx2
 import openai
 
+from helpers import prompts
 from helpers.__main__ import main
 from helpers.answers import inference
 from helpers.config import PROJECT_DIR, SYSTEM_MESSAGE, Config
@@ -215,4 +216,4 @@ def test_the_cut_of_a_streamed_answer_is_that_of_the_whole(tokenizer):
         for piece in text:
             line = chat._build_chunk_sse("id", content=piece, model="m")
             given += json.loads(line.removeprefix("data: "))["choices"][0]["delta"]["content"]
-        assert given == server.read_completion(text)
+        assert given == prompts.read_completion(text)
