@@ -92,11 +92,15 @@ def _of_file(path: Path, name: str, split: str) -> tuple[list[Part], list[str]]:
         read = _of_parquet if kind == "parquet" else _of_csv
         return [Part(name, split, functools.partial(read, path))], []
     try:
-        with opened(path) as file:  # fails soon where there is an object in each line
-            found = json.load(file, object_pairs_hook=_object)
+        with opened(path) as file:
+            lines = kind == "jsonl" and file.read(1) == "{"  # and no list that is called so
+            file.seek(0)
+            found = None if lines else json.load(file, object_pairs_hook=_object)
     except UNREADABLE as error:
         raise unreadable(name, error) from error
     except (ValueError, RecursionError):
+        found = None
+    if found is None:
         return [Part(name, split, functools.partial(_of_lines, path))], []
     (tables, others), parts = _tables(found), []
     for key, rows in tables.items():
