@@ -765,15 +765,17 @@ class FakeHub:
 @pytest.fixture
 def fake_hub(monkeypatch):
     fake = FakeHub()
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "t")
     monkeypatch.setattr(huggingface_hub, "whoami", lambda: {"name": "reader"})
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
     return fake
 
 
 def test_without_a_token_nothing_is_uploaded(config, report, fake_hub, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(NotLoggedIn, match="nothing was uploaded: run `hf auth login`"):
+    def no_token():
+        raise huggingface_hub.errors.LocalTokenNotFoundError("none")
+
+    monkeypatch.setattr(huggingface_hub, "whoami", no_token)
+    with pytest.raises(NotLoggedIn, match="nothing was uploaded: .* `hf auth login`"):
         publishing.push_dataset(config)
     assert not fake_hub.repositories and not fake_hub.commits
 
