@@ -1,16 +1,11 @@
 """Measure batched generation against the article's way, one `pipeline` call for each prompt.
 
     python -m benchmarks.generation [--prompts 12] [--tokens 64]
-    python -m benchmarks.generation --folder FOLDER                 a Llama of training.py on a GPU
 
-The first needs a finished `demo` run and some ten minutes on two cores. Both ways answer the same
-prompts greedily in the same process. Answers that differ are looked into: is the first token that
-differs a tie in bfloat16, and are the answers equal when everything is computed in float32? Writes
-results/generation.json.
-
-The second times random weights of Llama 2 7B's shape, whose answers never end and mean nothing: in
-4 bits, the same with an adapter on it, and in 16 bits, which is what a merge gives. Writes
-results/generation_gpu.json. It needs a GPU with 24 GB and some minutes.
+It needs a finished `demo` run and some ten minutes on two cores. Both ways answer the same prompts
+greedily in the same process. Answers that differ are looked into: is the first token that differs
+a tie in bfloat16, and are the answers equal when everything is computed in float32? Writes
+results/generation.json. What a GPU does is measured by `benchmarks.generation_gpu`.
 """
 
 import argparse
@@ -20,7 +15,6 @@ import os
 import time
 from pathlib import Path
 
-import pandas as pd
 import torch
 from transformers import pipeline
 
@@ -86,78 +80,13 @@ def compare(config: Config, which: str, texts: list[str]) -> dict:
     }
 
 
-def tokens_per_second(model, tokenizer, texts: list[str], config: Config) -> dict:
-    """Of one model: the article's way, one prompt after the other, and batches of all prompts."""
-    few = texts[: len(texts) // 4]
-    one = dataclasses.replace(config, generation_batch_size=1)
-    short = dataclasses.replace(config, max_new_tokens=4)
-    one_by_one(model, tokenizer, few[:1], short)  # the first time, kernels are loaded and chosen
-    inference.answer_all(model, tokenizer, texts, short)
-    _, seconds = one_by_one(model, tokenizer, few, config)
-    found = {"pipeline": len(few) * config.max_new_tokens / seconds}
-    for name, settings, asked in (("single", one, few), ("batched", config, texts)):
-        answers, seconds = inference.answer_all(model, tokenizer, asked, settings)
-        found[name] = sum(answer.tokens for answer in answers) / seconds
-    found = {f"{name}_tokens_per_second": round(value, 1) for name, value in found.items()}
-    return found | {"peak_gigabytes": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
-
-
-def on_gpu(folder: Path, prompts_asked: int, tokens: int, turns: int) -> dict:
-    """Turns through the three forms of a model of random weights, and their medians."""
-    from peft import LoraConfig, get_peft_model
-
-    from benchmarks.training import circumstances, random_rows
-    from helpers.model import measure
-
-    config = Config.from_profile(
-        "llama2_7b",
-        model_name=str(folder),
-        generation_batch_size=prompts_asked,
-        max_new_tokens=tokens,
-    )
-    tokenizer = loading.load_tokenizer(str(folder))
-    texts = [" ".join(f"w{word}" for word in row) for row in random_rows(prompts_asked, 512)]
-    runs = []
-    for form in turns * ("4-bit base", "4-bit base and adapter", "merged, 16 bits"):
-        torch.cuda.reset_peak_memory_stats()
-        model = loading.load_model(config, quantized=form != "merged, 16 bits")
-        if "adapter" in form:
-            lora = LoraConfig(
-                r=config.lora_r,
-                lora_alpha=config.lora_alpha,
-                target_modules=list(config.target_modules),
-                task_type="CAUSAL_LM",
-            )
-            model = get_peft_model(model, lora, autocast_adapter_dtype=False).eval()
-        runs.append({"model": form, **tokens_per_second(model, tokenizer, texts, config)})
-        print(json.dumps(runs[-1]), flush=True)
-        del model
-        measure.free_memory()
-    medians = pd.DataFrame(runs).groupby("model", sort=False).median().reset_index()
-    what = f"{prompts_asked} prompts of random words, {tokens} new tokens, greedy, {turns} turns"
-    return {
-        "what": f"Llama 2 7B's shape with random weights; {what}",
-        **circumstances(),
-        "medians": medians.to_dict("records"),
-        "runs": runs,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--folder", type=Path, help="a Llama of random weights, on a GPU")
-    parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
-    if options.folder:
-        facts = on_gpu(options.folder, options.prompts, options.tokens, options.turns)
-        RESULTS.with_name("generation_gpu.json").write_text(
-            json.dumps(facts, indent=1) + "\n", encoding="utf-8"
-        )
-        return
     from helpers.answers import problem_sets
     from helpers.runs.environment import environment
 
