@@ -118,7 +118,7 @@ def rates(scores: list[Score], which: str) -> dict[str, float]:
     for part, share in judged.passes.groupby(table.part, sort=False).mean().items():
         name = "own_match_rate" if part == OWN else f"pass_rate_{part}"
         found[f"{name}_{which}"] = share
-    return {name: value for name, value in found.items() if pd.notna(value)}
+    return {name: float(value) for name, value in found.items() if pd.notna(value)}
 
 
 def metrics(answers: dict, scores: dict, seconds: dict, tests: list[dict], losses: dict) -> dict:
