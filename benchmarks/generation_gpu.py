@@ -17,6 +17,7 @@ GPU with 80 GB, most for the room of `generate_batch` and for 4 bits and 16 bits
 
 import argparse
 import contextlib
+import datetime
 import gc
 import importlib.util
 import json
@@ -28,6 +29,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -49,7 +51,6 @@ from transformers import (
 
 from benchmarks import places
 from helpers.model import architecture
-from helpers.runs.environment import environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "generation_gpu.json"
 BANDWIDTH = 4.8e12  # bytes a second, from the data sheet of an H200
@@ -216,7 +217,7 @@ class Bench:
         facts = {
             "what": "Answers at Llama 2 7B's shape, random weights; greedy; prompts of 16 to 400 "
             "tokens, answers of 16 to 128",
-            **environment(),
+            **circumstances(),
             "weights_bytes": self.weights,
             "bandwidth_bytes_per_second": BANDWIDTH,
             "answer_tokens": {str(n): sum(work.limits) for n, work in self.work.items()},
@@ -286,6 +287,16 @@ def time_limit(seconds: float):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def circumstances() -> dict:
+    """Date, hardware and versions, also where not all that the course installs is there."""
+    found = {"date": datetime.date.today().isoformat()}
+    found["hardware"] = torch.cuda.get_device_name() if CUDA else "no GPU"
+    for name in ("torch", "triton", "transformers", "peft", "bitsandbytes"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def say(text: str) -> None:
