@@ -55,6 +55,19 @@ def step_log(trainer) -> list[dict]:
     return [entry for entry in trainer.state.log_history if "seconds" in entry]
 
 
+def metrics_of(trainer) -> dict:
+    """Losses in nats per token, before the first step and of the adapter that is kept; speed."""
+    steps, history = step_log(trainer), trainer.state.log_history
+    losses = {e["step"]: e["eval_loss"] for e in history if "eval_loss" in e}
+    best = trainer.state.best_model_checkpoint  # which was loaded, if there is one
+    return {
+        "eval_loss_before": losses[0],
+        "eval_loss_after": losses[int(best.split("-")[-1]) if best else max(losses)],
+        "train_tokens_per_second": sum(step["tokens"] for step in steps)
+        / sum(step["seconds"] for step in steps),
+    }
+
+
 class TrainingDiverged(RuntimeError):
     """The loss is no number any more, or far above where it began."""
 
@@ -80,16 +93,14 @@ class LogLines(TrainerCallback):
     """Prints one line for each logging step and each evaluation, headless or not."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        step = f"step {state.global_step:>4}/{state.max_steps}   "
         if "loss" in logs:
-            loss, rate, norm = (
-                float(logs[name]) for name in ("loss", "learning_rate", "grad_norm")
-            )
-            said = f"loss {loss:.3f}   learning rate {rate:.1e}   gradient norm {norm:.2f}"
+            loss, rate, norm = (float(logs[n]) for n in ("loss", "learning_rate", "grad_norm"))
+            step += f"loss {loss:.3f}   learning rate {rate:.1e}   gradient norm {norm:.2f}"
         elif "eval_loss" in logs:
-            said = f"validation loss {float(logs['eval_loss']):.3f}"
-        else:
-            return
-        print(f"step {state.global_step:>4}/{state.max_steps}   {said}", flush=True)
+            step += f"validation loss {float(logs['eval_loss']):.3f}"
+        if {"loss", "eval_loss"} & {*logs}:
+            print(step, flush=True)
 
 
 # The article's two decorators, of a function that takes a trainer and returns it with its metrics.
@@ -113,8 +124,7 @@ def memory_decorator(function):
     @functools.wraps(function)
     def wrapper(trainer):
         result, metrics = function(trainer)
-        return result, metrics | {
-            "peak_memory_bytes": measure.peak_memory_bytes(result.args.device)
-        }
+        peak = measure.peak_memory_bytes(result.args.device)
+        return result, {**metrics, "peak_memory_bytes": peak}
 
     return wrapper

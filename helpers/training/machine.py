@@ -1,14 +1,18 @@
-"""What a training's arguments owe to the machine and not to the lesson."""
+"""What a training owes to the machine and not to the lesson: arguments, its GPU, its processes.
 
-import importlib.util
+`accelerate launch` starts several processes, each of which runs notebook 04's own cells, see
+export.py; one is several too.
+"""
+
+import dataclasses
 import os
-from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from trl import SFTConfig
 
 from helpers.config import Config, ConfigError
-from helpers.model import precision
+from helpers.model import loading, precision
 
 # transformers 5.15, which Colab has, knows it by its old name.
 CHECKPOINTING = next(
@@ -18,10 +22,6 @@ CHECKPOINTING = next(
 )
 # A recorded pass cannot look at random states, so a checkpoint must not save them: no dropout.
 RECORDED = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
-# Of SFTConfig's arguments, those of a step that are planned to a card.
-STEPS = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "optim")
-# Where these keep their files, they read from the environment alone.
-TRACKERS = {"tensorboard": "TENSORBOARD_LOGGING_DIR", "trackio": "TRACKIO_DIR"}
 
 
 def for_this_machine(config: Config) -> dict:
@@ -47,18 +47,6 @@ def for_this_machine(config: Config) -> dict:
     }
 
 
-def steps_of(config: Config) -> dict:
-    """What of a trainer's arguments a rung of FIT_TO_MEMORY changes, as notebook 04 gives it."""
-    packed = config.per_device_train_batch_size if config.packing else 1
-    rows, length = config.per_device_train_batch_size // packed, config.max_length * packed
-    return {
-        **dict(zip(STEPS, (rows, config.grad_acc_steps, length, config.optim), strict=True)),
-        "per_device_eval_batch_size": 1 if config.packing else config.per_device_eval_batch_size,
-        CHECKPOINTING: config.activation_checkpointing,
-        "gradient_checkpointing": config.activation_checkpointing,  # trl asks by the old name
-    }
-
-
 def on_one_device(arguments: SFTConfig, config: Config) -> SFTConfig:
     """The model is on one GPU, however many there are; transformers takes the first, whichever."""
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -69,17 +57,19 @@ def on_one_device(arguments: SFTConfig, config: Config) -> SFTConfig:
     return arguments
 
 
-def prepare_tracker(config: Config, folder: Path) -> None:
-    """Tell the tracker of `report_to`, if any, to keep its files in run_dir, by a run's name.
+def for_this_process(config: Config) -> Config:
+    """The Config with this process's GPU; in shards without the fast path, for whole weights."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None:
+        return config
+    if config.fit_to_memory:
+        raise ConfigError("FIT_TO_MEMORY is True, and it works in one process only: set it False")
+    if config.device == "cpu":
+        return config
+    fast = config.fast_path and not loading.is_sharded()
+    return dataclasses.replace(config, device_map={"": int(rank)}, fast_path=fast)
 
-    Raises ConfigError when it is not installed.
-    """
-    if config.report_to not in TRACKERS:
-        return
-    if importlib.util.find_spec(config.report_to) is None:
-        raise ConfigError(
-            f"REPORT_TO is {config.report_to!r}, and that package is not installed: run `pip "
-            f'install {config.report_to}`, or set REPORT_TO = "none"'
-        )
-    place = config.run_dir / config.report_to / folder.name
-    os.environ[TRACKERS[config.report_to]] = str(place)
+
+def of_all_processes(value) -> list:
+    """The value that each process asks with; all must ask, and all have the same answer."""
+    return gather_object([value]) if torch.distributed.is_initialized() else [value]

@@ -1,7 +1,6 @@
 """What makes a training safe to stop, to lose and to start on any card."""
 
 import contextlib
-import copy
 import dataclasses
 import functools
 from pathlib import Path
@@ -13,13 +12,12 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 from helpers.config import Config
 from helpers.data import curation_note, dataset_folder
-from helpers.model import measure, precision
-from helpers.training import callbacks, checkpoints, planning, several_processes
+from helpers.model import measure, plan, precision, predict
+from helpers.model.steps import Run
+from helpers.runs import folders
+from helpers.training import callbacks, checkpoints, machine, planning
 from helpers.training.fast.answer_head import answers_scored_alone
 from helpers.training.fast.kernels import fused_kernels, in_place_adapters
-from helpers.training.machine import steps_of
-from helpers.training.smaller_steps import OutOfMemory, out_of_memory_advice
-from helpers.training.training_rows import rows_that_fit
 from helpers.view import live_chart
 
 
@@ -32,9 +30,7 @@ def safety(config: Config, dataset: DatasetDict) -> list[TrainerCallback]:
         Settings(config, dataset),
         callbacks.LogLines(),
         callbacks.StopOnDivergence(),
-        checkpoints.SameOrder(),
-        checkpoints.SealCheckpoints(),
-        checkpoints.StopAtStepEdge(),
+        checkpoints.SafeCheckpoints(),
         EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience),
         callbacks.StepLog(),  # the last, which knows of everything that the others ask for
     ]
@@ -52,9 +48,9 @@ class Settings(TrainerCallback):
         self.curation = curation_note.curation_of(config, config.dataset_dir)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        lora = model.peft_config["default"]
+        self.folder, lora = Path(args.output_dir), model.peft_config["default"]
         check_adapters(model, lora)
-        checkpoints.keep_apart(args, checkpoints.changed_in_cells(args, lora, self.config))
+        args.output_dir = str(checkpoints.folder_of_calls(self.folder, args, lora))
         if precision.adapter_dtype(self.config) == torch.float32:
             precision.cast((each for _, each in trained(model)), torch.float32)
         self.types = {name: parameter.dtype for name, parameter in trained(model)}
@@ -96,9 +92,8 @@ def part_of(trainer, kind: type[TrainerCallback]):
     return next(item for item in trainer.callback_handler.callbacks if isinstance(item, kind))
 
 
-def settings_of(trainer) -> Config:
-    """The Config with which a trainer was made, planned to the card."""
-    return part_of(trainer, Settings).config
+class OutOfMemory(RuntimeError):
+    """The GPU is too small for a step; the message names what to change first."""
 
 
 def safely(train):
@@ -113,43 +108,70 @@ def safely(train):
     @functools.wraps(train)
     def wrapper(trainer):
         live_chart.show(trainer)
-        folder = Path(trainer.args.output_dir)
-        if trainer.state.global_step and not checkpoints.latest(folder):
-            trainer = made_anew(trainer, {}, folder)
+        if trainer.state.global_step and not checkpoints.latest(Path(trainer.args.output_dir)):
+            trainer = made_anew(trainer, {})
         while True:
             try:
                 return trainer, once(train, trainer)
-            except OutOfMemory as full:
-                if not (settings_of(trainer).fit_to_memory and full.changes):
-                    raise
-                print(full, flush=True)
-                changes = full.changes
+            except torch.OutOfMemoryError as error:
+                config = part_of(trainer, Settings).config
+                changes = next_rung(config)
+                says = f"the GPU's memory is full: {advice(config, changes, trainer.model.config)}"
+                if not (config.fit_to_memory and changes):
+                    raise OutOfMemory(says) from error
             # Out here the error is gone, and with it the tensors of the step that it interrupted.
-            print(f"starting again with {planning.in_words(changes)}", flush=True)
-            # Where these change no step it goes on from the checkpoints, else it has its own.
-            same_steps = not changes.keys() & {*checkpoints.NAMED_BY}
-            folder = Path(trainer.args.output_dir) if same_steps else None
-            trainer = made_anew(trainer, changes, folder)
+            print(f"{says}\nstarting again with {planning.in_words(changes)}", flush=True)
+            trainer = made_anew(trainer, changes)
 
     return wrapper
 
 
+def next_rung(config: Config) -> dict:
+    """What to change where a step does not fit: what costs least speed and keeps the step's rows.
+
+    Fields of a Config and their values; {} when nothing is left.
+    """
+    batch = config.per_device_train_batch_size
+    step_rows = batch * config.grad_acc_steps
+    if not config.activation_checkpointing:
+        return {"activation_checkpointing": True}
+    if config.kept_layers:
+        return {"kept_layers": config.kept_layers // 2}
+    if batch == 1:
+        return {}
+    smaller = plan.whole_batches(step_rows, most=batch - 1)[-1]
+    return {
+        "per_device_train_batch_size": smaller,
+        "grad_acc_steps": step_rows // smaller,
+        "per_device_eval_batch_size": min(smaller, config.per_device_eval_batch_size),
+    }
+
+
+def advice(config: Config, changes: dict, shape) -> str:
+    """What to do where a step does not fit, and how much memory that saves."""
+    if not changes:
+        return "lower MAX_LENGTH or LORA_R, or choose a smaller model or a larger card"
+    before, after = (
+        predict.estimate(shape, Run.from_config(each)).total / predict.GIB
+        for each in (config, dataclasses.replace(config, **changes))
+    )
+    return f"set {planning.in_words(changes)}, which saves about {before - after:.1f} GiB"
+
+
 def once(train, trainer) -> dict:
     """`train` with the settings that the trainer has; its metrics."""
-    folder, made_from = Path(trainer.args.output_dir), part_of(trainer, Settings)
-    checkpoint = checkpoints.latest(folder)
+    made_from, first = part_of(trainer, Settings), trainer.is_world_process_zero()
+    checkpoint = checkpoints.latest(Path(trainer.args.output_dir))
     trainer.args.eval_on_start = checkpoint is None
     trainer.optimizer = trainer.lr_scheduler = None  # peft may load a checkpoint as other tensors
+    run_dir = made_from.config.run_dir
     with (
-        several_processes.alone_there(made_from.config),
+        folders.writing_in(run_dir) if first else contextlib.nullcontext(),  # one holds it for all
         kernels(trainer),
-        out_of_memory_advice(trainer, made_from),
-        part_of(trainer, checkpoints.StopAtStepEdge),
+        part_of(trainer, checkpoints.SafeCheckpoints).listens(),
     ):
         measure.reset_peak_memory(trainer.model.device)
         if checkpoint is None:
-            if trainer.is_world_process_zero():
-                checkpoints.record_plan(folder, made_from.config)
             set_seed(trainer.args.seed)  # what the cells before have drawn makes no difference
             train(trainer, None)
         elif checkpoints.was_finished(trainer, checkpoint):
@@ -158,27 +180,13 @@ def once(train, trainer) -> dict:
             train(trainer, str(checkpoint))
     # Ready to answer: trl turns the cache off, and without it writing is three times slower.
     trainer.model.eval().config.use_cache = True
-    return metrics_of(trainer)
-
-
-def metrics_of(trainer) -> dict:
-    """Losses in nats per token, before the first step and of the adapter that is kept; speed."""
-    tokens, seconds = (
-        sum(step[name] for step in callbacks.step_log(trainer)) for name in ("tokens", "seconds")
-    )
-    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
-    best = trainer.state.best_model_checkpoint  # which was loaded, if there is one
-    return {
-        "eval_loss_before": losses[0],
-        "eval_loss_after": losses[int(best.split("-")[-1]) if best else max(losses)],
-        "train_tokens_per_second": tokens / seconds,
-    }
+    return callbacks.metrics_of(trainer)
 
 
 @contextlib.contextmanager
 def kernels(trainer):
     """The context to train and evaluate in: fused kernels, as far as the device has them."""
-    config, model = settings_of(trainer), trainer.model
+    config, model = part_of(trainer, Settings).config, trainer.model
     with contextlib.ExitStack() as stack:
         if config.fast_path:
             stack.enter_context(fused_kernels(model))
@@ -189,8 +197,11 @@ def kernels(trainer):
         yield
 
 
-def made_anew(trainer, changes: dict, folder: Path | None):
-    """A trainer of changed settings with a fresh adapter, on the same model."""
+def made_anew(trainer, changes: dict):
+    """A trainer of changed settings with a fresh adapter, on the same model.
+
+    Where the changes leave the steps as they are it goes on from the checkpoints.
+    """
     asked, tokenizer = part_of(trainer, Settings), trainer.processing_class
     config = dataclasses.replace(asked.config, **changes)
     lora, base = trainer.model.peft_config["default"], trainer.model.unload()
@@ -198,20 +209,23 @@ def made_anew(trainer, changes: dict, folder: Path | None):
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
     measure.free_memory()
-    if folder is None:
-        config, folder, _ = planning.prepare(config, tokenizer, asked.dataset)
-    rows = rows_that_fit(config, tokenizer, asked.dataset)
-    arguments = copy.copy(trainer.args)
-    for name, value in {**steps_of(config), "output_dir": str(folder)}.items():
-        setattr(arguments, name, value)
+    rows = config.per_device_train_batch_size if config.packing else 1  # in one long row
+    arguments = dataclasses.replace(
+        trainer.args,
+        output_dir=str(asked.folder),
+        per_device_train_batch_size=config.per_device_train_batch_size // rows,
+        gradient_accumulation_steps=config.grad_acc_steps,
+        max_length=config.max_length * rows,
+        **machine.for_this_machine(config),
+    )
     new = type(trainer)(
         model=base,
-        args=arguments,
-        train_dataset=rows["train"],
-        eval_dataset=rows["validation"],
+        args=machine.on_one_device(arguments, config),
+        train_dataset=asked.dataset["train"],
+        eval_dataset=asked.dataset["validation"],
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=safety(config, asked.dataset),  # all rows: no ladder loses them rung by rung
+        callbacks=safety(config, asked.dataset),
     )
     new.remove_callback(PrinterCallback)  # as the notebook does
     own = tuple(type(callback) for callback in new.callback_handler.callbacks)

@@ -15,8 +15,7 @@ from helpers.data import curation_note
 from helpers.model import loading
 from helpers.runs import folders, inventory
 from helpers.training.callbacks import step_log
-from helpers.training.safety import Settings, part_of
-from helpers.training.several_processes import wait_for_all
+from helpers.training.safety import Settings, part_of, trained
 
 
 @contextlib.contextmanager
@@ -25,7 +24,7 @@ def adapter_folder(trainer, config: Config) -> Iterator[Path]:
 
     It gets the training log, a note of the rows and checksums too; the checkpoints are removed.
     """
-    wait_for_all()  # another may still be reading its best checkpoint
+    trainer.accelerator.wait_for_everyone()  # another may still be reading its best checkpoint
     weights = whole_adapter(trainer.model) if loading.is_sharded() else None
     if trainer.is_world_process_zero():
         # No checkpoint that goes is somebody else's.
@@ -39,13 +38,13 @@ def adapter_folder(trainer, config: Config) -> Iterator[Path]:
         shutil.rmtree(config.checkpoints_dir, ignore_errors=True)
     else:
         yield config.adapter_dir
-    wait_for_all()
+    trainer.accelerator.wait_for_everyone()
 
 
 def whole_adapter(model) -> dict[str, torch.Tensor]:
     """The trained weights by name. Under FSDP every process has a share, and all must ask."""
-    trained = [(name, p.detach()) for name, p in model.named_parameters() if p.requires_grad]
-    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in trained}
+    shares = {name: parameter.detach() for name, parameter in trained(model)}
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in shares.items()}
 
 
 def _write_notes(trainer, config: Config, draft: Path) -> None:

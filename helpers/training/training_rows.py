@@ -5,7 +5,6 @@ model not to stop.
 """
 
 import itertools
-import warnings
 
 from datasets import DatasetDict, load_from_disk
 
@@ -13,9 +12,8 @@ from helpers import prompts
 from helpers.config import Config, ConfigError
 from helpers.data import curation_note, dataset_folder
 from helpers.model import loading
-from helpers.runs import inventory
+from helpers.runs.inventory import ArtefactError
 
-SPLITS = {"train": "training rows", "validation": "validation rows"}
 SMALLEST_SHARE = 0.1  # of the training rows must fit MAX_LENGTH: fewer are not what was meant
 
 
@@ -24,31 +22,36 @@ def load_dataset(config: Config, tokenizer=None) -> DatasetDict:
 
     With the tokenizer of a training: those that fit, see `rows_that_fit`. Raises ArtefactError for
     rows in another template, and for rows of another tokenizer that fail with that of MODEL_NAME.
-    Warns, ArtefactWarning, when none of these fails, and of another SYSTEM_MESSAGE.
+    Warns, ArtefactWarning, of another SYSTEM_MESSAGE.
     """
     dataset = load_from_disk(str(dataset_folder.check_dataset(config)))
     dataset = dataset.select_columns(["prompt", "completion"])
     curation_note.system_message(config, config.dataset_dir)
-    note = curation_note.curation_of(config, config.dataset_dir)
-    if note:
+    if note := curation_note.curation_of(config, config.dataset_dir):
         own = tokenizer or loading.load_tokenizer(config.model_name)
-        _check_template(config, note["template"], own)
-        if not curation_note.tokenizer_note(own).items() <= note["tokenizer"].items():
-            _check_rows(config, dataset, own, note["tokenizer"]["name"])
+        if problem := _problem(config, dataset, own, note):
+            raise ArtefactError(f"the rows {problem}: run notebook 02 again")
     if tokenizer is None:
         return dataset
     return with_masks(tokenizer, rows_that_fit(config, tokenizer, dataset))
 
 
-def _check_template(config: Config, found: str, tokenizer) -> None:
-    """ArtefactError for rows in another template than TEMPLATE, or than both where that is None."""
+def _problem(config: Config, dataset: DatasetDict, tokenizer, note: dict) -> str:
+    """What keeps rows that were made as the note says from training this model; "" for nothing."""
     known = {name: prompts.template_text(tokenizer, name == "model") for name in prompts.TEMPLATES}
-    wanted = [known[config.template]] if config.template else list(known.values())
-    if found not in wanted:
-        raise inventory.ArtefactError(
-            f"the rows are in the template {found!r}, and the one here is {wanted[0]!r}: run "
-            "notebook 02 again"
-        )
+    wanted = [known[config.template]] if config.template else [*known.values()]
+    if note["template"] not in wanted:
+        return f"are in the template {note['template']!r}, and the one here is {wanted[0]!r}"
+    if curation_note.tokenizer_note(tokenizer).items() <= note["tokenizer"].items():
+        return ""
+    rows = [row for split in dataset.values() for row in zip(*split[:].values(), strict=True)]
+    failing = [found for _, found in prompts.verify_rows(tokenizer, rows) if found]
+    if not failing:
+        return ""
+    return (
+        f"were made with the tokenizer of {note['tokenizer']['name']}, and with that of MODEL_NAME "
+        f"({config.model_name}) {len(failing)} of {len(rows)} fail, the first for {failing[0][0]}"
+    )
 
 
 def with_masks(tokenizer, dataset: DatasetDict) -> DatasetDict:
@@ -68,46 +71,28 @@ def with_masks(tokenizer, dataset: DatasetDict) -> DatasetDict:
     return dataset.map(masked)
 
 
-def _check_rows(config: Config, dataset: DatasetDict, tokenizer, made_with: str) -> None:
-    """ArtefactError for rows that fail with another tokenizer than they were made with."""
-    rows = [row for split in dataset.values() for row in zip(*split[:].values(), strict=True)]
-    failing = [
-        problems or [f"{length} tokens, MAX_LENGTH is {config.max_length}"]
-        for length, problems in prompts.verify_rows(tokenizer, rows)
-        if problems or length > config.max_length
-    ]
-    other = f"the rows were made with the tokenizer of {made_with}, and with that of MODEL_NAME "
-    other += f"({config.model_name})"
-    if failing:
-        raise inventory.ArtefactError(
-            f"{other} {len(failing)} of {len(rows)} fail, the first for {failing[0][0]}: run "
-            "notebook 02 again with this MODEL_NAME"
-        )
-    fit = f"{other} all {len(rows)} verify and fit as well"
-    warnings.warn(fit, inventory.ArtefactWarning, stacklevel=3)
-
-
 def rows_that_fit(config: Config, tokenizer, dataset: DatasetDict) -> DatasetDict:
     """The rows of up to MAX_TRAIN_LENGTH or MAX_LENGTH tokens; how many are longer is printed.
 
     Raises ConfigError when less than a tenth of the training rows fits, or no validation row.
     """
-    lengths = row_lengths(tokenizer, dataset)
-    longest = max(itertools.chain(*lengths.values()))
     limits = {"MAX_LENGTH": config.max_length, "MAX_TRAIN_LENGTH": config.max_train_length}
     most, name = min((limit, name) for name, limit in limits.items() if limit is not None)
-    if longest <= most:
-        return dataset
+    lengths = row_lengths(tokenizer, dataset)
     fitting = {
         split: [place for place, length in enumerate(found) if length <= most]
         for split, found in lengths.items()
     }
-    longer = f"{count_longer(lengths, most)} are longer"
+    lost = {split: len(found) - len(fitting[split]) for split, found in lengths.items()}
+    if not any(lost.values()):
+        return dataset
+    longer = " and ".join(f"{lost[s]} of {len(lengths[s])} {s} rows" for s in lost) + " are longer"
+    longest = max(map(max, lengths.values()))
     few = len(fitting["train"]) < SMALLEST_SHARE * len(lengths["train"])
     if few or not fitting["validation"]:
         raise ConfigError(
-            f"{name} is {most}, and {longer}: raise it (the longest has {longest} "
-            "tokens), or have shorter rows written by notebook 02"
+            f"{name} is {most}, and {longer}: raise it (the longest has {longest} tokens), or have "
+            "shorter rows written by notebook 02"
         )
     print(f"{name} = {most}: {longer} and left out", flush=True)
     return DatasetDict({split: rows.select(fitting[split]) for split, rows in dataset.items()})
@@ -123,11 +108,3 @@ def row_lengths(tokenizer, dataset: DatasetDict) -> dict[str, list[int]]:
         return [length for length, _ in prompts.verify_rows(tokenizer, pairs)]
 
     return {name: lengths(rows) for name, rows in dataset.items()}
-
-
-def count_longer(lengths: dict[str, list[int]], max_length: int) -> str:
-    """How many rows of these lengths are longer than that, in words."""
-    return " and ".join(
-        f"{sum(length > max_length for length in lengths[name])} of {len(lengths[name])} {words}"
-        for name, words in SPLITS.items()
-    )

@@ -259,12 +259,13 @@ def test_a_note_that_was_changed_is_found(own, tmp_path):
     refuses(config, load_dataset, "curation.json is damaged or changed .*: run notebook 02 again")
 
 
-def test_rows_in_another_template_are_refused(config, monkeypatch):
+@pytest.mark.parametrize("given", [None, "llama2"])
+def test_rows_in_another_template_are_refused(config, monkeypatch, given):
     monkeypatch.setattr(prompts, "TEMPLATE", "{system} {user} {answer}")
     words = (
         "the rows are in the template '.INST.*, and the one here is '{system}.*notebook 02 again"
     )
-    refuses(config, load_dataset, words)
+    refuses(dataclasses.replace(config, template=given), load_dataset, words)
 
 
 def with_tokenizer(config, folder, change):
@@ -274,36 +275,16 @@ def with_tokenizer(config, folder, change):
     return dataclasses.replace(config, model_name=str(folder))
 
 
-def without_merges(folder, _):
-    """Each letter is a token of its own: the same rows are longer."""
-    path = folder / "tokenizer.json"
-    described = json.loads(path.read_text(encoding="utf-8"))
-    described["model"]["merges"] = []
-    path.write_text(json.dumps(described), encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (write_bos_twice, "24 of 24 fail, the first for 2 BOS tokens, there must be exactly one"),
-        (without_merges, r"24 of 24 fail, the first for \d+ tokens, MAX_LENGTH is 400"),
-    ],
-)
-def test_rows_that_fail_with_another_tokenizer_are_refused(config, tmp_path, change, words):
+def test_rows_that_fail_with_another_tokenizer_are_refused(config, tmp_path):
+    other = with_tokenizer(config, tmp_path / "another-llama", write_bos_twice)
     name = Path(config.model_name).name
-    other = with_tokenizer(config, tmp_path / "another-llama", change)
-    words = f"made with the tokenizer of {name}, .* MODEL_NAME .*another-llama.* {words}: run note"
-    refuses(other, load_dataset, words)
+    words = f"made with the tokenizer of {name}, .* MODEL_NAME .*another-llama.* 24 of 24 fail, "
+    refuses(other, load_dataset, words + "the first for 2 BOS tokens, there .*: run notebook 02")
 
 
-def test_rows_that_verify_with_another_tokenizer_are_taken_with_a_sentence(config, tmp_path):
+def test_rows_that_verify_with_another_tokenizer_are_taken(config, tmp_path):
     other = with_tokenizer(config, tmp_path / "another-llama", exchange_two_tokens)
-    with pytest.warns(ArtefactWarning, match="another-llama.* all 24 verify and fit as well"):
-        assert load_dataset(other) == load_dataset(config)
-    same = with_tokenizer(config, tmp_path / "same", lambda *_: None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ArtefactWarning)
-        load_dataset(same)
+    assert load_dataset(other) == load_dataset(config)
 
 
 # -- The merged model.

@@ -21,7 +21,7 @@ from helpers.config import PROJECT_DIR, Config, ConfigError
 from helpers.merging import merging
 from helpers.model import measure, predict
 from helpers.runs import inventory
-from helpers.training import checkpoints, machine, planning, several_processes
+from helpers.training import checkpoints, machine, planning
 from helpers.training.export import export_training
 from tests.faults.train_tiny import parameters_of, tiny_config, write_dataset
 
@@ -103,7 +103,7 @@ def test_the_processes_of_a_run_share_its_checkpoints(tmp_path, tiny_model_dir, 
 def test_a_checkpoint_has_its_folder_before_anything_is_written(tmp_path):
     arguments, control = SimpleNamespace(output_dir=str(tmp_path)), TrainerControl(should_save=True)
     step = TrainerState(global_step=7)
-    checkpoints.SealCheckpoints().on_step_end(arguments, step, control, model=torch.nn.Linear(2, 2))
+    checkpoints.SafeCheckpoints().on_step_end(arguments, step, control, model=torch.nn.Linear(2, 2))
     assert (tmp_path / "checkpoint-7").is_dir()
 
 
@@ -113,7 +113,7 @@ def test_shards_without_room_are_refused_before_the_weights_load(tmp_path, monke
     for name, value in {**fsdp_environment(), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     settings = {"model_name": str(tmp_path), "per_device_train_batch_size": 2}
-    large = several_processes.for_this_process(Config.from_profile("llama2_7b", **settings))
+    large = machine.for_this_process(Config.from_profile("llama2_7b", **settings))
     assert not large.fast_path
     with pytest.raises(ConfigError, match="2 shards, each of 2 GPUs needs .* of 23.0: lower LORA"):
         planning.refuse_without_room(large)
@@ -166,11 +166,9 @@ def test_the_fsdp_file_wraps_the_layers_of_a_llama():
 def test_each_process_has_its_gpu(tmp_path, tiny_model_dir, monkeypatch):
     on_cpu = tiny_config(tmp_path, tiny_model_dir)
     on_gpu = tiny_config(tmp_path, tiny_model_dir, device_map={"": 0})
-    assert several_processes.for_this_process(on_gpu) is on_gpu
+    assert machine.for_this_process(on_gpu) is on_gpu
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert several_processes.for_this_process(on_gpu).device == "cuda:1"
-    assert several_processes.for_this_process(on_cpu).device == "cpu"
+    assert machine.for_this_process(on_gpu).device == "cuda:1"
+    assert machine.for_this_process(on_cpu).device == "cpu"
     with pytest.raises(ConfigError, match="FIT_TO_MEMORY is True.*in one process only"):
-        several_processes.for_this_process(
-            tiny_config(tmp_path, tiny_model_dir, fit_to_memory=True)
-        )
+        machine.for_this_process(tiny_config(tmp_path, tiny_model_dir, fit_to_memory=True))

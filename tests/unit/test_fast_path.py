@@ -19,8 +19,7 @@ from helpers.config import PROBLEMS_FILE, Config, ConfigError
 from helpers.data.sources import SAMPLE_DIR
 from helpers.model import loading, measure, precision, predict
 from helpers.model.steps import Run
-from helpers.runs import inventory
-from helpers.training import checkpoints, machine, planning, safety
+from helpers.training import machine, planning, safety
 from helpers.training.fast import fast_path, kernels
 from tests.conftest import fill_adapters, lora_of, relative_error
 
@@ -144,7 +143,7 @@ def one_step(tmp_path, fast: bool, **changes):
     return loss.item(), {n: p.grad.float().clone() for n, p in named if p.grad is not None}
 
 
-def planned(tmp_path, monkeypatch, gib, host_gib=0, folder=None, **changes):
+def planned(tmp_path, monkeypatch, gib, host_gib=0, **changes):
     """`planning.planned` of a Llama 2 7B with `gib` of a GPU; loading a weight is an error."""
     free = Mock(available=host_gib * predict.GIB)
     monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: free)
@@ -153,7 +152,7 @@ def planned(tmp_path, monkeypatch, gib, host_gib=0, folder=None, **changes):
     monkeypatch.setattr(loading, "load_model", None)
     llama2_config("7B").save_pretrained(tmp_path)
     settings = {"model_name": str(tmp_path), "run_dir": tmp_path / "run", **changes}
-    return planning.planned(Config.from_profile("llama2_7b", **settings), folder)
+    return planning.planned(Config.from_profile("llama2_7b", **settings))
 
 
 def test_beside_ddp_which_keeps_gradients_too_fewer_layers_keep_theirs(tmp_path, monkeypatch):
@@ -186,56 +185,6 @@ def test_half_of_the_hosts_memory_takes_activations_and_the_plan_says_so(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each of two processes has a quarter
     step = Run.from_config(planned(tmp_path, monkeypatch, 8, 12))
     assert 0 < predict.Step.of(llama2_config("7B"), step).host < 3 * predict.GIB
-
-
-def begun(tmp_path, config):
-    """A folder of a run that began with this Config, and has a checkpoint."""
-    checkpoints.record_plan(tmp_path / "begun", config)
-    (tmp_path / "begun" / "checkpoint-7").mkdir()
-    (tmp_path / "begun" / "checkpoint-7" / inventory.SEAL).touch()
-    return tmp_path / "begun"
-
-
-def test_a_run_goes_on_by_the_plan_that_it_began_with(tmp_path, monkeypatch, capsys):
-    small = planned(tmp_path, monkeypatch, 10)
-    folder = begun(tmp_path, small)
-    assert planned(tmp_path, monkeypatch, 80, folder=folder) == small
-    said = capsys.readouterr().out
-    assert "planned as when this run began: PER_DEVICE_TRAIN_BATCH_SIZE = 4, GRAD_ACC" in said
-
-
-def test_a_run_goes_on_in_less_memory_with_the_same_steps(tmp_path, monkeypatch, capsys):
-    """Fewer layers keep their activations; the rows at a time and the optimizer change a step."""
-    large = planned(tmp_path, monkeypatch, 80)
-    found = planned(tmp_path, monkeypatch, 16, folder=begun(tmp_path, large))
-    for name in ("per_device_train_batch_size", "grad_acc_steps", "optim"):
-        assert getattr(found, name) == getattr(large, name)
-    assert found.activation_checkpointing and not large.activation_checkpointing
-    said = capsys.readouterr().out
-    assert "16.0 GiB do not hold this run as it began, with PER_DEVICE" in said
-    assert "planned for 16.0 GiB: batch " in said
-
-
-def test_a_run_that_does_not_fit_any_more_is_kept_and_told(tmp_path, monkeypatch):
-    folder = begun(tmp_path, planned(tmp_path, monkeypatch, 80))
-    message = f"the run in {folder} began with .*, and in 6.0 GiB it cannot go on so: free the"
-    with pytest.raises(ConfigError, match=message):
-        planned(tmp_path, monkeypatch, 6, folder=folder)
-
-
-def test_a_run_goes_on_with_its_rows_where_there_is_no_fast_path(tmp_path, monkeypatch):
-    small = planned(tmp_path, monkeypatch, 10)
-    monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
-    asked = Config.from_profile("llama2_7b", model_name=str(tmp_path), run_dir=tmp_path)
-    assert (asked.per_device_train_batch_size, small.per_device_train_batch_size) == (8, 4)
-    found = planning.planned(asked, begun(tmp_path, small))
-    assert (found.per_device_train_batch_size, found.grad_acc_steps) == (4, 4)
-
-
-def test_a_plan_without_a_checkpoint_binds_nothing(tmp_path, monkeypatch):
-    large = planned(tmp_path, monkeypatch, 80)
-    checkpoints.record_plan(tmp_path / "begun", planned(tmp_path, monkeypatch, 10))
-    assert planned(tmp_path, monkeypatch, 80, folder=tmp_path / "begun") == large
 
 
 def test_a_card_that_is_too_small_is_refused_before_the_weights(tmp_path, monkeypatch):

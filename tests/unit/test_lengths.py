@@ -3,16 +3,14 @@
 import dataclasses
 
 import pytest
-import torch
 from datasets import Dataset, DatasetDict
-from trl import SFTTrainer
 
 from helpers import prompts
 from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
 from helpers.model import loading
-from helpers.training import smaller_steps, training_rows
+from helpers.training import training_rows
 from tests.faults.train_tiny import build, tiny_config
-from tests.notebook_code import examples_of, fine_tune
+from tests.notebook_code import examples_of
 
 ROWS, HELD_OUT = 16, 4
 
@@ -54,7 +52,7 @@ def test_every_row_that_trains_keeps_its_end(config, tokenizer, capsys, packing,
     trainer = build(config)
     said = capsys.readouterr().out
     assert (
-        f"MAX_LENGTH = {config.max_length}: 6 of 16 training rows and 1 of 4 validation rows are "
+        f"MAX_LENGTH = {config.max_length}: 6 of 16 train rows and 1 of 4 validation rows are "
         "longer and left out\n" in said
     )
     for loader, rows in (
@@ -79,7 +77,7 @@ def test_rows_that_fit_are_all_taken_and_nothing_is_said(config, tokenizer, caps
     shorter = dataclasses.replace(fits, max_length=fits.max_length - 1)
     dataset = training_rows.load_dataset(shorter, tokenizer)
     assert dataset.num_rows == {"train": ROWS - 1, "validation": HELD_OUT}
-    assert "1 of 16 training rows and 0 of 4 validation rows" in capsys.readouterr().out
+    assert "1 of 16 train rows and 0 of 4 validation rows" in capsys.readouterr().out
 
 
 def test_rows_that_train_may_be_limited_further(config, tokenizer, capsys):
@@ -87,8 +85,8 @@ def test_rows_that_train_may_be_limited_further(config, tokenizer, capsys):
     dataset = training_rows.load_dataset(shorter, tokenizer)
     assert dataset.num_rows == {"train": 10, "validation": HELD_OUT - 1}
     limit = shorter.max_train_length
-    assert f"MAX_TRAIN_LENGTH = {limit}: 6 of 16 training rows" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="MAX_TRAIN_LENGTH is 16, and 16 of 16 training rows"):
+    assert f"MAX_TRAIN_LENGTH = {limit}: 6 of 16 train rows" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="MAX_TRAIN_LENGTH is 16, and 16 of 16 train rows"):
         training_rows.load_dataset(dataclasses.replace(shorter, max_train_length=16), tokenizer)
 
 
@@ -108,7 +106,7 @@ def test_a_length_that_leaves_too_little_is_refused_before_the_weights(
     monkeypatch.setattr(loading, "load_model", None)
     max_length = 20 if longest is None else length(longest, tokenizer)
     short = dataclasses.replace(config, max_length=max_length)
-    said = f"MAX_LENGTH is {max_length}, and {lost} training rows and . of 4 validation rows"
+    said = f"MAX_LENGTH is {max_length}, and {lost} train rows and . of 4 validation rows"
     said += rf" are longer: raise it \(the longest has {length(ROWS - 1, tokenizer)} tokens"
     with pytest.raises(ConfigError, match=said):
         training_rows.load_dataset(short, tokenizer)
@@ -118,59 +116,5 @@ def test_validation_needs_a_row(config, tokenizer):
     dataset = training_rows.load_dataset(config)
     dataset["validation"] = dataset["validation"].select([HELD_OUT - 1])
     short = dataclasses.replace(config, max_length=length(9, tokenizer))
-    with pytest.raises(ConfigError, match="6 of 16 training rows and 1 of 1 validation rows are"):
+    with pytest.raises(ConfigError, match="6 of 16 train rows and 1 of 1 validation rows are"):
         training_rows.rows_that_fit(short, tokenizer, dataset)
-
-
-# -- The rung of FIT_TO_MEMORY that lowers the length
-
-
-def full(*arguments, **options):
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def small_trainer(config, tokenizer, **changes):
-    """One that has no rung left but the length."""
-    smallest = {"activation_checkpointing": True, "per_device_train_batch_size": 1, **changes}
-    config = dataclasses.replace(config, **smallest)
-    return build(config, dataset=training_rows.load_dataset(config))
-
-
-def test_the_rung_that_lowers_the_length_says_what_it_loses(config, tokenizer, monkeypatch):
-    trainer, median = small_trainer(config, tokenizer), length(7, tokenizer)
-    monkeypatch.setattr(trainer, "train", full)
-    with pytest.raises(
-        smaller_steps.OutOfMemory,
-        match=f"set MAX_LENGTH = {median}, which leaves out 8 of 16 training rows and 2 of 4 "
-        "validation rows and saves about .* GiB",
-    ):
-        fine_tune(trainer)
-
-
-def test_where_a_shorter_length_loses_little_it_is_halved(config, tokenizer, monkeypatch):
-    long_row = row(60)
-    dataset = training_rows.load_dataset(config)
-    dataset["train"] = Dataset.from_list([*dataset["train"].to_list(), long_row])
-    longest = len(prompts.encode(tokenizer, **long_row)["input_ids"])
-    wide = dataclasses.replace(config, max_length=512, per_device_train_batch_size=1)
-    rung = {"max_length": longest // 2}
-    assert smaller_steps.next_rung(wide, tokenizer, dataset) == {"activation_checkpointing": True}
-    wide = dataclasses.replace(wide, activation_checkpointing=True)
-    assert smaller_steps.next_rung(wide, tokenizer, dataset) == rung
-    assert rung["max_length"] > length(ROWS - 1, tokenizer)
-
-
-def test_a_ladder_ends_before_most_rows_are_lost(config, tokenizer, monkeypatch, capsys):
-    trainer = small_trainer(config, tokenizer, fit_to_memory=True)
-    monkeypatch.setattr(SFTTrainer, "training_step", full)
-    with pytest.raises(
-        smaller_steps.OutOfMemory,
-        match="no shorter MAX_LENGTH keeps half of the rows: lower LORA_R",
-    ):
-        fine_tune(trainer)
-    said = capsys.readouterr().out
-    median = length(7, tokenizer)
-    assert (
-        said.count("starting again") == 1 and f"starting again with MAX_LENGTH = {median}" in said
-    )
-    assert f"MAX_LENGTH = {median}: 8 of 16 training rows and 2 of 4" in said

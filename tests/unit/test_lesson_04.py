@@ -76,6 +76,6 @@ def test_a_rung_gives_the_arguments_that_the_cells_give(tmp_path, tiny_model_dir
     rung = {"per_device_train_batch_size": 2, "grad_acc_steps": 4, "activation_checkpointing": True}
     config = tiny_config(tmp_path, tiny_model_dir, packing=packing, max_length=128)
     config = dataclasses.replace(config, per_device_train_batch_size=8)
-    taken = safety.made_anew(build(config), rung, None).args.to_dict()
+    taken = safety.made_anew(build(config), rung).args.to_dict()
     given = build(dataclasses.replace(config, **rung)).args.to_dict()
     assert taken == given

@@ -17,10 +17,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import normalizers
 from transformers import TrainerControl, TrainerState
+from trl import SFTConfig
 
 from benchmarks import notebook_04
 from helpers import prompts
-from helpers.config import SYSTEM_MESSAGE, Config, ConfigError
+from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.merging import comparison, merging
 from helpers.model import architecture, loading, measure, precision
 from helpers.profiles import PROFILES
@@ -92,7 +93,7 @@ def test_a_gpus_steps_take_the_time_from_wait_to_wait(monkeypatch):
 def test_a_step_that_a_signal_ends_has_its_seconds_as_one_that_is_waited_for(config, tokenizer):
     """So StepLog comes last: what asks for a checkpoint has asked by then, resumed or not."""
     kinds = [type(item) for item in build(config).callback_handler.callbacks]
-    order = (checkpoints.StopAtStepEdge, callbacks.StepLog)
+    order = (checkpoints.SafeCheckpoints, callbacks.StepLog)
     assert [kind for kind in kinds if kind in order] == [*order]
 
 
@@ -193,28 +194,30 @@ NOT_NAMED_BY = {
     *("new_model_name", "hf_hub_model_name", "push_to_hub", "check_python"),
     *("validation_source", "template"),  # which are in the rows
 }
-OTHER = {
-    "lora_r": 8,
-    "learning_rate": 1e-3,
-    "weight_decay": 0.5,
-    "scheduler_type": "linear",
-    "max_steps": 9,
-    "early_stopping_patience": 2,
-    "target_modules": ("q_proj",),
+# Arguments of the cells' calls that have another name than the setting they are given.
+ARGUMENT_OF = {
+    "lora_r": "r",
+    "num_epochs": "num_train_epochs",
+    "scheduler_type": "lr_scheduler_type",
+    "warmup_ratio": "warmup_steps",
+    "grad_acc_steps": "gradient_accumulation_steps",
+    "group_by_length": "train_sampling_strategy",
 }
 
 
 def test_every_setting_is_said_to_change_the_training_or_not():
-    """Whoever adds a field decides: into checkpoints.NAMED_BY, or into NOT_NAMED_BY here."""
-    named, fields = set(checkpoints.NAMED_BY), {f.name for f in dataclasses.fields(Config)}
-    assert named | NOT_NAMED_BY == fields and not named & NOT_NAMED_BY
+    """Whoever adds a field decides: into SETTINGS or ARGUMENTS of checkpoints, or NOT_NAMED_BY."""
+    fields = {f.name for f in dataclasses.fields(Config)} - NOT_NAMED_BY
+    named = {*checkpoints.SETTINGS, *checkpoints.ARGUMENTS}
+    assert {ARGUMENT_OF.get(name, name) for name in fields} == named
+    assert not named & NOT_NAMED_BY
 
 
-def test_other_trainings_have_other_checkpoints(config, tokenizer):
-    folders = {checkpoints.folder_of(config, tokenizer)}
-    for name, value in OTHER.items():
-        folders.add(checkpoints.folder_of(dataclasses.replace(config, **{name: value}), tokenizer))
-    assert len(folders) == len(OTHER) + 1
+def test_other_trainings_have_other_checkpoints(config):
+    other = {"lora_r": 8, "scheduler_type": "linear", "early_stopping_patience": 2}
+    configs = [config, *(dataclasses.replace(config, **{n: v}) for n, v in other.items())]
+    folders = {build(each).args.output_dir for each in configs}
+    assert len(folders) == len(configs)
     assert checkpoints.latest(config.checkpoints_dir / "none") is None
 
 
@@ -248,20 +251,6 @@ def test_a_copy_of_everything_has_the_same_checkpoints(config, tokenizer, tmp_pa
     assert len(names) == 1
 
 
-def test_the_checkpoints_are_named_by_what_was_asked_for_and_not_by_the_plan(
-    config, tokenizer, monkeypatch
-):
-    asked = checkpoints.folder_of(config, tokenizer)
-    monkeypatch.setattr(planning, "planned", lambda config, folder: planned(config))
-
-    def planned(config):
-        return dataclasses.replace(config, kept_layers=1, per_device_train_batch_size=1)
-
-    trainer = build(config)
-    assert Path(trainer.args.output_dir) == asked
-    assert trainer.args.per_device_train_batch_size == 1
-
-
 def test_adapters_are_float32_where_bfloat16_is_not_to_be_had(config, tokenizer):
     model = loading.load_model(config)
     tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
@@ -287,23 +276,16 @@ def test_an_adapter_is_loaded_in_the_type_that_it_has(config, when):
     assert all(map(torch.equal, trained_by(again), trained_by(whole)))
 
 
-@pytest.mark.parametrize("package", ["tensorboard", "trackio"])
-def test_a_tracker_that_is_not_installed_is_named(config, tokenizer, monkeypatch, package):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=f"REPORT_TO is '{package}', .*pip install {package}"):
-        machine.prepare_tracker(dataclasses.replace(config, report_to=package), Path("a-run"))
-
-
-def test_a_tracker_keeps_its_files_in_the_run_folder(config, tokenizer, monkeypatch):
-    for package, name in (("tensorboard", "TENSORBOARD_LOGGING_DIR"), ("trackio", "TRACKIO_DIR")):
-        monkeypatch.setenv(name, "elsewhere")
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-        tracked = dataclasses.replace(config, report_to=package)
-        machine.prepare_tracker(tracked, Path("a-run"))
-        assert Path(os.environ[name]) == config.run_dir / package / "a-run"
-        assert machine.for_this_machine(tracked)["report_to"] == package
-        folders = {checkpoints.folder_of(each, tokenizer) for each in (tracked, config)}
-        assert len(folders) == 1
+@pytest.mark.parametrize("package", planning.TRACKERS)
+def test_a_tracker_keeps_its_files_in_the_run_folder(config, tokenizer, monkeypatch, package):
+    monkeypatch.setenv(planning.TRACKERS[package], "elsewhere")
+    tracked = dataclasses.replace(config, report_to=package)
+    dataset = training_rows.load_dataset(config)
+    _, folder, _ = planning.prepare(tracked, tokenizer, dataset)
+    place = Path(os.environ[planning.TRACKERS[package]])
+    assert place == config.run_dir / package / folder.name
+    assert machine.for_this_machine(tracked)["report_to"] == package
+    assert folder == planning.prepare(config, tokenizer, dataset)[1]
 
 
 def test_tensorboard_gets_the_log(config, tokenizer, monkeypatch):
@@ -329,39 +311,34 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_call_that_is_changed_in_its_cell_has_checkpoints_of_its_own(
-    config, monkeypatch, capsys, name
-):
+def test_a_call_that_is_changed_in_its_cell_has_checkpoints_of_its_own(config, monkeypatch, name):
     """Else a run that was interrupted would go on from what other settings have learnt."""
-    asked = Path(build(config).args.output_dir)
-    assert "changed in the cells" not in capsys.readouterr().out
+    asked = [Path(build(config).args.output_dir) for _ in range(2)]
     before, after = CHANGES[name]
     cells = notebook_04.train_cells({})
     assert sum(before in cell for cell in cells) == 1
     changed = [cell.replace(before, after) for cell in cells]
     monkeypatch.setattr(notebook_04, "train_cells", lambda parameters: changed)
     found = [Path(build(config).args.output_dir) for _ in range(2)]
-    assert found[0] == found[1] != asked and found[0].parent == asked.parent
-    assert f"checkpoints of its own: {name} = " in capsys.readouterr().out
+    assert asked[0] == asked[1] != found[0] == found[1]
+    assert {folder.parent for folder in [*asked, *found]} == {asked[0].parent}
 
 
-def test_the_folder_of_a_changed_call_is_the_same_in_every_process(config):
+def test_the_folder_of_a_call_is_the_same_in_every_process(tmp_path):
     """A set has another order in each."""
-    arguments = SimpleNamespace(output_dir="runs/0123456789ab")
-    changed = {"r": 8, "target_modules": ["q_proj", "v_proj"], "learning_rate": 1e-5}
-    for _ in range(2):
-        checkpoints.keep_apart(arguments, changed)
-        assert arguments.output_dir == "runs/0123456789ab-8b39cb"
+    arguments, lora = SFTConfig(str(tmp_path), use_cpu=True, bf16=False), vars(LoraConfig())
+    orders = (["q_proj", "v_proj"], ["v_proj", "q_proj"])
+    loras = [SimpleNamespace(**{**lora, "target_modules": order}) for order in orders]
+    assert len({checkpoints.folder_of_calls(tmp_path, arguments, lora) for lora in loras}) == 1
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_what_the_cells_give_is_what_the_config_says(profile, config, capsys):
-    """No profile is taken for one that was changed by hand."""
+def test_every_profile_builds_its_trainer(profile, config):
     changes = {name: getattr(config, name) for name in ("run_dir", "model_name", "max_length")}
     on_cpu = {"device_map": {"": "cpu"}, "fp16": False, "bf16": False, "optim": "adamw_torch"}
-    trainer = build(Config.from_profile(profile, **changes, **on_cpu))
-    assert "changed in the cells" not in capsys.readouterr().out
-    assert "-" not in Path(trainer.args.output_dir).name
+    asked = Config.from_profile(profile, **changes, **on_cpu)
+    arguments = build(asked).args
+    assert (arguments.learning_rate, arguments.max_steps) == (asked.learning_rate, asked.max_steps)
 
 
 SHAPES = """

@@ -23,7 +23,7 @@ from helpers.prompts import IGNORED_LABEL
 from helpers.training.fast.kernels import ChunkedLoss, Pass
 from helpers.training.fast.offloading import offload_layers
 from helpers.training.machine import RECORDED
-from helpers.training.safety import Settings, part_of, settings_of
+from helpers.training.safety import Settings, part_of
 
 WARM_UP_PASSES = 2  # kernels choose their algorithms and compile before anything is recorded
 
@@ -87,7 +87,9 @@ class FastTrainer(SFTTrainer):
         super().__init__(**arguments)
         packed = (self.train_dataset, self.eval_dataset)
         # trl takes none when it packs
-        self.data_collator = fixed_collator(settings_of(self), self.processing_class, packed)
+        self.data_collator = fixed_collator(
+            part_of(self, Settings).config, self.processing_class, packed
+        )
 
     def _prepare_for_training(self, *arguments, **options):
         # DDP's part in the backward pass stays in the stream in which DDP was made, and what runs
@@ -115,7 +117,7 @@ class FastTrainer(SFTTrainer):
 
     def _recorded(self, model, inputs: dict) -> "StepGraph":
         """The step as it was planned, recorded on its first batch."""
-        step = Run.from_config(settings_of(self))
+        step = Run.from_config(part_of(self, Settings).config)
         keep_weights = plan.weights_fit_in_place(model.config, step)
         layers = model.get_base_model().model.layers
         choose_checkpoints(layers, step.kept_layers, keep_weights, step.offload)
