@@ -15,8 +15,8 @@ EXPLOSION = 3.0  # nats above the first loss, twenty times less likely words: it
 class StepLog(TrainerCallback):
     """Adds an entry for every optimizer step to the trainer's log: see `step_log`.
 
-    A process runs ahead of its GPU and waits for it at log lines, evaluations and checkpoints, so
-    a step between two of these has the mean of the seconds from one to the other.
+    A process waits for its GPU at log lines, evaluations and checkpoints alone, so a step between
+    two of these has the mean of the seconds from one to the other.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -48,23 +48,20 @@ class StepLog(TrainerCallback):
 
 
 def step_log(trainer) -> list[dict]:
-    """A dictionary for each optimizer step: its tokens, its seconds, the memory in use after it.
-
-    They lie in the trainer's log, which each checkpoint has, so those before a resume are there.
-    """
+    """A dictionary for each optimizer step, before a resume too: its tokens, seconds, memory."""
     return [entry for entry in trainer.state.log_history if "seconds" in entry]
 
 
 def metrics_of(trainer) -> dict:
     """Losses in nats per token, before the first step and of the adapter that is kept; speed."""
     steps, history = step_log(trainer), trainer.state.log_history
+    tokens, seconds = (sum(step[name] for step in steps) for name in ("tokens", "seconds"))
     losses = {e["step"]: e["eval_loss"] for e in history if "eval_loss" in e}
     best = trainer.state.best_model_checkpoint  # which was loaded, if there is one
     return {
         "eval_loss_before": losses[0],
         "eval_loss_after": losses[int(best.split("-")[-1]) if best else max(losses)],
-        "train_tokens_per_second": sum(step["tokens"] for step in steps)
-        / sum(step["seconds"] for step in steps),
+        "train_tokens_per_second": tokens / seconds,
     }
 
 
@@ -81,11 +78,10 @@ class StopOnDivergence(TrainerCallback):
         first = next(entry["loss"] for entry in state.log_history if "loss" in entry)
         if math.isfinite(logs["loss"]) and logs["loss"] < first + EXPLOSION:
             return
-        overflow = ", or float16 overflowed (set BF16 where the card has it)" if args.fp16 else ""
         raise TrainingDiverged(
             f"step {state.global_step}: the loss is {logs['loss']:.3f} and began at {first:.3f}; "
-            f"most likely LEARNING_RATE = {args.learning_rate} is too high{overflow}: set a lower "
-            f"one. The checkpoints up to here are in {args.output_dir}"
+            f"most likely LEARNING_RATE = {args.learning_rate} is too high: set a lower one (where "
+            "FP16 is True and the card has BF16, set that instead)"
         )
 
 

@@ -1,7 +1,6 @@
-"""Notebook 04's own cells outside of it, as a script.
+"""Notebook 04's own cells outside of it, as a script: those that carry the tag `train`.
 
-Those that a training needs carry the tag `train`. The cell with the tag `loading` loads the whole
-model, and a process under FSDP its share.
+The cell with the tag `loading` loads the whole model, and a process under FSDP its share.
 """
 
 import textwrap
@@ -46,12 +45,11 @@ def train_cells(parameters: dict) -> list[str]:
 def export_training(parameters: dict) -> Path:
     """Write RUN_DIR/train.py, with these parameters in the place of the notebook's; its path.
 
-    Raises ConfigError for a parameter that is none, FileNotFoundError without a dataset, and
-    ModelUnavailable: the tokenizer is fetched here, before several processes ask for it at once.
+    Raises ConfigError for a parameter that is none, FileNotFoundError, and ModelUnavailable.
     """
     config = Config.from_parameters(parameters)
     config.require(config.dataset_dir, "02")
-    loading.load_tokenizer(config.model_name)
+    loading.load_tokenizer(config.model_name)  # before several processes fetch it at once
     parts = [HEAD.format(project=str(PROJECT_DIR)), *train_cells(parameters)]
     path = folders.writable(config.run_dir) / "train.py"
     return folders.write_text(path, "\n\n# %%\n".join(parts) + "\n")

@@ -29,7 +29,7 @@ def prepare(
 ) -> tuple[Config, Path, predict.Estimate]:
     """(the Config as it is `planned`, the folder of its checkpoints, the memory of a step).
 
-    Before any weights load: what the process has is counted. Raises what `planned` raises.
+    Before any weights load: what the process has now is counted.
     """
     folder = checkpoints.folder_of(config, tokenizer)
     if config.report_to in TRACKERS:
@@ -103,22 +103,15 @@ def step_of(config: Config, length: int | None = None) -> Run:
 
 
 def refuse_without_room(config: Config) -> None:
-    """Say what a share of the model and a step take of each GPU; ConfigError when it is too much.
-
-    A GiB is kept free for the allocator's gaps.
-    """
-    step, room = step_of(config), measure.torch_bytes(config.device) - predict.GIB
+    """Say what a share of the model and a step take of each GPU; ConfigError for too much."""
+    step = step_of(config)
+    room = measure.torch_bytes(config.device) - predict.GIB  # for the allocator's gaps
     needed = predict.estimate(loading.load_shape(config.model_name), step).total
     says = f"each of {step.shards} GPUs needs {needed / predict.GIB:.1f} GiB"
     says += f" of {room / predict.GIB:.1f}"
     if needed > room:
         raise ConfigError(
-            f"{config.model_name} does not train in {step.shards} shards, {says}: lower LORA_R, "
+            f"{config.model_name} does not train in shards, {says}: lower LORA_R, "
             "PER_DEVICE_TRAIN_BATCH_SIZE or MAX_LENGTH, or start more processes, one a GPU"
         )
-    print(f"planned for {step.shards} shards: {says}")
-
-
-def in_words(changes: dict) -> str:
-    """Changes of a Config as one would write them into a parameters cell."""
-    return ", ".join(f"{name.upper()} = {value}" for name, value in changes.items())
+    print(f"planned in shards: {says}")

@@ -15,16 +15,16 @@ from helpers.data import curation_note, dataset_folder
 from helpers.model import measure, plan, precision, predict
 from helpers.model.steps import Run
 from helpers.runs import folders
-from helpers.training import callbacks, checkpoints, machine, planning
+from helpers.training import callbacks, checkpoints, machine
 from helpers.training.fast.answer_head import answers_scored_alone
-from helpers.training.fast.kernels import fused_kernels, in_place_adapters
+from helpers.training.fast.kernels import adapters_in_place, fused_kernels, swapped
 from helpers.view import live_chart
 
 
 def safety(config: Config, dataset: DatasetDict) -> list[TrainerCallback]:
     """The callbacks with which a run can be stopped, killed and gone on with, and says how it goes.
 
-    `config` as it was planned, `dataset` with prompts and completions.
+    For a Config that was planned, and rows of `training_rows`.
     """
     return [
         Settings(config, dataset),
@@ -100,9 +100,8 @@ def safely(train):
     """Go on from the last complete checkpoint, end at a step's edge, give advice where memory ends.
 
     `train(trainer, checkpoint)` gets None or that checkpoint. What it becomes takes a trainer and
-    returns it with its metrics. Another trainer is returned where one had to begin anew: after
-    steps that no checkpoint holds, or with FIT_TO_MEMORY where a step does not fit. Without it
-    OutOfMemory says what to change.
+    returns it with its metrics, or another one that had to begin anew: after steps that no
+    checkpoint holds, or with FIT_TO_MEMORY, without which OutOfMemory says what to change.
     """
 
     @functools.wraps(train)
@@ -120,17 +119,14 @@ def safely(train):
                 if not (config.fit_to_memory and changes):
                     raise OutOfMemory(says) from error
             # Out here the error is gone, and with it the tensors of the step that it interrupted.
-            print(f"{says}\nstarting again with {planning.in_words(changes)}", flush=True)
+            print(f"{says}\nstarting again with that", flush=True)
             trainer = made_anew(trainer, changes)
 
     return wrapper
 
 
 def next_rung(config: Config) -> dict:
-    """What to change where a step does not fit: what costs least speed and keeps the step's rows.
-
-    Fields of a Config and their values; {} when nothing is left.
-    """
+    """The fields to change where a step does not fit: what costs least speed, and no row."""
     batch = config.per_device_train_batch_size
     step_rows = batch * config.grad_acc_steps
     if not config.activation_checkpointing:
@@ -151,22 +147,21 @@ def advice(config: Config, changes: dict, shape) -> str:
     """What to do where a step does not fit, and how much memory that saves."""
     if not changes:
         return "lower MAX_LENGTH or LORA_R, or choose a smaller model or a larger card"
-    before, after = (
-        predict.estimate(shape, Run.from_config(each)).total / predict.GIB
-        for each in (config, dataclasses.replace(config, **changes))
-    )
-    return f"set {planning.in_words(changes)}, which saves about {before - after:.1f} GiB"
+    runs = (Run.from_config(each) for each in (config, dataclasses.replace(config, **changes)))
+    before, after = (predict.estimate(shape, run).total / predict.GIB for run in runs)
+    named = ", ".join(f"{name.upper()} = {value}" for name, value in changes.items())
+    return f"set {named}, which saves about {before - after:.1f} GiB"
 
 
 def once(train, trainer) -> dict:
     """`train` with the settings that the trainer has; its metrics."""
-    made_from, first = part_of(trainer, Settings), trainer.is_world_process_zero()
+    made_from = part_of(trainer, Settings)
     checkpoint = checkpoints.latest(Path(trainer.args.output_dir))
     trainer.args.eval_on_start = checkpoint is None
     trainer.optimizer = trainer.lr_scheduler = None  # peft may load a checkpoint as other tensors
-    run_dir = made_from.config.run_dir
+    first = trainer.is_world_process_zero()  # it holds the run's folder for all
     with (
-        folders.writing_in(run_dir) if first else contextlib.nullcontext(),  # one holds it for all
+        folders.writing_in(made_from.config.run_dir) if first else contextlib.nullcontext(),
         kernels(trainer),
         part_of(trainer, checkpoints.SafeCheckpoints).listens(),
     ):
@@ -193,7 +188,7 @@ def kernels(trainer):
         elif config.device == "cpu":
             stack.enter_context(answers_scored_alone(model.get_base_model()))
             if config.lora_dropout == 0:
-                stack.enter_context(in_place_adapters(model))
+                stack.enter_context(swapped(adapters_in_place(model)))
         yield
 
 

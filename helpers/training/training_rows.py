@@ -14,8 +14,6 @@ from helpers.data import curation_note, dataset_folder
 from helpers.model import loading
 from helpers.runs.inventory import ArtefactError
 
-SMALLEST_SHARE = 0.1  # of the training rows must fit MAX_LENGTH: fewer are not what was meant
-
 
 def load_dataset(config: Config, tokenizer=None) -> DatasetDict:
     """The train and validation rows that notebook 02 wrote, with only the columns that train.
@@ -74,7 +72,7 @@ def with_masks(tokenizer, dataset: DatasetDict) -> DatasetDict:
 def rows_that_fit(config: Config, tokenizer, dataset: DatasetDict) -> DatasetDict:
     """The rows of up to MAX_TRAIN_LENGTH or MAX_LENGTH tokens; how many are longer is printed.
 
-    Raises ConfigError when less than a tenth of the training rows fits, or no validation row.
+    Raises ConfigError when no training row fits, or no validation row.
     """
     limits = {"MAX_LENGTH": config.max_length, "MAX_TRAIN_LENGTH": config.max_train_length}
     most, name = min((limit, name) for name, limit in limits.items() if limit is not None)
@@ -87,9 +85,8 @@ def rows_that_fit(config: Config, tokenizer, dataset: DatasetDict) -> DatasetDic
     if not any(lost.values()):
         return dataset
     longer = " and ".join(f"{lost[s]} of {len(lengths[s])} {s} rows" for s in lost) + " are longer"
-    longest = max(map(max, lengths.values()))
-    few = len(fitting["train"]) < SMALLEST_SHARE * len(lengths["train"])
-    if few or not fitting["validation"]:
+    if not all(fitting.values()):
+        longest = max(map(max, lengths.values()))
         raise ConfigError(
             f"{name} is {most}, and {longer}: raise it (the longest has {longest} tokens), or have "
             "shorter rows written by notebook 02"

@@ -115,10 +115,10 @@ def test_shards_without_room_are_refused_before_the_weights_load(tmp_path, monke
     settings = {"model_name": str(tmp_path), "per_device_train_batch_size": 2}
     large = machine.for_this_process(Config.from_profile("llama2_7b", **settings))
     assert not large.fast_path
-    with pytest.raises(ConfigError, match="2 shards, each of 2 GPUs needs .* of 23.0: lower LORA"):
+    with pytest.raises(ConfigError, match="in shards, each of 2 GPUs needs .* of 23.0: lower LORA"):
         planning.refuse_without_room(large)
     planning.refuse_without_room(dataclasses.replace(large, lora_r=16))
-    assert "planned for 2 shards" in capsys.readouterr().out
+    assert "planned in shards: each of 2 GPUs" in capsys.readouterr().out
 
 
 TWO_GPUS = json.loads((PROJECT_DIR / "benchmarks/results/two_gpus.json").read_text("utf-8"))

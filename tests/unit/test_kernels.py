@@ -152,6 +152,6 @@ def test_a_bias_of_the_base_layer_is_not_lost(tokenizer, tmp_path):
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         theirs = model(input_ids=ids).logits
-        with kernels.in_place_adapters(model):
+        with kernels.swapped(kernels.adapters_in_place(model)):
             ours = model(input_ids=ids).logits
     assert relative_error(ours, theirs) < 1e-2

@@ -1,8 +1,7 @@
 """The loss on a CPU: the output layer applied to the graded positions alone, in tiles of its cache.
 
-On a GPU trl does so itself. On other devices it projects every position, prompt and padding
-included, onto the whole vocabulary in tiles of more than a hundred megabytes: in profile `demo`
-that is more than a third of a training step. It knows nothing of recipes or data.
+On a GPU trl does so itself. On a CPU it projects every position, prompt and padding included, onto
+the whole vocabulary: in profile `demo` that is more than a third of a training step.
 """
 
 import contextlib
@@ -18,9 +17,9 @@ from helpers.prompts import IGNORED_LABEL
 class AnswerLogProbs(torch.autograd.Function):
     """log p of each target, the entropy there, and whether the target is the likeliest word.
 
-    hidden [tokens, width], weight [vocabulary, width], targets [tokens]; three results [tokens], in
-    float32 and bool. The weight is frozen. The derivative of log p by the hidden state, W[target]
-    minus the mean row of W under p, is taken while p is at hand: nothing is computed twice.
+    hidden [tokens, width], weight [vocabulary, width] (frozen), targets [tokens]; three results
+    [tokens], in float32 and bool. The derivative of log p by the hidden state, W[target] minus the
+    mean row of W under p, is taken while p is at hand.
     """
 
     @staticmethod
@@ -60,11 +59,10 @@ def has_plain_head(model) -> bool:
 
 @contextlib.contextmanager
 def answers_scored_alone(model):
-    """While `with` lasts, a language model's fused head, which trl's loss calls, computes so.
+    """While `with` lasts, `model(..., labels=, fused_lm_head=True)`, trl's own call, does so.
 
-    `model(..., labels=, fused_lm_head=True)` returns what trl's own head does, each tensor [rows,
-    length - 1] and zero where the label is ignored. Other calls, and a head that is more than a
-    matrix product, are left alone.
+    It returns what trl's head does, tensors [rows, length - 1], zero where the label is ignored.
+    Other calls, and a head that is more than a matrix product, are left alone.
     """
     forward = model.forward
     if has_plain_head(model):

@@ -2,8 +2,7 @@
 
 A QLoRA step of a 7B model launches some 8,000 small kernels, and many a host cannot launch them as
 fast as a card runs them. With every shape fixed, forward and backward pass are recorded once and
-replayed as one. `FAST_PATH = False` trains the same batches
-through trl's own step, to the same losses. The kernels are those of kernels.py.
+replayed as one. `FAST_PATH = False` trains the same batches by trl's own step, to the same losses.
 """
 
 from dataclasses import dataclass
@@ -85,11 +84,9 @@ class FastTrainer(SFTTrainer):
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
-        packed = (self.train_dataset, self.eval_dataset)
+        config, packed = part_of(self, Settings).config, (self.train_dataset, self.eval_dataset)
         # trl takes none when it packs
-        self.data_collator = fixed_collator(
-            part_of(self, Settings).config, self.processing_class, packed
-        )
+        self.data_collator = fixed_collator(config, self.processing_class, packed)
 
     def _prepare_for_training(self, *arguments, **options):
         # DDP's part in the backward pass stays in the stream in which DDP was made, and what runs
@@ -138,11 +135,7 @@ class FastTrainer(SFTTrainer):
         torch.cuda.empty_cache()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of an evaluation: mean nats over the batch's graded tokens.
-
-        In the chunks of the training step, as `predict.Step.recording` counts it: this memory
-        comes on top of what the recording keeps.
-        """
+        """The loss of an evaluation, in chunks too: mean nats over the batch's graded tokens."""
         inputs = dict(inputs)
         inputs.pop("used_tokens")
         labels = inputs.pop("labels")
@@ -154,8 +147,8 @@ class FastTrainer(SFTTrainer):
 class StepGraph:
     """Forward and backward pass over inputs of one shape, recorded once, replayed for each batch.
 
-    A call copies the batch into the tensors that the recording reads, adds to the gradients of the
-    trainable parameters, and returns the loss: mean nats over the graded tokens of the whole step.
+    A call adds to the gradients of the trainable parameters and returns the loss: mean nats over
+    the graded tokens of the whole step.
     """
 
     def __init__(self, model, inputs: dict):
@@ -205,12 +198,11 @@ class StepGraph:
 
 
 def choose_checkpoints(layers, kept_layers: int, keep_weights: bool, offload: bool = False) -> None:
-    """Keep the activations of the last layers, which the backward pass needs first.
+    """Keep what products made in the last layers, which the backward pass needs first.
 
-    All that products made, that is; outputs of norms and gates are cheap to make again. The others
-    run a second time, with `offload` every second one of them: see offloading.py. With
-    `keep_weights` the backward pass of a layer takes the 16-bit weights of its second run, and need
-    not unpack them once more.
+    The others run a second time, but with `offload` every second one of them: see offloading.py.
+    With `keep_weights` a layer's backward pass takes the 16-bit weights that its second run has
+    unpacked.
     """
     run_twice = partial(
         checkpoint,

@@ -1,8 +1,7 @@
 """Fused operations of a Llama with 4-bit weights and adapters, each for several of PyTorch's.
 
-A step of the fast path is bound by memory wherever it does not multiply large matrices, and by the
-number of its kernels. What stands here passes over a tensor once where the libraries' layers pass
-two to five times. A CPU takes the adapters' part alone.
+What stands here passes over a tensor once where the libraries' layers pass two to five times: a
+step is bound by memory and by the number of its kernels. A CPU takes the adapters' part alone.
 """
 
 from contextlib import contextmanager
@@ -24,9 +23,7 @@ from helpers.prompts import IGNORED_LABEL
 def fused_kernels(model):
     """A context in which the small operations of a Llama with adapters are fused ones.
 
-    Attention over packed rows (flash), RMSNorm (PyTorch's kernel), rotation and gate (compiled),
-    adapters that add into the base layer's output in place. What reads a layer's norm takes it, so
-    as to make it again.
+    Attention and gate take the norm before them along, so that they can make its output again.
     """
     forwards = {
         norm: rms_norm(norm) for norm in modules_of(model, modeling_llama.LlamaRMSNorm)
@@ -40,19 +37,12 @@ def fused_kernels(model):
     return swapped(forwards)
 
 
-def in_place_adapters(model):
-    """The same with the one that also helps a CPU: the adapters', which must not drop out.
-
-    Fewer passes over memory, and fewer short-lived tensors between those kept for the backward
-    pass, which would leave holes in the C library's heap.
-    """
-    return swapped(adapters_in_place(model))
-
-
 def adapters_in_place(model) -> dict:
-    """Of the layers without a bias, which the product below does not add; others stay as they are.
+    """The forward of each layer with an adapter, which must not drop out; `swapped` takes it.
 
-    Qwen 2 has them.
+    On a CPU too: fewer passes over memory, and fewer short-lived tensors between those kept for the
+    backward pass, which would leave holes in the C library's heap. A layer with a bias (Qwen 2)
+    stays as it is, for the product below does not add one.
     """
     adapted = [m for m in modules_of(model, Linear4bit) if m.base_layer.bias is None]
     return {layer: partial(lora_forward, layer) for layer in adapted}
@@ -81,15 +71,11 @@ def compiled(function):
 
 @dataclass
 class Pass:
-    """The context in which a layer runs: what it leaves for its backward pass.
+    """The context in which a layer runs: what it leaves for its backward pass."""
 
-    The 16-bit weights too; or no outputs of norms and gates, which it makes again; or, in the
-    second run of a checkpoint, its inner values alone.
-    """
-
-    keeps_weights: bool = False
-    remakes_inputs: bool = False
-    is_second: bool = False
+    keeps_weights: bool = False  # the 16-bit weights too
+    remakes_inputs: bool = False  # no outputs of norms and gates, which it makes again
+    is_second: bool = False  # the second run of a checkpoint, which leaves inner values alone
 
     def __enter__(self):
         self.before = current_pass.set(self)
@@ -187,12 +173,10 @@ class LowRankUpdate(torch.autograd.Function):
     """y = s B A x + W x with W in 4 bits, for each of several (W, A, B) that read the same x.
 
     peft's layer copies the output of W, computes B A x, scales it and adds it: four passes over
-    memory where a matrix product itself can add. The small product comes first: it is bound by
-    memory and writes only, and the large one reads what it adds to while it computes. All A are one
-    matrix, so x is read once for them, and its gradient is one sum within the products. Shapes:
-    x [1, tokens, in], A [rank, in], B [out, rank], W packed. `origin` is a function and tensors of
-    which it makes x; those are kept. When no y is needed they are left unwritten. A checkpoint
-    drops what its first pass saves, so only a second one keeps weights.
+    memory where a matrix product itself can add. All A are one matrix, so x is read once for them.
+    Shapes: x [1, tokens, in], A [rank, in], B [out, rank], W packed. `origin` is a function and the
+    tensors, which are kept, of which it makes x. When no y is needed they are left unwritten. A
+    checkpoint drops what its first pass saves, so only a second one keeps weights.
     """
 
     @staticmethod
@@ -245,10 +229,7 @@ def split_as(ups, whole: torch.Tensor, dim: int = 1) -> tuple:
 
 
 def unpack(weight: bnb.nn.Params4bit) -> torch.Tensor:
-    """A 4-bit weight as a matrix of its compute dtype, [out, in].
-
-    bitsandbytes' function unpacks the scales and adds their offset in launches of their own.
-    """
+    """A 4-bit weight as a matrix [out, in] of its compute dtype, in one launch on a GPU."""
     state = weight.quant_state
     if not weight.is_cuda:
         return bnb.functional.dequantize_4bit(weight.data, state)
@@ -266,8 +247,7 @@ def tables(state: bnb.functional.QuantState) -> tuple:
 def unpack_blocks(packed, code, scales, block, dtype, *second) -> torch.Tensor:
     """Two 4-bit numbers a byte, the high one first: places in `code`, in units of a block's scale.
 
-    With double quantization the scales are places too, and `second` says in what code, units,
-    blocks, and from what offset.
+    With double quantization the scales are places too: `second` has their code, scales and offset.
     """
     if second:
         scale_code, scale_scales, scale_block, offset = second
@@ -287,9 +267,8 @@ def at_scale(places, code, scales, block) -> torch.Tensor:
 class ChunkedLoss(torch.autograd.Function):
     """Cross-entropy of a head in nats, summed over the graded tokens and divided by `count`.
 
-    In chunks, of which no more than one has logits at a time, and the gradient of the hidden states
-    is made while they are there: no chunk runs twice. Shapes: hidden [tokens, width], weight
-    [words, width] (frozen), labels [tokens], count [].
+    In chunks, of which one has logits at a time, and with them the gradient is made: none runs
+    twice. hidden [tokens, width], weight [words, width] (frozen), labels [tokens], count [].
     """
 
     @staticmethod

@@ -15,8 +15,7 @@ from helpers.model.steps import offload_lead, offloaded_layers
 class Offloaded:
     """`run`, of a layer's forward pass; what that saves goes to the host, and returns when told to.
 
-    `stream` is the one that copies. Buffers in the host's memory are made in the first pass and
-    used again, so all passes must be of one shape.
+    `stream` copies. The host's buffers are used again: all passes must be of one shape.
     """
 
     def __init__(self, run, stream: torch.cuda.Stream):
@@ -79,8 +78,7 @@ class Offloaded:
 def offload_layers(ways: list, kept_layers: int, keep) -> list:
     """`ways` to run each layer, where some now offload what the way `keep` keeps.
 
-    A copy has the time of `offload_lead` layers: the originals go when so many more have run, and
-    copies are asked for as many layers before they are needed.
+    A copy has the time of `offload_lead` layers, on its way there and back.
     """
     stream, lead = torch.cuda.Stream(), offload_lead(kept_layers)
     places = offloaded_layers(len(ways), kept_layers)
