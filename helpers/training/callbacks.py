@@ -1,7 +1,6 @@
-"""What is measured and said of a training and its steps, and what ends one that cannot recover."""
+"""What is measured and said of a training and its steps."""
 
 import functools
-import math
 import time
 
 import torch
@@ -69,34 +68,27 @@ class TrainingDiverged(RuntimeError):
     """The loss is no number any more, or far above where it began."""
 
 
-class StopOnDivergence(TrainerCallback):
-    """Ends a run whose loss cannot recover, before it spends hours on it."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs:
-            return
-        first = next(entry["loss"] for entry in state.log_history if "loss" in entry)
-        if math.isfinite(logs["loss"]) and logs["loss"] < first + EXPLOSION:
-            return
-        raise TrainingDiverged(
-            f"step {state.global_step}: the loss is {logs['loss']:.3f} and began at {first:.3f}; "
-            f"most likely LEARNING_RATE = {args.learning_rate} is too high: set a lower one (where "
-            "FP16 is True and the card has BF16, set that instead)"
-        )
-
-
 class LogLines(TrainerCallback):
-    """Prints one line for each logging step and each evaluation, headless or not."""
+    """Prints a line for each logging step and each evaluation, headless or not.
+
+    Ends a run whose loss cannot recover, before it spends hours on it.
+    """
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         step = f"step {state.global_step:>4}/{state.max_steps}   "
         if "loss" in logs:
             loss, rate, norm = (float(logs[n]) for n in ("loss", "learning_rate", "grad_norm"))
             step += f"loss {loss:.3f}   learning rate {rate:.1e}   gradient norm {norm:.2f}"
-        elif "eval_loss" in logs:
-            step += f"validation loss {float(logs['eval_loss']):.3f}"
-        if {"loss", "eval_loss"} & {*logs}:
             print(step, flush=True)
+            first = next(entry["loss"] for entry in state.log_history if "loss" in entry)
+            if not loss < first + EXPLOSION:
+                raise TrainingDiverged(
+                    f"step {state.global_step}: the loss is {loss:.3f} and began at {first:.3f}; "
+                    f"most likely LEARNING_RATE = {args.learning_rate} is too high: set a lower "
+                    "one (where FP16 is True and the card has BF16, set that instead)"
+                )
+        elif "eval_loss" in logs:
+            print(f"{step}validation loss {float(logs['eval_loss']):.3f}", flush=True)
 
 
 # The article's two decorators, of a function that takes a trainer and returns it with its metrics.

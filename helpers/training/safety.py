@@ -29,7 +29,6 @@ def safety(config: Config, dataset: DatasetDict) -> list[TrainerCallback]:
     return [
         Settings(config, dataset),
         callbacks.LogLines(),
-        callbacks.StopOnDivergence(),
         checkpoints.SafeCheckpoints(),
         EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience),
         callbacks.StepLog(),  # the last, which knows of everything that the others ask for
@@ -49,7 +48,12 @@ class Settings(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         self.folder, lora = Path(args.output_dir), model.peft_config["default"]
-        check_adapters(model, lora)
+        adapted = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+        if others := adapted - {*lora.target_modules}:  # of an earlier cell: it would train too
+            raise ValueError(
+                f"the model carries another adapter already, on {', '.join(sorted(others))}: run "
+                "the cell that loads the model again, then this one"
+            )
         args.output_dir = str(checkpoints.folder_of_calls(self.folder, args, lora))
         if precision.adapter_dtype(self.config) == torch.float32:
             precision.cast((each for _, each in trained(model)), torch.float32)
@@ -75,16 +79,6 @@ class Settings(TrainerCallback):
 
 def trained(model) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, each) for name, each in model.named_parameters() if each.requires_grad]
-
-
-def check_adapters(model, lora) -> None:
-    """ValueError where layers carry the adapter of an earlier cell, which would be trained too."""
-    adapted = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    if others := adapted - {*lora.target_modules}:
-        raise ValueError(
-            f"the model carries another adapter already, on {', '.join(sorted(others))}: run the "
-            "cell that loads the model again, then this one"
-        )
 
 
 def part_of(trainer, kind: type[TrainerCallback]):

@@ -192,7 +192,8 @@ def test_a_loss_that_explodes_stops_the_run_and_names_the_cause(config, loss, st
         match="step 7: the loss is 5.1.* LEARNING_RATE = 0.5 is too high",
     )
     with expected if stops else nullcontext():
-        callbacks.StopOnDivergence().on_log(arguments, state, None, logs={"loss": loss})
+        logs = {"loss": loss, "learning_rate": 0.5, "grad_norm": 1.0}
+        callbacks.LogLines().on_log(arguments, state, None, logs=logs)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config):

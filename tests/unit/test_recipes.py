@@ -63,7 +63,7 @@ def test_every_recipe_is_trained_and_measured_by_the_same_answers(parameters, tm
 def test_a_training_that_was_planned_is_measured_and_leaves_no_checkpoints(parameters, monkeypatch):
     """As on a GPU, where the plan has other settings than those that were asked for."""
 
-    def planned(config, *folder):
+    def planned(config):
         return dataclasses.replace(config, kept_layers=0, per_device_train_batch_size=1)
 
     monkeypatch.setattr(planning, "planned", planned)

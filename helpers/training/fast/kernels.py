@@ -189,7 +189,7 @@ class LowRankUpdate(torch.autograd.Function):
         for weight, up, low_part in zip(weights, ups, split_as(ups, low), strict=True):
             output = flat.new_empty(len(flat), len(up))
             unpacked = unpack(weight) if is_needed or keeps_weights else None
-            if is_needed:
+            if is_needed:  # the small product only writes; the large one adds while it computes
                 torch.mm(low_part, up.T, out=output).addmm_(flat, unpacked.T)
             kept += [unpacked] if keeps_weights else []
             outputs.append(output.view(*x.shape[:-1], -1))
