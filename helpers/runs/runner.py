@@ -32,14 +32,9 @@ ENDINGS = (PapermillExecutionError, DeadKernelError, CellTimeoutError, KeyboardI
 
 
 class RunStopped(RuntimeError):
-    """A notebook did not end. The message names it, the cell and the error.
+    """A notebook did not end. The message names it, the cell and the error."""
 
-    `exit_code` is 1, and for a signal 128 and its number, as shells have it.
-    """
-
-    def __init__(self, message: str, exit_code: int = 1):
-        super().__init__(message)
-        self.exit_code = exit_code
+    exit_code = 1  # after a signal 128 and its number, as shells have it
 
 
 def run(profile, run_dir=None, only=None, first=None, parameters=None, timeout=None) -> Config:
@@ -53,16 +48,15 @@ def run(profile, run_dir=None, only=None, first=None, parameters=None, timeout=N
     given = {name: value for name, value in parameters.items() if value is not None}
     chosen = notebooks(only)
     forced = [path for path in chosen if only or (first and path >= notebooks(first)[0])]
-    stopped = None
     with folders.writing_in(config.run_dir):
         try:
             _run_in_order(config, chosen, forced, given, timeout or CELL_TIMEOUT_SECONDS)
+            write_report(config)
         except RunStopped as stop:
-            stopped = stop
-        provenance.write_manifest(config.run_dir)
-        write_report(config, str(stopped or ""))
-    if stopped:
-        raise stopped
+            write_report(config, str(stop))
+            raise
+        finally:
+            provenance.write_manifest(config.run_dir)
     return config
 
 
@@ -96,8 +90,10 @@ def _execute(config: Config, source: Path, parameters: dict, timeout: float) -> 
         notebook.metadata[provenance.KEY] = record
         nbformat.write(notebook, draft)
         draft.replace(failed)
-        exit_code, reason = _why(error, timeout)
-        raise RunStopped(f"{source.stem}, {place}: {reason}", exit_code) from error
+        stop = RunStopped(f"{source.stem}, {place}: {_why(error, timeout)}")
+        if isinstance(error, KeyboardInterrupt):
+            stop.exit_code = 128 + _signal(error)
+        raise stop from error
     notebook.metadata[provenance.KEY] = provenance.completed(record, config, source, notebook)
     nbformat.write(notebook, draft)
     draft.replace(final)
@@ -138,16 +134,19 @@ def _settle(notebook, source: Path) -> str:
     return f"cell {number} ({last.source.strip().splitlines()[0]})"
 
 
-def _why(error: BaseException | None, timeout: float) -> tuple[int, str]:
-    """The exit code of a run that stopped, and what happened to the cell that was running."""
+def _why(error: BaseException | None, timeout: float) -> str:
+    """What happened to the cell that was running."""
     if isinstance(error, PapermillExecutionError):
-        return 1, f"{error.ename}: {error.evalue}"
+        return f"{error.ename}: {error.evalue}"
     if isinstance(error, CellTimeoutError):
-        return 1, f"it ran longer than the limit of {timeout:.0f} seconds"
+        return f"it ran longer than the limit of {timeout:.0f} seconds"
     if isinstance(error, KeyboardInterrupt):
-        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
-        said = f"stopped by {number.name}; the same command goes on from this notebook"
-        return 128 + number, said
+        name = _signal(error).name
+        return f"stopped by {name}; the same command goes on from this notebook"
     if error is None:
-        return 1, "it left the notebook by sys.exit"
-    return 1, "its kernel died, most likely for want of memory"
+        return "it left the notebook by sys.exit"
+    return "its kernel died, most likely for want of memory"
+
+
+def _signal(stop: KeyboardInterrupt) -> signal.Signals:
+    return signal.Signals(stop.args[0] if stop.args else signal.SIGINT)

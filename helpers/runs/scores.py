@@ -28,17 +28,16 @@ def score_rows(metrics: dict, models: Sequence[str]) -> list[tuple]:
 
     Behind a rate is Wilson's 95 % interval (Wilson 1927). A model that was not asked has a dash.
     """
-
-    def with_interval(name: str, count: str, model: str) -> str:
-        rate = metrics.get(f"{name}_{model}")
-        if rate is None:
-            return "-"
-        trials = metrics.get(f"{count}_{model}", metrics[count])  # some answered fewer
-        around = binomtest(round(rate * trials), trials).proportion_ci(0.95, method="wilson")
-        return f"{rate:.2f} [{around.low:.2f}, {around.high:.2f}]"
-
     return [
-        (label, *(with_interval(name, count, model) for model in models))
+        (label, *(_with_interval(metrics, name, count, model) for model in models))
         for name, (label, count) in SCORES.items()
         if any(f"{name}_{model}" in metrics for model in models)
     ]
+
+
+def _with_interval(metrics: dict, name: str, count: str, model: str) -> str:
+    if (rate := metrics.get(f"{name}_{model}")) is None:
+        return "-"
+    trials = metrics.get(f"{count}_{model}", metrics[count])  # some answered fewer
+    around = binomtest(round(rate * trials), trials).proportion_ci(0.95, method="wilson")
+    return f"{rate:.2f} [{around.low:.2f}, {around.high:.2f}]"
