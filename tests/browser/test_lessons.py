@@ -88,7 +88,7 @@ def test_03_will_it_fit_answers_for_the_chosen_card(lab):
     model, card = page.locator(".noUi-handle").all()[-2:]
     assert page.get_by_text("fits: batch 8 x 2 accumulated").count() == 1
     press(page, model, "ArrowRight", 2)
-    page.get_by_text("does not fit: the 4-bit weights alone take").wait_for()
+    page.get_by_text("does not fit: the weights take 33.9 GiB").wait_for()
     press(page, card, "ArrowRight", 5)
     page.locator(".widget-html img[alt^='Predicted memory of Llama 2 70B, fits']").wait_for()
     lab.picture("03-fit")
