@@ -37,31 +37,21 @@ def for_card(
     card_bytes: int,
     reserve_bytes: int = GIB,
     host_room: int = 0,
-    same_step: bool = False,
 ) -> Plan:
     """The fastest way to take `run`'s step of batch x accumulation rows on a card of `card_bytes`.
 
-    Tried are `candidates` within `host_room` bytes of the host, with `same_step` those of the run's
-    batch and optimizer. `reserve_bytes` is a margin for CUDA, the desktop and the allocator's gaps.
+    Tried are `candidates` within `host_room` bytes of the host. `reserve_bytes` is a margin for
+    CUDA, the desktop and the allocator's gaps.
     """
     room, layers = card_bytes - reserve_bytes, model_config.num_hidden_layers
     asked = Step.of(model_config, run)
-    runs = candidates(asked.run, layers)
-    if same_step:
-        runs = [each for each in runs if (each.batch, each.optimizer) == (run.batch, run.optimizer)]
-    steps = [Step(asked.shape, each) for each in runs]
+    steps = [Step(asked.shape, each) for each in candidates(asked.run, layers)]
     tried = [step for step in steps if step.host <= host_room]
     for step in sorted(tried, key=lambda step: relative_cost(step.run, layers=layers)):
         if _fits(step, room):
             return Plan(True, step.run, step.estimate(), _summary(step, room))
     step = min(tried, key=lambda step: step.estimate().total)
     return Plan(False, step.run, step.estimate(), _advice(step, room))
-
-
-def fits(model_config, run: Run, room: int, host_room: int) -> bool:
-    """Whether a run takes no more bytes of the GPU and of the host than there are for it."""
-    step = Step.of(model_config, run)
-    return step.host <= host_room and _fits(step, room)
 
 
 def _fits(step: Step, room: int) -> bool:
