@@ -14,7 +14,7 @@ from pathlib import Path
 from helpers.config import PROBLEMS_FILE
 from helpers.data.markdown import fenced_blocks
 from helpers.data.posts import DataError
-from helpers.data.similarity import InvertedIndex, contained, jaccard, word_pairs, words_of
+from helpers.data.similarity import RarestIndex, contained, jaccard, word_pairs, words_of
 
 CONTAMINATED_TEXT = 0.7  # share of a problem's statement or solution, in word pairs, found in a row
 CONTAMINATED_WITH_NAME = 0.35  # enough when the problem's function name occurs too
@@ -75,8 +75,8 @@ class ProblemIndex:
         given = (p.get("solution", p.get("canonical_solution", "")) for p in problems)
         code = ("\n".join(code for _, code in fenced_blocks(text)) or text for text in given)
         long = [s if len(s) >= MIN_SOLUTION_PAIRS else set() for s in map(_pairs, code)]
-        self.by_text = InvertedIndex(self.statements + long, CONTAMINATED_TEXT)
-        self.by_title = InvertedIndex([t if len(t) > 2 else set() for t in self.titles], SAME_TITLE)
+        self.by_text = RarestIndex(self.statements + long, CONTAMINATED_TEXT)
+        self.by_title = RarestIndex([t if len(t) > 2 else set() for t in self.titles], SAME_TITLE)
         self.by_name: dict[str, list[int]] = {}
         for number, problem in enumerate(problems):
             if name := problem.get("entry_point", "").lower():

@@ -103,9 +103,12 @@ class _Writer:
         for start, sign in reversed(self.marks):
             self.mark_since(start, sign)
         self.marks = [(0, sign) for _, sign in self.marks]
-        lines = "".join(self.inline).strip().split(BREAK)
+        text = "".join(self.inline).strip()
         self.inline.clear()
-        if text := (" " if self.heading else "  \n").join(filter(None, map(str.strip, lines))):
+        if BREAK in text:
+            lines = filter(None, map(str.strip, text.split(BREAK)))
+            text = (" " if self.heading else "  \n").join(lines)
+        if text:
             self.add(self.heading + text)
 
     def add(self, text: str) -> None:

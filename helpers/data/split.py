@@ -12,7 +12,7 @@ from helpers import prompts
 from helpers.config import Config
 from helpers.data.posts import question_hash
 from helpers.data.rows import read_rows
-from helpers.data.similarity import InvertedIndex, jaccard, word_pairs, words_of
+from helpers.data.similarity import RarestIndex, jaccard, word_pairs, words_of
 
 SLICES, STEP = 8, 2_000  # the leaks of a dataset are looked for in 8 slices, 2,000 rows at a time
 
@@ -45,7 +45,7 @@ def find_leaks(held: list[dict], train: Iterable[dict], similarity: float) -> se
     similarity and not the MinHash that removed duplicates.
     """
     features = [row_pairs(row) for row in held]
-    index, leaked = InvertedIndex(features, similarity), set[int]()
+    index, leaked = RarestIndex(features, similarity), set[int]()
     groups = set()
     for row in train:
         own = row_pairs(row)

@@ -27,7 +27,7 @@ from helpers.data.posts import DataError, question_hash
 from helpers.data.report import Report
 from helpers.data.similarity import (
     SKETCH,
-    InvertedIndex,
+    RarestIndex,
     contained,
     jaccard,
     similar_pairs,
@@ -314,7 +314,7 @@ def test_the_index_finds_what_a_full_comparison_finds():
     generator = random.Random(9)
     sets = [set(generator.sample(range(60), generator.randint(1, 20))) for _ in range(200)]
     sets = [{str(member) for member in members} for members in sets]
-    index = InvertedIndex(sets, 0.6)
+    index = RarestIndex(sets, 0.6)
     for other in sets[:50]:
         assert index.find(other) == [n for n, s in enumerate(sets) if contained(s, other) >= 0.6]
 
