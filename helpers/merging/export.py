@@ -100,7 +100,7 @@ def check_written(path: Path, source: Path) -> None:
     chosen = ("blk.0.", f"blk.{shape.num_hidden_layers - 1}.")
     for name, rows in gguf_writer.tensors_of(source, shape):
         if not name.startswith("blk.") or name.startswith(chosen):
-            wanted = gguf.quantize(rows.to_eager(rows), found[name].tensor_type)
+            wanted = rows.to_eager(gguf_writer.quantized(rows, found[name].tensor_type))
             if wanted.tobytes() != found[name].data.tobytes():
                 raise ArtefactError(
                     f"{path.name} holds another {name} than {source}: {again('05')}"

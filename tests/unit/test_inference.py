@@ -56,9 +56,29 @@ def test_a_static_cache_changes_no_answer(model, tokenizer):
     assert torch.equal(static, model.generate(**ids, **options))
 
 
+def test_two_batches_at_once_give_the_same_answers(model, tokenizer, config, monkeypatch):
+    config = dataclasses.replace(config, generation_batch_size=8)
+    texts, sizes, generate = [f"prompt number {number}" for number in range(5)], [], model.generate
+
+    def watched(input_ids, **options):
+        sizes.append((len(input_ids), torch.get_num_threads()))
+        return generate(input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", watched)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(inference.answer_all(model, tokenizer, texts, config)[0])
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert found[0] == found[1]
+    assert {(3, 1), (2, 1)} <= set(sizes)
+
+
 def test_an_answer_that_ends_leaves_the_batch(model, tokenizer, config, monkeypatch):
     """With 16 rows that end one after the other, and two tokens between two looks."""
     monkeypatch.setattr(inference, "CHUNK", 2)
+    monkeypatch.setattr(inference, "batches_at_once", lambda *_: 1)
     texts = [f"prompt number {number}" for number in range(16)]
     many = dataclasses.replace(config, generation_batch_size=16, max_new_tokens=12)
     asked = [tokenizer(text, return_tensors="pt") for text in texts]
