@@ -120,7 +120,7 @@ def test_a_training_by_its_script_ends_at_a_signal_with_a_checkpoint(
     _, err = training.communicate(timeout=60)
     assert training.returncode == 1
     assert f"TrainingInterrupted: {number.name} ended training after step " in err.splitlines()[-1]
-    assert list(config.checkpoints_dir.glob("*/checkpoint-*"))
+    assert list(config.checkpoints_dir.rglob("checkpoint-*"))
 
 
 def test_a_dead_kernel_is_named_and_no_later_cell_looks_done(tmp_path):
