@@ -146,11 +146,13 @@ def answer_all(model, tokenizer, asked: list[str], config: Config, temperature: 
         for batch in batches
     ]
     threads, start = torch.get_num_threads(), time.perf_counter()
-    with ThreadPoolExecutor(at_once, "", torch.set_num_threads, (threads // at_once,)) as pool:
-        written = pool.map(lambda inputs: _new_tokens(model, inputs, options), padded)
-        found = dict(zip(sum(batches, []), sum(written, []), strict=True))
+    try:
+        with ThreadPoolExecutor(at_once, "", torch.set_num_threads, (threads // at_once,)) as pool:
+            written = pool.map(lambda inputs: _new_tokens(model, inputs, options), padded)
+            found = dict(zip(sum(batches, []), sum(written, []), strict=True))
+    finally:
+        torch.set_num_threads(threads)
     seconds = time.perf_counter() - start
-    torch.set_num_threads(threads)
     ends = options["eos_token_id"]
     return [_answer(asked[i], found[i], tokenizer, ends) for i in range(len(asked))], seconds
 

@@ -42,8 +42,10 @@ def disk_needed(config: Config) -> dict[str, int]:
 
 def need_disk(config: Config) -> str:
     """`disk_needed`, a line for each file, and what is free; DiskFull where that is too little."""
-    files = disk_needed(config)
-    folders.need_space(config.run_dir, sum(files.values()), "notebook 05")
+    files, replaced = disk_needed(config), (config.merged_dir, config.gguf_dir)
+    earlier = sum(file.stat().st_size for folder in replaced for file in folder.glob("*"))
+    needed = max(files["merged/"], sum(files.values()) - earlier)  # those make room
+    folders.need_space(config.run_dir, needed, "notebook 05")
     free = shutil.disk_usage(config.run_dir).free
     files |= {"in all": sum(files.values()), "free on the disk": free}
     return "\n".join(f"{size / 1e9:8.2f} GB {name}" for name, size in files.items())

@@ -40,6 +40,8 @@ def check_adapter(config: Config) -> Path:
     """
     folder = config.require(config.adapter_dir, "04")
     check_weights(folder, again("04"))
+    if not (folder / ADAPTER_WEIGHTS).is_file():  # peft would look for a pickle
+        raise ArtefactError(f"{folder} has no {ADAPTER_WEIGHTS}: {again('04')}")
     inventory.check_seal(folder, "04")
     settings = read_json(folder / CONFIG_NAME, again("04"))
     base = settings.get("base_model_name_or_path") or config.model_name
@@ -174,7 +176,8 @@ def saving(model, into: str, config: Config) -> Iterator[Path]:
         record: dict = {"merged_into": into, "taken_by": by}
         if (trained / ADAPTER_WEIGHTS).is_file():  # else the model came from elsewhere
             record["adapter_sha256"] = inventory.sha256(trained / ADAPTER_WEIGHTS)
-            record["adapter"] = read_json(trained / CONFIG_NAME, again("04"))
+            said = read_json(trained / CONFIG_NAME, again("04"))
+            record["adapter"] = {n: said[n] for n in ("r", "lora_alpha", "target_modules")}
         (draft / MERGE_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         inventory.seal(draft)
         shutil.rmtree(config.gguf_dir, ignore_errors=True)

@@ -5,6 +5,8 @@ biases and the norms of queries and keys are left out, thousandths of the weight
 `measure.footprint_bytes` counts them too.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from math import ceil, prod
 
@@ -131,6 +133,9 @@ def _why_not(shape, base: bool) -> str:
         return found
     with torch.device("meta"):
         modules = AutoModelForCausalLM.from_config(shape).named_modules()
-    there = {name.rpartition(".")[2] for name, _ in modules}
-    missing = [name for name in own_names(shape, ALL_LINEAR_TARGETS) if name not in there]
+    there = Counter(
+        re.sub(r"^model\.layers\.\d+\.(self_attn|mlp)\.", "", name) for name, _ in modules
+    )
+    names = own_names(shape, ALL_LINEAR_TARGETS)
+    missing = [name for name in names if there[name] != shape.num_hidden_layers]
     return f"without {', '.join(missing)}, whose layers are not as Llama's" if missing else ""

@@ -69,6 +69,7 @@ def whole_folder(final: Path, needed: int = 0) -> Iterator[Path]:
         try:
             with full_disk_said(final):
                 yield draft
+            follow_umask(draft)
             # Moved aside and not deleted in place: a folder that is half deleted looks complete.
             if final.exists():
                 final.rename(earlier)
@@ -76,6 +77,13 @@ def whole_folder(final: Path, needed: int = 0) -> Iterator[Path]:
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(earlier, ignore_errors=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """Open the files below a folder to whom the umask opened it: safetensors does so to nobody."""
+    mode = folder.stat().st_mode & 0o666
+    for path in filter(Path.is_file, folder.rglob("*")):
+        path.chmod(mode)
 
 
 @contextlib.contextmanager

@@ -69,7 +69,8 @@ def _run_in_order(config: Config, chosen, forced, parameters: dict, timeout: flo
             continue
         if source not in forced and executed_paths(config, source)[0].exists():
             print(f"{source.stem} runs again: {reason}")
-        _execute(config, source, parameters, timeout)
+        with folders.full_disk_said(executed_paths(config, source)[0]):
+            _execute(config, source, parameters, timeout)
 
 
 def _execute(config: Config, source: Path, parameters: dict, timeout: float) -> None:

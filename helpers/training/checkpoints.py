@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import torch
@@ -56,7 +57,9 @@ class SafeCheckpoints(TrainerCallback):
     def listens(self):
         """To signals, in place of what else does."""
         self.received = None
-        before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        here = threading.current_thread() is threading.main_thread()  # others hear no signal
+        numbers = (signal.SIGINT, signal.SIGTERM) if here else ()
+        before = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield
         finally:
@@ -86,6 +89,7 @@ class SafeCheckpoints(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         PartialState().wait_for_everyone()  # each process of DDP adds its own random numbers
         if state.is_world_process_zero:
+            folders.follow_umask(folder_of_step(args, state))
             inventory.seal(folder_of_step(args, state))
         if received := [name for name in of_all_processes(self.received) if name]:
             raise TrainingInterrupted(

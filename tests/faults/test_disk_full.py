@@ -142,6 +142,25 @@ def test_a_disk_that_fills_while_merging_keeps_the_earlier_merge(tiny_config, me
     assert left_over(tiny_config.run_dir) == []
 
 
+def run_job(folder):
+    run_notebooks(folder / "notebooks", folder / "run")
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_while_a_notebook_is_written(tmp_path):
+    large = "print('x' * 400_000)"
+    write_notebook(tmp_path / "notebooks", "01_one.ipynb", "print('small')")
+    write_notebook(tmp_path / "notebooks", "02_two.ipynb", large, "print('later')")
+    text = sentence(tmp_path, 300_000, run_job, tmp_path)
+    assert text.startswith("02_two.ipynb could not be written whole")
+    executed = tmp_path / "run" / "executed"
+    first = (executed / "01_one.ipynb").read_bytes()
+    assert [path.name for path in executed.glob("[0-9]*.ipynb")] == ["01_one.ipynb"]
+    assert start(run_job, tmp_path) == 0
+    assert (executed / "02_two.ipynb").exists() and left_over(tmp_path / "run") == []
+    assert (executed / "01_one.ipynb").read_bytes() == first
+
+
 def test_another_error_is_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises(PermissionError), folders.whole_folder(tmp_path / "dataset"):
         raise PermissionError(13, "not yours")

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import psutil
@@ -12,6 +13,7 @@ import pytest
 
 from helpers.config import PROJECT_DIR
 from helpers.runs import runner
+from helpers.training.checkpoints import SafeCheckpoints
 from helpers.training.export import export_training
 from tests.faults.staging import record_cell, run_notebooks, write_notebook
 from tests.faults.train_tiny import tiny_config, write_dataset
@@ -167,3 +169,14 @@ def test_a_failed_second_run_keeps_what_the_first_one_executed(tmp_path):
     run_notebooks(tmp_path / "notebooks", tmp_path / "run")
     assert (config.executed_dir / "01_one.ipynb").read_bytes() != before
     assert sorted(os.listdir(config.executed_dir)) == ["01_one.ipynb"]
+
+
+def test_a_training_in_a_thread_hears_no_signal_and_runs():
+    def listen():
+        with SafeCheckpoints().listens():
+            return signal.getsignal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(listen).result() == before
+    assert listen() != before

@@ -151,6 +151,13 @@ def test_an_adapter_as_a_pickle_is_refused(config, canary):
     assert contents(config.adapter_dir) == before
 
 
+def test_an_adapter_without_its_file_is_refused_whatever_lies_beside_it(config):
+    weights = config.adapter_dir / merging.ADAPTER_WEIGHTS
+    weights.rename(weights.with_name("other.safetensors"))
+    with pytest.raises(ArtefactError, match="has no adapter_model.safetensors: run notebook 04"):
+        merging.load_tuned(config)
+
+
 def test_an_adapter_with_a_pickle_beside_it_loads_without_it(config, canary):
     poison(config.adapter_dir, "adapter_model.bin", canary)
     assert merging.load_tuned(config)

@@ -39,6 +39,7 @@ REFUSED = {
     "Qwen3Moe": ({"num_experts": 4}, "of several experts a layer, which are not packed"),
     "Mixtral": ({"num_hidden_layers": 2}, "of several experts a layer, which are not packed"),
     "Phi": ({"num_hidden_layers": 2}, "without o_proj, gate_proj"),
+    "FalconH1": ({"num_hidden_layers": 2}, "without gate_proj, up_proj, down_proj"),
     "GPTNeoX": ({"num_hidden_layers": 2}, "without q_proj"),
     "ViT": ({}, "that is not made to go on with a text"),
 }

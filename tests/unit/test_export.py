@@ -19,7 +19,7 @@ from helpers.config import SYSTEM_MESSAGE, Config
 from helpers.merging import export, gguf_writer
 from helpers.model import embedded, loading
 from helpers.profiles import ALL_LINEAR_TARGETS
-from helpers.runs import inventory
+from helpers.runs import folders, inventory
 from tests import notebook_code
 from tests.conftest import fill_adapters
 
@@ -204,6 +204,17 @@ def test_the_disk_of_llama_2_is_known_without_its_weights(monkeypatch, tmp_path)
     assert round(sum(export.disk_needed(both).values()) / 1e9, 1) == 34.2
     packed = export.disk_needed(dataclasses.replace(config, merge_into="4bit"))
     assert list(packed) == ["merged/"] and packed["merged/"] < 4e9
+
+
+def test_an_earlier_merge_makes_room_for_a_new_one(merged, monkeypatch):
+    config, _ = merged
+    config = dataclasses.replace(config, model_name=str(config.merged_dir))
+    asked = []
+    monkeypatch.setattr(folders, "need_space", lambda folder, needed, what: asked.append(needed))
+    files = export.disk_needed(config)
+    export.need_disk(config)
+    earlier = sum(file.stat().st_size for file in config.merged_dir.iterdir())
+    assert asked == [sum(files.values()) - earlier]
 
 
 def test_only_the_types_that_are_asked_for_are_written(merged):

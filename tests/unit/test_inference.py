@@ -75,6 +75,18 @@ def test_two_batches_at_once_give_the_same_answers(model, tokenizer, config, mon
     assert {(3, 1), (2, 1)} <= set(sizes)
 
 
+def test_answers_that_break_off_leave_the_threads_as_they_were(
+    model, tokenizer, config, monkeypatch
+):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(inference, "_new_tokens", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        inference.answer_all(model, tokenizer, ["one", "two"], config)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
 def test_an_answer_that_ends_leaves_the_batch(model, tokenizer, config, monkeypatch):
     """With 16 rows that end one after the other, and two tokens between two looks."""
     monkeypatch.setattr(inference, "CHUNK", 2)
