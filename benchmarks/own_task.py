@@ -2,7 +2,7 @@
 
 The base does not know the till's language; the tuned model should write it for orders that it has
 not seen:  python -m benchmarks.own_task FOLDER
-Needs two CPU cores, 4 GB of memory and twelve minutes. Writes benchmarks/results/own_task.json.
+Needs two CPU cores, 4 GB of memory and ten minutes. Writes benchmarks/results/own_task.json.
 """
 
 import json
