@@ -17,7 +17,6 @@ GPU with 80 GB, most for the room of `generate_batch` and for 4 bits and 16 bits
 
 import argparse
 import contextlib
-import datetime
 import gc
 import importlib.util
 import json
@@ -29,7 +28,6 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -50,7 +48,8 @@ from transformers import (
 )
 
 from benchmarks import places
-from helpers.model import architecture
+from benchmarks.llama2 import llama2_config
+from helpers.runs.environment import environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "generation_gpu.json"
 BANDWIDTH = 4.8e12  # bytes a second, from the data sheet of an H200
@@ -115,9 +114,13 @@ def by_generate(model, work: Work, **options) -> list[list[int]]:
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=max(limits),
-            stopping_criteria=[Ends(width + torch.tensor(limits, device=DEVICE))],
-            **{"do_sample": False, "pad_token_id": 0, **options},
+            **{
+                "max_new_tokens": max(limits),
+                "stopping_criteria": [Ends(width + torch.tensor(limits, device=DEVICE))],
+                "do_sample": False,
+                "pad_token_id": 0,
+                **options,
+            },
         )[:, width:].tolist()
         answers += [row[:limit] for row, limit in zip(output, limits, strict=True)]
     return answers
@@ -181,7 +184,7 @@ class Bench:
         self.known = self.output.exists() and json.loads(self.output.read_text(encoding="utf-8"))
         self.parts = dict((self.known or {}).get("parts", {}))
         self.work = {n: Work.of(n, n, self.tiny) for n in (12, 64)}
-        shape = architecture.llama2_config("7B")
+        shape = llama2_config("7B")
         shape.update({**TINY, "num_key_value_heads": 4, "head_dim": 64} if self.tiny else {})
         started = time.perf_counter()
         torch.set_default_dtype(torch.bfloat16)
@@ -217,7 +220,7 @@ class Bench:
         facts = {
             "what": "Answers at Llama 2 7B's shape, random weights; greedy; prompts of 16 to 400 "
             "tokens, answers of 16 to 128",
-            **circumstances(),
+            **environment(),
             "weights_bytes": self.weights,
             "bandwidth_bytes_per_second": BANDWIDTH,
             "answer_tokens": {str(n): sum(work.limits) for n, work in self.work.items()},
@@ -287,16 +290,6 @@ def time_limit(seconds: float):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def circumstances() -> dict:
-    """Date, hardware and versions, also where not all that the course installs is there."""
-    found = {"date": datetime.date.today().isoformat()}
-    found["hardware"] = torch.cuda.get_device_name() if CUDA else "no GPU"
-    for name in ("torch", "triton", "transformers", "peft", "bitsandbytes"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def say(text: str) -> None:

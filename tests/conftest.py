@@ -41,24 +41,26 @@ def tokenizer():
     return loading.load_tokenizer(embedded.EMBEDDED_NAME)
 
 
+def tiny_llama(**settings) -> LlamaForCausalLM:
+    """A random Llama, 64 wide, in float32; `settings` of its shape come besides."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {**sizes, **heads, "initializer_range": 0.2, **settings}
+    return LlamaForCausalLM(LlamaConfig(**shape))
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory, tokenizer):
     """A random 2-layer Llama with the embedded model's tokenizer, 64 wide, saved as bfloat16."""
     folder = tmp_path_factory.mktemp("tiny-llama")
-    torch.manual_seed(0)
-    shape = LlamaConfig(
+    model = tiny_llama(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -14,10 +14,8 @@ from helpers.data import curation_note
 from helpers.merging import merging
 from helpers.merging.merging import check_adapter, check_merged
 from helpers.model import architecture, loading, measure
+from helpers.runs.scores import MODELS
 
-# Who can be asked: the base in 16 bits and in 4, each in the chat template that it brings; the base
-# in 4 bits in that of the training; with the adapter; merged by notebook 05; and that in 4 bits.
-MODELS = ("base_chat", "base_chat_4bit", "base", "tuned", "merged", "requantized")
 MERGED = MODELS[-2:]
 CHUNK = 16  # tokens between two looks at which answers have ended
 

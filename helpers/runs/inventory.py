@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -35,8 +36,12 @@ def sha256(path: Path) -> str:
 
 
 def remembered(path: Path) -> str:
-    """`sha256`, which reads a file again only when its size or one of its times is another."""
+    """`sha256`, which reads a file again only when its size or one of its times is another, or was
+    set less than two seconds ago: not every disk's clock tells two changes in one second apart.
+    """
     status = path.stat()
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < 2e9:
+        return sha256(path)
     return _sha256_at(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 

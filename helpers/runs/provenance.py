@@ -70,13 +70,8 @@ def read_by(settings: dict, run_dir: Path, source: Path) -> dict[str, str]:
     """What a notebook reads, by name: its SHA-256, or how else a version of it is known."""
     number = source.name[:2]
     found = {f"notebooks/{path.name}": code_hash(path) for path in notebooks() if path <= source}
-    patterns = (
-        "helpers/**/*.py",
-        "helpers/**/*.jinja",
-        "helpers/**/*.md",
-        *PROJECT_FILES.get(number, ()),
-    )
-    found |= hashes(PROJECT_DIR, patterns)
+    code = ["helpers/**/*.py", "helpers/**/*.jinja"]
+    found |= hashes(PROJECT_DIR, [*code, *PROJECT_FILES.get(number, ())])
     if number == "02":
         for name in filter(None, (settings["data_source"], settings["validation_source"])):
             found |= _below("DATA_SOURCE", data(name))

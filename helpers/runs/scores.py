@@ -15,6 +15,8 @@ SCORES = {
     "parse_rate": ("hold code that parses", "problems"),
     "steps_rate": ("explain in steps", "problems"),
 }
+# Who can be asked: the base in 16 bits and in 4, each in the chat template that it brings; the base
+# in 4 bits in that of the training; with the adapter; merged by notebook 05; and that in 4 bits.
 MODELS = ("base_chat", "base_chat_4bit", "base", "tuned", "merged", "requantized")
 
 

@@ -130,11 +130,10 @@ def will_it_fit(models: dict, cards: dict[str, int], plan: Callable) -> ipywidge
 def side_by_side(
     answerers: dict[str, Callable[[str], Iterable]], question: str = ""
 ) -> ipywidgets.VBox:
-    """A field for a question and a button; every answerer streams into a column of its own.
+    """A field for a question and a button; every answerer, in turn, has a column of its own.
 
-    An answerer takes the question and yields its answer piece by piece, and last, if it can, its
-    `evaluation.Score`. One after the other, so that they do not compete for the processor. Its twin
-    is `show_side_by_side`.
+    It takes the question and yields its answer, whole or in pieces, and last, if it can, its
+    `evaluation.Score`. Its twin is `show_side_by_side`.
     """
     # 100 % and the margin would be wider than the cell, which would cut the field's right border.
     fitted, wide = ipywidgets.Layout(width="auto"), ipywidgets.Layout(width="100%")

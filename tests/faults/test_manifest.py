@@ -240,6 +240,7 @@ def test_a_file_is_read_again_only_when_its_marks_changed(tmp_path, monkeypatch)
     read, path, sha256 = [], tmp_path / "weights", inventory.sha256
     monkeypatch.setattr(inventory, "sha256", lambda path: read.append(path.name) or sha256(path))
     path.write_text("one", encoding="utf-8")
+    monkeypatch.setattr(time, "time_ns", lambda: path.stat().st_ctime_ns + 3_000_000_000)
     assert inventory.remembered(path) == inventory.remembered(path) == sha256(path)
     assert read == ["weights"]
     status = path.stat()
@@ -247,6 +248,14 @@ def test_a_file_is_read_again_only_when_its_marks_changed(tmp_path, monkeypatch)
     path.write_text("two", encoding="utf-8")  # of the same size, and its time set back
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert inventory.remembered(path) == sha256(path)
+
+
+def test_what_was_changed_a_moment_ago_is_not_remembered(tmp_path, monkeypatch):
+    read, path, sha256 = [], tmp_path / "weights", inventory.sha256
+    monkeypatch.setattr(inventory, "sha256", lambda path: read.append(path.name) or sha256(path))
+    path.write_text("one", encoding="utf-8")
+    inventory.remembered(path), inventory.remembered(path)
+    assert read == ["weights", "weights"]
 
 
 # -- The manifest.

@@ -1,28 +1,20 @@
 """Answers in places, against `generate` one by one, on a tiny random Llama in float32."""
 
+import json
 import random
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import generation_gpu, places
+from tests.conftest import tiny_llama
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    model = LlamaForCausalLM(shape).eval().requires_grad_(False)
+    model = tiny_llama(vocab_size=300, num_hidden_layers=3).eval().requires_grad_(False)
     model.generation_config.eos_token_id = None
     places.fuse(model)
     return model
@@ -124,3 +116,14 @@ def test_a_part_that_fails_or_takes_too_long_stops_no_other(tmp_path, monkeypatc
     assert "OutOfTime" in bench.parts["lasts"]["stopped"]
     assert "stopped" not in bench.parts["works"]
     assert '"works"' in bench.output.read_text(encoding="utf-8")
+
+
+def test_the_command_builds_its_model_and_writes_what_a_part_found(tmp_path, monkeypatch):
+    output = tmp_path / "found.json"
+    given = ["--tiny", "--parts", "products", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["generation_gpu", *given])
+    generation_gpu.main()
+    found = json.loads(output.read_text("utf-8"))
+    assert {"date", "hardware", "course", "weights_bytes"} <= set(found)
+    assert found["parts"]["products"]["qkv 12"]["microseconds"] > 0
+    assert "stopped" not in found["parts"]["products"]
