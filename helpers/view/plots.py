@@ -9,8 +9,8 @@ from IPython.display import display
 from matplotlib import cycler
 from matplotlib.patches import FancyBboxPatch
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "black")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 3)))
 BLUE, RED = COLOURS[0], COLOURS[3]
 
 STYLE = {
